@@ -1,0 +1,8 @@
+"""Path graphs: from a model to the linear network in which its paths are counted."""
+
+from paikern.pathgraph.flow import Flow, Semantics, Visit
+from paikern.pathgraph.graph import PathGraph
+from paikern.pathgraph.rules import register_path_rule
+from paikern.pathgraph.trace import trace
+
+__all__ = ["Flow", "PathGraph", "Semantics", "Visit", "register_path_rule", "trace"]
