@@ -1,0 +1,1 @@
+"""Benchmarks of paikern against pure-PyTorch references."""
