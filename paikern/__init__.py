@@ -1,0 +1,58 @@
+"""paikern: pruning neural networks before they are trained, at the speed of memory.
+
+Example:
+    >>> import torch, paikern as pk
+    >>> net = pk.zoo.create("mlp", sizes=(8, 16, 4))
+    >>> masks = pk.prune(net, "dpai", sparsity=0.5, example_inputs=torch.ones(1, 8), steps=10)
+    >>> masks.kept
+    96
+"""
+
+from paikern import ops, zoo
+from paikern.analysis import LayerTopology, Topology
+from paikern.api import analyze, methods, prune, score, select
+from paikern.backends.registry import backends
+from paikern.budget import erk_densities
+from paikern.errors import (
+    BackendError,
+    MaskFormatError,
+    NonFiniteScoreError,
+    PaikernError,
+    PaikernWarning,
+    PathRuleError,
+    SparsityError,
+)
+from paikern.masks import MaskSet, load_masks
+from paikern.pathgraph import register_path_rule
+from paikern.scorers import register_scorer
+from paikern.scores import Dense, Factored, Scores
+from paikern.version import __version__
+
+__all__ = [
+    "BackendError",
+    "Dense",
+    "Factored",
+    "LayerTopology",
+    "MaskFormatError",
+    "MaskSet",
+    "NonFiniteScoreError",
+    "PaikernError",
+    "PaikernWarning",
+    "PathRuleError",
+    "Scores",
+    "SparsityError",
+    "Topology",
+    "__version__",
+    "analyze",
+    "backends",
+    "erk_densities",
+    "load_masks",
+    "methods",
+    "ops",
+    "prune",
+    "register_path_rule",
+    "register_scorer",
+    "score",
+    "select",
+    "zoo",
+]

@@ -1,0 +1,166 @@
+"""Topology of a dense or masked network: log paths, effective nodes, kernels and parameters.
+
+Definitions (DPaI, arXiv 2024, sections on effective paths and nodes; `docs/analyze.md`). Weights
+are replaced by their masks, norms and activations by the identity, biases dropped, the input is
+ones. With incoming counts `Z`, outgoing counts `G` and `q = d log R / d M`:
+
+- `log_paths`: log of R, the sum of the outputs, which is the number of effective paths (a mean
+  pool counts as a mean).
+- effective parameter: kept and `q > 0`. Effective kernel: a pair (output unit, input unit) with
+  at least one effective weight; for a linear layer that is the single weight.
+- effective node: an output unit of a layer with at least one path through it, shortcuts and the
+  output layer included.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from paikern import ops
+from paikern.pathgraph import Flow, PathGraph, Semantics, Visit, weights
+from paikern.pathgraph.steps import Weight
+
+
+@dataclass(frozen=True)
+class LayerTopology:
+    """One prunable parameter. `nodes` and `kernels` are totals, `effective_*` those on a path."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    numel: int
+    kept: int
+    nodes: int
+    effective_nodes: int
+    kernels: int
+    effective_kernels: int
+    effective_params: int
+    dead_channels: tuple[int, ...]
+
+    @property
+    def dead(self) -> bool:
+        """No path passes through this layer."""
+        return self.effective_params == 0
+
+    @property
+    def density(self) -> float:
+        return self.kept / self.numel if self.numel else 0.0
+
+
+@dataclass(frozen=True)
+class Topology:
+    """What `pk.analyze` returns: totals, and the same for each layer.
+
+    Example:
+        >>> import torch, paikern as pk
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU(), torch.nn.Linear(2, 2))
+        >>> top = pk.analyze(net, example_inputs=torch.ones(1, 3))
+        >>> round(top.log_paths, 4), top.effective_nodes, top.effective_params
+        (2.4849, 4, 10)
+    """
+
+    log_paths: float
+    layers: tuple[LayerTopology, ...]
+
+    @property
+    def effective_nodes(self) -> int:
+        return sum(layer.effective_nodes for layer in self.layers)
+
+    @property
+    def effective_kernels(self) -> int:
+        return sum(layer.effective_kernels for layer in self.layers)
+
+    @property
+    def effective_params(self) -> int:
+        return sum(layer.effective_params for layer in self.layers)
+
+    @property
+    def kept(self) -> int:
+        return sum(layer.kept for layer in self.layers)
+
+    @property
+    def numel(self) -> int:
+        return sum(layer.numel for layer in self.layers)
+
+    @property
+    def dead_layers(self) -> tuple[str, ...]:
+        """Names of the layers that no path passes through."""
+        return tuple(layer.name for layer in self.layers if layer.dead)
+
+    @property
+    def dead_channels(self) -> dict[str, tuple[int, ...]]:
+        """Layer name -> output channels that no path passes through, where there are any."""
+        return {layer.name: layer.dead_channels for layer in self.layers if layer.dead_channels}
+
+
+def topology(
+    graph: PathGraph,
+    state: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    layers: Mapping[str, str],
+) -> Topology:
+    """Count what lies on a path.
+
+    Args:
+        graph: from `paikern.pathgraph.trace`.
+        state: parameter and buffer names -> tensors; only shapes of weights are read.
+        masks: parameter name -> packed mask; missing ones are dense.
+        layers: the prunable parameters to report, name -> kind, in order.
+    """
+    flow = Flow(graph, Semantics(power=0))
+    log_paths = flow.forward(state, masks)
+    reached = {name: torch.zeros(state[name].shape, dtype=torch.bool) for name in layers}
+
+    def visit(v: Visit) -> None:
+        if v.step.parameter not in reached:
+            return
+        q = weights.score(v.step, v.x, v.g, state, masks, 0)
+        into = reached[v.step.parameter]
+        if v.step.rows is not None:
+            into = into[v.step.rows[0] : v.step.rows[1]]
+        into |= (q > 0).to(into.device)
+
+    if log_paths > -math.inf:
+        flow.backward(visit)
+    uses = graph.uses()
+    found = []
+    for name, kind in layers.items():
+        steps = uses.get(name, [])
+        found.append(_layer(name, kind, reached[name], masks.get(name), steps))
+    return Topology(log_paths, tuple(found))
+
+
+def _layer(
+    name: str, kind: str, on_path: Tensor, packed: Tensor | None, steps: list[Weight]
+) -> LayerTopology:
+    shape = tuple(on_path.shape)
+    kept = on_path.numel() if packed is None else int(ops.unpack_mask(packed, shape).sum())
+    units = on_path.flatten(2).any(-1) if on_path.dim() > 2 else on_path  # [rows, columns]
+    per_output, outputs = _by_output(units, steps)
+    dead = tuple(int(i) for i in torch.nonzero(~per_output).flatten())
+    return LayerTopology(
+        name=name,
+        kind=kind,
+        shape=shape,
+        numel=on_path.numel(),
+        kept=kept,
+        nodes=outputs,
+        effective_nodes=outputs - len(dead),
+        kernels=units.numel(),
+        effective_kernels=int(units.sum()),
+        effective_params=int(on_path.sum()),
+        dead_channels=dead,
+    )
+
+
+def _by_output(units: Tensor, steps: list[Weight]) -> tuple[Tensor, int]:
+    """Which output units are reached. Transposed weights are stored `[in, out / groups]`."""
+    if not steps or not steps[0].transposed:
+        return units.any(1), units.shape[0]
+    grouped = units.unflatten(0, (steps[0].groups, -1)).any(1)  # [groups, out / groups]
+    return grouped.flatten(), grouped.numel()

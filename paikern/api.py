@@ -1,0 +1,457 @@
+"""A pruning run, top to bottom: what to prune, how to score, how many to keep, which, and apply."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paikern import budget, ops
+from paikern.analysis import Topology, topology
+from paikern.backends import registry
+from paikern.errors import NonFiniteScoreError, PaikernWarning, SparsityError
+from paikern.masks import MaskSet
+from paikern.pathgraph import trace
+from paikern.progress import Progress, ProgressFunction
+from paikern.prunable import prunable_parameters
+from paikern.scorers import Run, Scorer, Scores, TrainedScorer, make_scorer, scorer_names
+from paikern.scorers.base import VARIANTS, scorer_class
+from paikern.selection import ON_COLLAPSE, RULES, apply_collapse_rule, select_packed
+
+Filter = Sequence[Any] | None
+
+
+def prune(
+    model: nn.Module,
+    method: str | Scorer,
+    *,
+    sparsity: float | None = None,
+    density: float | None = None,
+    amount: float | None = None,
+    compression: float | None = None,
+    example_inputs: Any = None,
+    scope: str | None = None,
+    rounds: int | None = None,
+    schedule: str = "exponential",
+    ignore: Filter = (),
+    include: Filter = None,
+    seed: int = 0,
+    variant: str = "paper",
+    selection: str = "exact",
+    on_collapse: str = "warn",
+    backend: str | None = None,
+    progress: bool | ProgressFunction | None = None,
+    apply: bool = True,
+    **method_options: Any,
+) -> MaskSet:
+    """Prune `model` with one of `pk.methods()`; returns the masks.
+
+    Args:
+        model: any `nn.Module`. Only Linear, Conv, HF `Conv1D` and attention projection weights are
+            pruned; embeddings, norms and biases are not. The model is written to once, at the end.
+        method: a name from `pk.methods()` or a scorer.
+        sparsity: fraction removed of the prunable weights, in [0, 1). `density` (fraction kept),
+            `amount` (fraction removed) or `compression` (a factor: 10 keeps a tenth) instead.
+            Exactly `N - floor(sparsity * N)` weights are kept.
+        example_inputs: one input for methods that trace the model: a tensor, a tuple, or a dict of
+            keyword inputs. Only its shape matters, unless it holds integers (token ids).
+        scope: "global", "local" (the same fraction of every layer), "erk" or "lamp"; default by
+            method.
+        rounds, schedule: iterative methods: how often to score and prune, and along which curve
+            ("exponential", "linear", "cubic", "expinv").
+        ignore, include: parameter or module names, "re:" patterns, module types.
+        seed: of everything random.
+        variant: "paper", or "published" for the behaviour of the authors' code.
+        selection: "exact", or "published" for the threshold rule of the published codes.
+        on_collapse: a layer would keep nothing: "warn" names it, "raise" stops, "floor" keeps its
+            best weight.
+        backend: force one backend by name (`pk.backends()`).
+        progress: None for a bar on a terminal and log lines elsewhere, False for silence, or a
+            function called as `progress(done, total, values)`.
+        apply: zero the pruned weights in place.
+        **method_options: options of the method (`pk.methods()` lists them).
+
+    Returns:
+        A `MaskSet` with provenance in `.metadata`.
+
+    Raises:
+        SparsityError: the sparsity is out of range, or keeps nothing.
+        ValueError: unknown method or option, missing example_inputs, nothing to prune.
+        NonFiniteScoreError: NaN or infinite weights or scores, named by parameter.
+        PathRuleError: the model holds an operation without a path rule.
+        The model is unchanged whenever an error is raised.
+
+    Example:
+        >>> import torch, paikern as pk
+        >>> net = pk.zoo.create("mlp", sizes=(8, 16, 4))
+        >>> masks = pk.prune(net, "synflow", sparsity=0.75, example_inputs=torch.ones(1, 8))
+        >>> masks.kept, masks.total
+        (48, 192)
+    """
+    started = time.perf_counter()
+    fraction = budget.resolve_sparsity(
+        sparsity=sparsity, density=density, amount=amount, compression=compression
+    )
+    scorer = _scorer(method, method_options)
+    _check_choices(scorer, variant, selection, on_collapse, rounds)
+    run = _run(model, scorer, example_inputs, ignore, include, seed, variant)
+    with registry.using(backend):
+        masks, history = _masks(
+            run, scorer, fraction, scope, rounds, schedule, selection, on_collapse, progress
+        )
+    found = MaskSet(
+        masks,
+        run.shapes,
+        metadata={
+            "method": scorer.name,
+            "arguments": {
+                "scope": scope or scorer.default_scope,
+                "rounds": _rounds(scorer, rounds),
+                "schedule": schedule,
+                "variant": variant,
+                "selection": selection,
+                "on_collapse": on_collapse,
+                **_options(scorer),
+            },
+            "seed": seed,
+            "sparsity": fraction,
+            "seconds": round(time.perf_counter() - started, 4),
+            "model": type(model).__name__,
+            "history": history,
+            "notes": run.notes,
+        },
+    )
+    _tell(run, found, on_collapse)
+    if apply:
+        found.apply(model)
+    return found
+
+
+def score(
+    model: nn.Module,
+    method: str | Scorer,
+    *,
+    example_inputs: Any = None,
+    ignore: Filter = (),
+    include: Filter = None,
+    seed: int = 0,
+    variant: str = "paper",
+    masks: MaskSet | None = None,
+    backend: str | None = None,
+    **method_options: Any,
+) -> Scores:
+    """The scores of one round, under `masks` where given; the model is not changed.
+
+    Higher is kept. `Scores` maps parameter names to dense or factored scores; `.dense(name)` makes
+    one layer's tensor. Arguments as in `prune`. A method that trains its scores under a budget
+    (DPaI) needs `sparsity=` as well and returns the trained scores.
+
+    Example:
+        >>> import torch, paikern as pk
+        >>> net = pk.zoo.create("mlp", sizes=(3, 2))
+        >>> pk.score(net, "magnitude").dense("layers.0.weight").shape
+        torch.Size([2, 3])
+    """
+    sparsity = method_options.pop("sparsity", None)
+    scorer = _scorer(method, method_options)
+    _check_choices(scorer, variant, "exact", "warn", None)
+    run = _run(model, scorer, example_inputs, ignore, include, seed, variant)
+    if masks is not None:
+        run.masks = {name: masks.packed(name) for name in run.layers if name in masks}
+    with registry.using(backend):
+        if isinstance(scorer, TrainedScorer):
+            if sparsity is None:
+                raise SparsityError(
+                    f"sparsity: {scorer.name} trains its scores under a budget; pass sparsity="
+                )
+            counts = _counts(run, scorer, budget.resolve_sparsity(sparsity=sparsity), None, None)
+            assert isinstance(counts, list)
+            return scorer.train(run, counts)
+        return scorer.score(run)
+
+
+def select(
+    scores: Scores,
+    *,
+    sparsity: float | None = None,
+    density: float | None = None,
+    amount: float | None = None,
+    compression: float | None = None,
+    scope: str = "global",
+    on_collapse: str = "warn",
+    rule: str = "exact",
+) -> MaskSet:
+    """Masks from scores: exactly k kept, ties to the lower global index.
+
+    Example:
+        >>> import torch, paikern as pk
+        >>> net = pk.zoo.create("mlp", sizes=(3, 2))
+        >>> pk.select(pk.score(net, "magnitude"), sparsity=0.5).kept
+        3
+    """
+    fraction = budget.resolve_sparsity(
+        sparsity=sparsity, density=density, amount=amount, compression=compression
+    )
+    counts = budget.layer_budget(scores.shapes, fraction, scope, scores=_ranked(scores, scope))
+    packed = select_packed(scores, counts, rule)
+    packed = apply_collapse_rule(scores, packed, counts, on_collapse)
+    found = MaskSet(packed, scores.shapes, metadata={"sparsity": fraction})
+    _warn_empty(found, on_collapse)
+    return found
+
+
+def analyze(
+    model: nn.Module,
+    masks: MaskSet | None = None,
+    *,
+    example_inputs: Any,
+    ignore: Filter = (),
+    include: Filter = None,
+) -> Topology:
+    """Log paths, effective nodes, kernels and parameters, per layer and in total.
+
+    `masks` defaults to the dense network; `MaskSet.from_model(model)` reads the zeros of a pruned
+    one. Weights are never read, so the model may live on the meta device.
+
+    Example:
+        >>> import torch, paikern as pk
+        >>> net = pk.zoo.create("mlp", sizes=(3, 2, 2))
+        >>> pk.analyze(net, example_inputs=torch.ones(1, 3)).effective_nodes
+        4
+    """
+    layers = prunable_parameters(model, ignore=ignore, include=include)
+    packed = {} if masks is None else {name: masks.packed(name) for name in masks}
+    graph = trace(model, example_inputs)
+    return topology(graph, _state(model), packed, {n: p.kind for n, p in layers.items()})
+
+
+def methods() -> list[dict[str, Any]]:
+    """The methods, one row each: name, summary, source, options, rounds, scope, variants.
+
+    Example:
+        >>> import paikern as pk
+        >>> [row["name"] for row in pk.methods()][:2]
+        ['dpai', 'logsynflow']
+    """
+    rows = []
+    for name in scorer_names():
+        cls = scorer_class(name)
+        rows.append(
+            {
+                "name": name,
+                "summary": cls.summary,
+                "source": cls.source,
+                "needs_inputs": cls.needs_inputs,
+                "rounds": cls.default_rounds,
+                "scope": cls.default_scope,
+                "variants": cls.variants,
+                "options": {f.name: f.default for f in fields(cls)},
+            }
+        )
+    return rows
+
+
+# --- the parts of a run ----------------------------------------------------------------------
+
+
+def _scorer(method: str | Scorer, options: Mapping[str, Any]) -> Scorer:
+    if isinstance(method, Scorer):
+        if options:
+            raise ValueError(
+                f"{next(iter(options))}: give options to the scorer itself, not to prune()"
+            )
+        return method
+    return make_scorer(method, options)
+
+
+def _check_choices(
+    scorer: Scorer, variant: str, rule: str, on_collapse: str, rounds: int | None
+) -> None:
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {VARIANTS}, got {variant!r}")
+    if variant not in scorer.variants:
+        raise ValueError(
+            f"variant: {scorer.name} has no {variant!r} variant, only {scorer.variants}"
+        )
+    if rule not in RULES:
+        raise ValueError(f"selection must be one of {RULES}, got {rule!r}")
+    if on_collapse not in ON_COLLAPSE:
+        raise ValueError(f"on_collapse must be one of {ON_COLLAPSE}, got {on_collapse!r}")
+    if rounds is not None and rounds < 1:
+        raise ValueError(f"rounds must be >= 1, got {rounds}")
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    state = {name: p.detach() for name, p in model.named_parameters()}
+    state.update({name: b.detach() for name, b in model.named_buffers()})
+    return state
+
+
+def _run(
+    model: nn.Module,
+    scorer: Scorer,
+    example_inputs: Any,
+    ignore: Filter,
+    include: Filter,
+    seed: int,
+    variant: str,
+) -> Run:
+    layers = prunable_parameters(model, ignore=ignore or (), include=include)
+    run = Run(model, _state(model), layers, example_inputs, seed, variant)
+    if scorer.needs_inputs and example_inputs is None:
+        raise ValueError(
+            f"example_inputs: method {scorer.name!r} traces the model and needs one input, for "
+            "instance example_inputs=torch.ones(1, 3, 32, 32)"
+        )
+    if scorer.reads_weights:
+        _refuse_non_finite(run)
+    return run
+
+
+def _refuse_non_finite(run: Run) -> None:
+    for name in run.layers:
+        weight = run.weight(name)
+        if weight.is_meta:
+            raise ValueError(
+                f"{name} is on the meta device and holds no values; load the weights first"
+            )
+        if not bool(torch.isfinite(weight).all()):
+            bad = int((~torch.isfinite(weight)).sum())
+            raise NonFiniteScoreError(
+                f"{name} holds {bad} NaN or infinite weights; repair the checkpoint, or leave the "
+                f"layer out with ignore=[{name!r}]"
+            )
+
+
+def _rounds(scorer: Scorer, rounds: int | None) -> int:
+    return scorer.default_rounds if rounds is None else rounds
+
+
+def _counts(
+    run: Run, scorer: Scorer, fraction: float, scope: str | None, scores: Scores | None
+) -> int | list[int]:
+    chosen = scope or scorer.default_scope
+    return budget.layer_budget(
+        run.shapes, fraction, chosen, variant=run.variant, scores=_ranked(scores, chosen)
+    )
+
+
+def _ranked(scores: Scores | None, scope: str) -> dict[str, Tensor] | None:
+    """Dense scores for the one scope that ranks them to make budgets."""
+    if scope != "lamp" or scores is None:
+        return None
+    return {name: scores.dense(name, torch.float64) for name in scores}
+
+
+def _masks(
+    run: Run,
+    scorer: Scorer,
+    fraction: float,
+    scope: str | None,
+    rounds: int | None,
+    schedule: str,
+    rule: str,
+    on_collapse: str,
+    progress: bool | ProgressFunction | None,
+) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+    if fraction == 0.0:  # nothing to rank
+        ones = {n: torch.ones(p.shape, dtype=torch.bool) for n, p in run.layers.items()}
+        return {n: ops.pack_mask(mask) for n, mask in ones.items()}, []
+    if isinstance(scorer, TrainedScorer):
+        return _trained(run, scorer, fraction, scope, rule, on_collapse, progress)
+    return _rounds_of(
+        run, scorer, fraction, scope, _rounds(scorer, rounds), schedule, rule, on_collapse, progress
+    )
+
+
+def _trained(
+    run: Run,
+    scorer: TrainedScorer,
+    fraction: float,
+    scope: str | None,
+    rule: str,
+    on_collapse: str,
+    progress: bool | ProgressFunction | None,
+) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+    counts = _counts(run, scorer, fraction, scope, None)
+    if isinstance(counts, int):
+        raise ValueError(
+            f"scope: {scorer.name} keeps a number of weights in every layer; "
+            "use scope='erk' or scope='local'"
+        )
+    steps = scorer.planned_steps(run.variant)
+    history: list[dict[str, float]] = []
+    every = max(1, steps // 200)
+    with Progress(scorer.name, steps, "step", progress) as bar:
+
+        def report(step: int, values: dict[str, float]) -> None:
+            bar.update(**values)
+            if step == 1 or step == steps or step % every == 0:
+                history.append({"step": step, **values})
+
+        scores = scorer.train(run, counts, report)
+    packed = select_packed(scores, counts, rule)
+    return apply_collapse_rule(scores, packed, counts, on_collapse), history
+
+
+def _rounds_of(
+    run: Run,
+    scorer: Scorer,
+    fraction: float,
+    scope: str | None,
+    rounds: int,
+    schedule: str,
+    rule: str,
+    on_collapse: str,
+    progress: bool | ProgressFunction | None,
+) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+    """Score, keep fewer, repeat; the last round keeps exactly the number asked for."""
+    history: list[dict[str, float]] = []
+    total = sum(torch.Size(shape).numel() for shape in run.shapes.values())
+    with Progress(scorer.name, rounds, "round", progress) as bar:
+        for done, density in enumerate(
+            budget.schedule_densities(1 - fraction, rounds, schedule), 1
+        ):
+            scores = scorer.score(run)
+            removed = fraction if done == rounds else 1.0 - density
+            counts = _counts(run, scorer, removed, scope, scores)
+            packed = select_packed(scores, counts, rule)
+            run.masks = apply_collapse_rule(scores, packed, counts, on_collapse)
+            kept = counts if isinstance(counts, int) else sum(counts)
+            values = {"density": kept / total, **scorer.statistics(run)}
+            bar.update(**values)
+            history.append({"round": done, **values})
+    return run.masks, history
+
+
+def _options(scorer: Scorer) -> dict[str, Any]:
+    """Method options as they go into a mask file: numbers and words, tensors by their names."""
+    found = {}
+    for f in fields(scorer):
+        value = getattr(scorer, f.name)
+        if isinstance(value, Mapping):
+            value = f"given for {len(value)} layers"
+        found[f.name] = value
+    return found
+
+
+def _tell(run: Run, masks: MaskSet, on_collapse: str) -> None:
+    for note in dict.fromkeys(run.notes):
+        warnings.warn(note, PaikernWarning, stacklevel=3)
+    _warn_empty(masks, on_collapse)
+
+
+def _warn_empty(masks: MaskSet, on_collapse: str) -> None:
+    empty = [name for name, kept in masks.kept_by_layer.items() if kept == 0]
+    if empty and on_collapse == "warn":
+        warnings.warn(
+            f"layer collapse: {', '.join(empty)} {'keeps' if len(empty) == 1 else 'keep'} no "
+            "weight; use more rounds, a lower sparsity, scope='erk', or on_collapse='floor'",
+            PaikernWarning,
+            stacklevel=4,
+        )

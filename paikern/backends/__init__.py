@@ -1,0 +1,1 @@
+"""Backends: where an operation runs. `registry` picks one by operation, device and dtype."""

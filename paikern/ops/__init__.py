@@ -1,0 +1,32 @@
+"""The operations: one file each with docstring, schema, shape function and derivative."""
+
+from paikern.ops.apply_mask import apply_mask_
+from paikern.ops.dpai_step import dpai_step_, dpai_update_
+from paikern.ops.kth_largest import kth_largest
+from paikern.ops.pack_mask import pack_mask
+from paikern.ops.path_backward import path_backward
+from paikern.ops.path_conv_backward import path_conv_backward
+from paikern.ops.path_conv_forward import path_conv_forward
+from paikern.ops.path_conv_score import path_conv_score
+from paikern.ops.path_forward import path_forward
+from paikern.ops.path_score import path_score
+from paikern.ops.topk_mask import topk_mask
+from paikern.ops.topk_mask_factored import topk_mask_factored
+from paikern.ops.unpack_mask import unpack_mask
+
+__all__ = [
+    "apply_mask_",
+    "dpai_step_",
+    "dpai_update_",
+    "kth_largest",
+    "pack_mask",
+    "path_backward",
+    "path_conv_backward",
+    "path_conv_forward",
+    "path_conv_score",
+    "path_forward",
+    "path_score",
+    "topk_mask",
+    "topk_mask_factored",
+    "unpack_mask",
+]

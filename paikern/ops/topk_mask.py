@@ -1,0 +1,113 @@
+"""topk_mask: the exact mask of the k largest scores, as bits."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from paikern.backends.errors import NanInTensorError
+from paikern.errors import NonFiniteScoreError
+from paikern.ops._library import define, fake
+
+define("topk_mask(Tensor[] scores, int[] k, int[] exponents, bool absolute) -> Tensor[]")
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+@fake("topk_mask")
+def _shape(
+    scores: Sequence[Tensor], k: Sequence[int], exponents: Sequence[int], absolute: bool
+) -> list[Tensor]:
+    return [s.new_empty((s.numel() + 7) // 8, dtype=torch.uint8) for s in scores]
+
+
+def topk_mask(
+    scores: Tensor | Sequence[Tensor],
+    k: int | Sequence[int],
+    *,
+    exponents: Sequence[int] | None = None,
+    absolute: bool = False,
+    names: Sequence[str] | None = None,
+) -> list[Tensor]:
+    """Packed masks that keep exactly the k largest scores.
+
+    The order is (score descending, global index ascending), the global index being the position in
+    the list, then row-major: ties are broken the same way on every machine.
+
+    Args:
+        scores: a tensor or a list, float32, float16, bfloat16 or float64, any shapes. Signed
+            values are compared.
+        k: one number: that many over all tensors together. A list: that many in each.
+        exponents: tensor l counts as `scores[l] * 2**exponents[l]`, exactly. Scores must be >= 0
+            then, except that a negative score ranks below all others.
+        absolute: compare magnitudes.
+        names: of the tensors, for errors.
+
+    Returns:
+        One uint8 tensor `[ceil(numel / 8)]` for each tensor (see `pack_mask`).
+
+    Raises:
+        ValueError: k out of range, or lists of different length.
+        NonFiniteScoreError: NaN, named. Infinities rank by value. -0 equals +0.
+
+    Example:
+        >>> import torch
+        >>> topk_mask(torch.tensor([0.5, 2.0, 2.0, 1.0]), 1)
+        [tensor([2], dtype=torch.uint8)]
+    """
+    tensors = check_scores("topk_mask", scores)
+    counts = check_counts("topk_mask", k, [t.numel() for t in tensors])
+    shifts = check_exponents("topk_mask", exponents, len(tensors))
+    if not tensors:
+        return []
+    with named_nan(names):
+        return torch.ops.paikern.topk_mask(tensors, counts, shifts, absolute)  # type: ignore
+
+
+def check_scores(operation: str, scores: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    tensors = [scores] if isinstance(scores, Tensor) else list(scores)
+    for index, tensor in enumerate(tensors):
+        if tensor.dtype not in _FLOATS:
+            raise TypeError(
+                f"{operation}: scores[{index}] must be a float tensor, got {tensor.dtype}"
+            )
+    return tensors
+
+
+def check_counts(operation: str, k: int | Sequence[int], sizes: Sequence[int]) -> list[int]:
+    """One count over everything, or one for each tensor."""
+    if isinstance(k, int):
+        if not 0 <= k <= sum(sizes):
+            raise ValueError(f"{operation}: k must be in [0, {sum(sizes)}], got {k}")
+        return [k]
+    if len(k) != len(sizes):
+        raise ValueError(f"{operation}: {len(k)} values of k for {len(sizes)} tensors")
+    for index, (count, size) in enumerate(zip(k, sizes, strict=True)):
+        if not 0 <= count <= size:
+            raise ValueError(f"{operation}: k[{index}] must be in [0, {size}], got {count}")
+    return list(k)
+
+
+def check_exponents(operation: str, exponents: Sequence[int] | None, count: int) -> list[int]:
+    shifts = list(exponents or [])
+    if shifts and len(shifts) != count:
+        raise ValueError(f"{operation}: {len(shifts)} exponents for {count} tensors")
+    if shifts and max(shifts) - min(shifts) > 1_000_000:
+        raise ValueError(f"{operation}: exponents differ by more than 1000000: {shifts}")
+    return shifts
+
+
+@contextlib.contextmanager
+def named_nan(names: Sequence[str] | None) -> Iterator[None]:
+    """Put the parameter's name into what a backend says about NaN."""
+    try:
+        yield
+    except NanInTensorError as error:
+        if names is None:
+            raise
+        raise NonFiniteScoreError(
+            f"{error.operation}: the scores of {names[error.index]} hold NaN, which has no rank"
+        ) from None

@@ -1,0 +1,94 @@
+"""topk_mask_factored: the exact mask of the k largest rank-one scores, which never exist."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from paikern.ops._library import define, fake
+from paikern.ops.topk_mask import check_counts, check_exponents, check_scores, named_nan
+from paikern.ops.unpack_mask import check_packed
+
+define(
+    "topk_mask_factored(Tensor[] weights, Tensor[] a, Tensor[] g, Tensor[] masks, "
+    "int[] exponents, int[] k, int power) -> Tensor[]"
+)
+
+
+@fake("topk_mask_factored")
+def _shape(
+    weights: Sequence[Tensor],
+    a: Sequence[Tensor],
+    g: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    exponents: Sequence[int],
+    k: Sequence[int],
+    power: int,
+) -> list[Tensor]:
+    return [w.new_empty((w.numel() + 7) // 8, dtype=torch.uint8) for w in weights]
+
+
+def topk_mask_factored(
+    weights: Sequence[Tensor],
+    a: Sequence[Tensor],
+    g: Sequence[Tensor],
+    exponents: Sequence[int],
+    k: int | Sequence[int],
+    *,
+    power: int = 1,
+    masks: Sequence[Tensor | None] | None = None,
+    names: Sequence[str] | None = None,
+) -> list[Tensor]:
+    """`topk_mask` of `|w[o, i]|**power * a[i] * g[o] * 2**exponent`, no score tensor made.
+
+    The score is computed in float32 as `((|w|**power) * a[i]) * g[o]`, in this order everywhere,
+    and its exponent is folded into the order exactly.
+
+    Args:
+        weights: `[out, in]` each, float32, float16 or bfloat16.
+        a: `[in]` each, >= 0. g: `[out]` each, >= 0.
+        exponents: one integer each.
+        k, names: as in `topk_mask`.
+        power: 1 or 2.
+        masks: packed masks of the candidates, or None each: other weights rank below everything.
+
+    Returns:
+        One packed mask for each weight.
+
+    Source: SynFlow, Tanaka et al. 2020 (arXiv:2006.05467), equation 2, for linear layers.
+
+    Example:
+        >>> import torch
+        >>> w, a, g = torch.tensor([[1.0, -3.0]]), torch.tensor([2.0, 1.0]), torch.tensor([1.0])
+        >>> topk_mask_factored([w], [a], [g], [0], 1)
+        [tensor([2], dtype=torch.uint8)]
+    """
+    held = check_scores("topk_mask_factored", weights)
+    candidates = list(masks) if masks is not None else [None] * len(held)
+    if power not in (1, 2):
+        raise ValueError(f"topk_mask_factored: power must be 1 or 2, got {power}")
+    if not len(held) == len(a) == len(g) == len(candidates) == len(exponents):
+        raise ValueError(
+            f"topk_mask_factored: {len(held)} weights, {len(a)} a, {len(g)} g, "
+            f"{len(candidates)} masks and {len(exponents)} exponents; give one of each a layer"
+        )
+    for index, (w, x, y, m) in enumerate(zip(held, a, g, candidates, strict=True)):
+        if w.dim() != 2 or tuple(x.shape) != w.shape[1:] or tuple(y.shape) != w.shape[:1]:
+            raise ValueError(
+                f"topk_mask_factored: layer {index} needs weight [out, in], a [in], g [out], got "
+                f"{tuple(w.shape)}, {tuple(x.shape)}, {tuple(y.shape)}"
+            )
+        if m is not None:
+            check_packed("topk_mask_factored", m, w.numel())
+    counts = check_counts("topk_mask_factored", k, [w.numel() for w in held])
+    shifts = check_exponents("topk_mask_factored", exponents, len(held))
+    if not held:
+        return []
+    none = torch.empty(0, dtype=torch.uint8, device=held[0].device)
+    with named_nan(names):
+        return torch.ops.paikern.topk_mask_factored(  # type: ignore[no-any-return]
+            held, list(a), list(g), [none if m is None else m for m in candidates],
+            shifts, counts, power,
+        )  # fmt: skip

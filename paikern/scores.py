@@ -1,0 +1,99 @@
+"""`Scores`: what a method thinks of every prunable weight, dense or factored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from paikern import ops
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A score per weight: `values * 2**exponent`, or its magnitude with `absolute`.
+
+    With an exponent the scores are at least 0; a negative one marks a weight that may not be kept
+    before every other.
+    """
+
+    values: Tensor
+    exponent: int = 0
+    absolute: bool = False
+
+
+@dataclass(frozen=True)
+class Factored:
+    """A rank-one score that never has to exist: `|weight|**power * a[i] * g[o] * 2**exponent`.
+
+    `weight` is `[out, in]` (views allowed), `a` is `[in]`, `g` is `[out]`; `mask` packs the
+    weights that may still be kept, or is None for all of them.
+    """
+
+    weight: Tensor
+    power: int
+    a: Tensor
+    g: Tensor
+    exponent: int = 0
+    mask: Tensor | None = None
+
+    def dense(self, pruned: float = 0.0) -> Dense:
+        values = ops.path_score(
+            self.weight, self.a, self.g, power=self.power, mask=self.mask, pruned=pruned
+        )
+        return Dense(values, self.exponent)
+
+
+Score = Dense | Factored
+
+
+class Scores(Mapping[str, Score]):
+    """Parameter name -> score, in parameter order.
+
+    Args:
+        entries: the scores.
+        shapes: parameter name -> shape of the parameter that the score belongs to.
+
+    Scores of different layers are comparable once their exponents are applied; selection does
+    that exactly. `dense(name)` gives one layer in the shape of its parameter.
+
+    Example:
+        >>> import torch
+        >>> s = Scores({"w": Dense(torch.tensor([[1.0, 2.0]]), exponent=3)}, {"w": (1, 2)})
+        >>> s.dense("w")
+        tensor([[ 8., 16.]])
+    """
+
+    def __init__(self, entries: Mapping[str, Score], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._entries = dict(entries)
+        self.shapes = {name: tuple(shapes[name]) for name in self._entries}
+
+    def __getitem__(self, name: str) -> Score:
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __repr__(self) -> str:
+        kinds = ", ".join(f"{n}: {type(s).__name__}" for n, s in self._entries.items())
+        return f"Scores({kinds})"
+
+    @property
+    def total(self) -> int:
+        """Number of scored weights."""
+        return sum(torch.Size(shape).numel() for shape in self.shapes.values())
+
+    def dense(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The scores of one parameter, exponent applied; float64 holds the widest range."""
+        score = self._entries[name]
+        entry = score.dense() if isinstance(score, Factored) else score
+        values = entry.values.to(dtype)
+        if entry.absolute:
+            values = values.abs()
+        scaled = values * 2.0**entry.exponent if entry.exponent else values
+        return scaled.reshape(self.shapes[name])

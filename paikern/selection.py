@@ -1,0 +1,122 @@
+"""Scores -> packed masks: exact counts, the published threshold rule, and collapsed layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from paikern import ops
+from paikern.errors import SparsityError
+from paikern.scores import Factored, Scores
+
+RULES = ("exact", "published")
+ON_COLLAPSE = ("warn", "raise", "floor")
+
+
+def select_packed(
+    scores: Scores, counts: int | Sequence[int], rule: str = "exact"
+) -> dict[str, Tensor]:
+    """The packed masks that keep `counts` weights: one number over all layers, or one a layer.
+
+    "exact" keeps exactly that many; ties go to the lower global index (layer order, then
+    row-major). "published" keeps the scores strictly above the threshold, so that all ties at the
+    threshold are pruned (specification: Synaptic-Flow); it exists for comparison.
+
+    Raises:
+        NonFiniteScoreError: NaN scores, named by parameter.
+    """
+    names = list(scores)
+    entries = [scores[name] for name in names]
+    k: int | list[int] = counts if isinstance(counts, int) else list(counts)
+    if rule == "published":
+        return _above_threshold(scores, k)
+    factored = [e for e in entries if isinstance(e, Factored)]
+    if len(factored) == len(entries) and len({e.power for e in factored}) == 1:
+        packed = ops.topk_mask_factored(
+            [e.weight for e in factored],
+            [e.a for e in factored],
+            [e.g for e in factored],
+            [e.exponent for e in factored],
+            k,
+            power=factored[0].power,
+            masks=[e.mask for e in factored],
+            names=names,
+        )
+        return dict(zip(names, packed, strict=True))
+    dense = [e.dense(-1.0) if isinstance(e, Factored) else e for e in entries]
+    absolute = any(e.absolute for e in dense)
+    packed = ops.topk_mask(
+        [e.values for e in dense],
+        k,
+        exponents=[e.exponent for e in dense] if any(e.exponent for e in dense) else None,
+        absolute=absolute,
+        names=names,
+    )
+    return dict(zip(names, packed, strict=True))
+
+
+def _above_threshold(scores: Scores, k: int | list[int]) -> dict[str, Tensor]:
+    values = [scores.dense(name, torch.float64) for name in scores]
+    if isinstance(k, int):
+        flat = torch.cat([v.flatten() for v in values])
+        masks = [v > _threshold(flat, k) for v in values]
+    else:
+        masks = [v > _threshold(v.flatten(), n) for v, n in zip(values, k, strict=True)]
+    return {name: ops.pack_mask(m) for name, m in zip(scores, masks, strict=True)}
+
+
+def _threshold(flat: Tensor, kept: int) -> float:
+    """The z-th smallest score, 1-based, z = N - kept; below everything for z = 0."""
+    pruned = flat.numel() - kept
+    return float(flat.kthvalue(pruned).values) if pruned > 0 else -torch.inf
+
+
+def empty_layers(packed: Mapping[str, Tensor]) -> list[str]:
+    """Layers that keep no weight."""
+    return [name for name, bits in packed.items() if bits.numel() and not bool(bits.any())]
+
+
+def with_floor(
+    scores: Scores, packed: dict[str, Tensor], k: int | Sequence[int]
+) -> dict[str, Tensor]:
+    """Give each empty layer its best weight, taken from the globally weakest kept ones.
+
+    The total stays k. Layers with a budget of their own (k a list) are not touched: a budget of 0
+    is raised to 1 where budgets are made.
+    """
+    if not isinstance(k, int):
+        return packed
+    alive: list[str] = []
+    while empty := [name for name in empty_layers(packed) if name not in alive]:
+        alive += empty
+        if len(alive) > k:
+            raise SparsityError(
+                f"on_collapse='floor' needs at least one weight for each of {len(alive)} layers, "
+                f"but only {k} are kept; lower the sparsity"
+            )
+        # An empty layer's best weight ranks below all that are kept, so it can be set apart.
+        packed = select_packed(scores, k - len(alive))
+        for name in alive:
+            best = Scores({name: scores[name]}, scores.shapes)
+            packed[name] = packed[name] | select_packed(best, 1)[name]
+    return packed
+
+
+def apply_collapse_rule(
+    scores: Scores,
+    packed: dict[str, Tensor],
+    k: int | Sequence[int],
+    on_collapse: str,
+) -> dict[str, Tensor]:
+    """Act on layers that a selection empties; "warn" is left to the end of the run."""
+    empty = empty_layers(packed)
+    if not empty or on_collapse == "warn":
+        return packed
+    if on_collapse == "raise":
+        raise SparsityError(
+            f"layer collapse: {', '.join(empty)} would keep no weight; use more rounds, a lower "
+            "sparsity, scope='erk', or on_collapse='floor'"
+        )
+    return with_floor(scores, packed, k)
