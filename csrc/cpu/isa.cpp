@@ -36,8 +36,6 @@ Isa isa() {
   return chosen;
 }
 
-const char *isa_name(Isa isa) {
-  return isa == Isa::kAvx512 ? "avx512" : (isa == Isa::kAvx2 ? "avx2" : "portable");
-}
+const char *isa_name(Isa isa) { return isa == Isa::kAvx512 ? "avx512" : (isa == Isa::kAvx2 ? "avx2" : "portable"); }
 
 }  // namespace paikern

@@ -15,21 +15,24 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <type_traits>
 
 #include "halves.h"
+#include "isa.h"
 #include "paikern/keys.h"
+#include "topk_inner.h"
 
 namespace paikern {
 namespace {
 
-constexpr int64_t kBlock = 512;               // scores decoded at a time: stays in L1
-constexpr int64_t kChunk = 1 << 16;           // scores of one unit of work, a multiple of 64
-constexpr int64_t kSample = 1 << 16;          // a band of about 2.5 % of the scores at k = N / 2
-constexpr int64_t kDirect = 1 << 12;          // up to here everything is a candidate
-constexpr int64_t kParallel = 1 << 16;        // below this a thread costs more than it brings
-constexpr int kDigit = 11;                    // radix of the histograms: 2048 counters stay in L1
+constexpr int64_t kBlock = 512;         // scores decoded at a time: stays in L1
+constexpr int64_t kChunk = 1 << 16;     // scores of one unit of work, a multiple of 64
+constexpr int64_t kSample = 1 << 16;    // a band of about 2.5 % of the scores at k = N / 2
+constexpr int64_t kDirect = 1 << 12;    // up to here everything is a candidate
+constexpr int64_t kParallel = 1 << 16;  // below this a thread costs more than it brings
+constexpr int kDigit = 11;              // radix of the histograms: 2048 counters stay in L1
 
 struct Chunk {
   const ScoreSource *source;
@@ -38,10 +41,21 @@ struct Chunk {
   int64_t source_index;
 };
 
+const TopkInner &inner() {
+  switch (isa()) {
+    case Isa::kAvx512:
+      return kTopkAvx512;
+    case Isa::kAvx2:
+      return kTopkAvx2;
+    default:
+      return kTopkPortable;
+  }
+}
+
 template <class Key>
 struct Candidate {
   Key key;
-  int64_t position;
+  int32_t at;  // position in its chunk
 };
 
 // How a value becomes a key: plain order, or with the exponent of its layer folded in.
@@ -161,10 +175,21 @@ class Selector {
   void for_blocks(const Chunk &chunk, Visit visit) const {
     Value values[kBlock];
     Key keys[kBlock];
-    const int64_t offset = Scaled ? (chunk.source->exponent - lowest_) << (sizeof(Value) == 4 ? 23 : 52) : 0;
+    const int64_t offset = offset_of(chunk);
+    const ScoreSource &s = *chunk.source;
+    const bool plain = s.type == ScoreType::kFloat32 && s.a == nullptr && s.candidates == nullptr;
     for (int64_t done = 0; done < chunk.count; done += kBlock) {
       const int64_t n = std::min(kBlock, chunk.count - done);
-      load(*chunk.source, chunk.start + done, n, values);
+      if constexpr (std::is_same_v<Key, uint32_t>) {
+        const float *from = static_cast<const float *>(s.data) + chunk.start + done;
+        if (!plain) {
+          load(s, chunk.start + done, n, values);
+          from = values;
+        }
+        if (!visit(keys, done, n, inner_.keys(from, n, plain && s.absolute, keys))) return;
+        continue;
+      }
+      load(s, chunk.start + done, n, values);
       bool nan = false;
       for (int64_t i = 0; i < n; ++i) {
         nan |= values[i] != values[i];
@@ -174,14 +199,19 @@ class Selector {
     }
   }
 
+  int64_t offset_of(const Chunk &chunk) const {
+    return Scaled ? (chunk.source->exponent - lowest_) * (int64_t{1} << (sizeof(Value) == 4 ? 23 : 52)) : 0;
+  }
+
   // A band of keys around rank k that holds it with near certainty, from a strided sample.
   void sample_band(Key *low, Key *high) const {
     std::vector<Key> keys;
-    keys.reserve(kSample + chunks_.size());
-    const int64_t stride = std::max<int64_t>(1, total_ / kSample);
+    const int64_t sample = std::clamp<int64_t>(total_ / 64, kDirect, kSample);
+    keys.reserve(static_cast<size_t>(sample) + chunks_.size());
+    const int64_t stride = std::max<int64_t>(1, total_ / sample);
     for (const Chunk &chunk : chunks_) {
       const int64_t first = (stride - chunk.global % stride) % stride;
-      const int64_t offset = Scaled ? (chunk.source->exponent - lowest_) << (sizeof(Value) == 4 ? 23 : 52) : 0;
+      const int64_t offset = offset_of(chunk);
       for (int64_t i = first; i < chunk.count; i += stride) {
         Value value;
         load(*chunk.source, chunk.start + i, 1, &value);
@@ -195,9 +225,12 @@ class Selector {
       return std::clamp<int64_t>(static_cast<int64_t>(r), -1, static_cast<int64_t>(s));
     };
     const int64_t upper = rank(std::floor(s * q - spread)), lower = rank(std::ceil(s * q + spread));
-    std::sort(keys.begin(), keys.end(), std::greater<Key>());
-    *high = upper < 0 ? std::numeric_limits<Key>::max() : keys[static_cast<size_t>(upper)];
-    *low = lower >= static_cast<int64_t>(keys.size()) ? 0 : keys[static_cast<size_t>(lower)];
+    const auto sorted_at = [&](int64_t r) {
+      std::nth_element(keys.begin(), keys.begin() + r, keys.end(), std::greater<Key>());
+      return keys[static_cast<size_t>(r)];
+    };
+    *high = upper < 0 ? std::numeric_limits<Key>::max() : sorted_at(upper);
+    *low = lower >= static_cast<int64_t>(keys.size()) ? 0 : sorted_at(lower);
   }
 
   int64_t band_pass(Key low, Key high, int64_t limit, std::vector<std::vector<Candidate<Key>>> *found,
@@ -213,18 +246,12 @@ class Selector {
       for_blocks(chunk, [&](const Key *keys, int64_t done, int64_t n, bool nan) {
         if (nan) nan_source = std::min(nan_source, chunk.source_index);
         uint8_t *bytes = chunk.source->bits + ((chunk.start + done) >> 3);
-        for (int64_t i = 0; i < n; i += 8) {
-          const int64_t m = std::min<int64_t>(8, n - i);
-          unsigned byte = 0, band = 0;
-          for (int64_t j = 0; j < m; ++j) {
-            byte |= static_cast<unsigned>(keys[i + j] > high) << j;
-            band |= static_cast<unsigned>(keys[i + j] >= low) << j;
-          }
-          bytes[i >> 3] = static_cast<uint8_t>(byte);
-          over += __builtin_popcount(byte);
-          for (band &= ~byte; band != 0; band &= band - 1) {
-            const int j = __builtin_ctz(band);
-            mine.push_back({keys[i + j], chunk.global + done + i + j});
+        uint8_t band[kBlock / 8];
+        over += compare(keys, n, low, high, bytes, band);
+        for (int64_t b = 0; b < (n + 7) >> 3; ++b) {
+          for (unsigned left = band[b]; left != 0; left &= left - 1) {
+            const int64_t i = 8 * b + __builtin_ctz(left);
+            mine.push_back({keys[i], static_cast<int32_t>(done + i)});
           }
         }
         if (static_cast<int64_t>(mine.size()) > limit) overflow = true;
@@ -233,6 +260,25 @@ class Selector {
       (*above)[static_cast<size_t>(c)] = overflow ? -1 : over;
     }
     return nan_source == std::numeric_limits<int64_t>::max() ? nan_or_none(above) : nan_source;
+  }
+
+  int64_t compare(const Key *keys, int64_t count, Key low, Key high, uint8_t *above, uint8_t *band) const {
+    if constexpr (std::is_same_v<Key, uint32_t>) {
+      return inner_.compare(keys, count, low, high, above, band);
+    } else {
+      int64_t total = 0;
+      for (int64_t i = 0; i < count; i += 8) {
+        unsigned over = 0, inside = 0;
+        for (int64_t j = 0; j < std::min<int64_t>(8, count - i); ++j) {
+          over |= static_cast<unsigned>(keys[i + j] > high) << j;
+          inside |= static_cast<unsigned>(keys[i + j] >= low) << j;
+        }
+        above[i >> 3] = static_cast<uint8_t>(over);
+        band[i >> 3] = static_cast<uint8_t>(inside & ~over);
+        total += __builtin_popcount(over);
+      }
+      return total;
+    }
   }
 
   // A chunk that overflowed was not read to its end, so NaN may hide there.
@@ -254,29 +300,24 @@ class Selector {
     return nan_source == std::numeric_limits<int64_t>::max() ? -1 : nan_source;
   }
 
-  // Keep the best `need` candidates and set their bits.
-  void settle(std::vector<std::vector<Candidate<Key>>> &found, int64_t need) const {
-    std::vector<Candidate<Key>> all;
-    for (auto &part : found) all.insert(all.end(), part.begin(), part.end());
-    const auto better = [](const Candidate<Key> &x, const Candidate<Key> &y) {
-      return x.key != y.key ? x.key > y.key : x.position < y.position;
-    };
+  // Set the bits of the best `need` candidates; those of one chunk are in order of position.
+  void settle(const std::vector<std::vector<Candidate<Key>>> &found, int64_t need) const {
     if (need <= 0) return;
-    if (need < static_cast<int64_t>(all.size())) {
-      std::nth_element(all.begin(), all.begin() + (need - 1), all.end(), better);
-      all.resize(static_cast<size_t>(need));
+    std::vector<Key> keys;
+    for (const auto &part : found) {
+      for (const auto &candidate : part) keys.push_back(candidate.key);
     }
-    for (const auto &candidate : all) {
-      const Chunk &chunk = chunk_of(candidate.position);
-      const int64_t at = candidate.position - chunk.global + chunk.start;
-      chunk.source->bits[at >> 3] = static_cast<uint8_t>(chunk.source->bits[at >> 3] | (1u << (at & 7)));
+    std::nth_element(keys.begin(), keys.begin() + (need - 1), keys.end(), std::greater<Key>());
+    const Key threshold = keys[static_cast<size_t>(need - 1)];
+    int64_t ties = need - std::count_if(keys.begin(), keys.begin() + need, [&](Key key) { return key > threshold; });
+    for (size_t c = 0; c < found.size(); ++c) {
+      uint8_t *bits = chunks_[c].source->bits;
+      for (const auto &candidate : found[c]) {
+        if (candidate.key < threshold || (candidate.key == threshold && ties-- <= 0)) continue;
+        const int64_t at = chunks_[c].start + candidate.at;
+        bits[at >> 3] = static_cast<uint8_t>(bits[at >> 3] | (1u << (at & 7)));
+      }
     }
-  }
-
-  const Chunk &chunk_of(int64_t position) const {
-    auto after = std::upper_bound(chunks_.begin(), chunks_.end(), position,
-                                  [](int64_t p, const Chunk &chunk) { return p < chunk.global; });
-    return *(after - 1);
   }
 
   // Most significant digit first: the k-th key, and how many keys equal to it are kept.
@@ -363,6 +404,7 @@ class Selector {
   std::vector<Chunk> chunks_;
   int64_t total_ = 0, k_ = 0, lowest_ = 0;
   bool threads_;
+  const TopkInner &inner_ = inner();
 };
 
 bool any_double(const std::vector<ScoreSource> &sources) {

@@ -29,8 +29,8 @@ struct Ranking {
   int64_t first, last, k;
 };
 
-// Fills the bits of all sources. Returns the index of the first source that holds NaN, else -1 (bits mean nothing then).
-// Order: score descending, then source index, then position ascending; -0 equals +0; infinities by value.
+// Fills the bits of all sources. Returns the index of the first source that holds NaN, else -1 (bits mean nothing
+// then). Order: score descending, then source index, then position ascending; -0 equals +0; infinities by value.
 int64_t topk_mask(const std::vector<ScoreSource> &sources, const std::vector<Ranking> &rankings);
 
 // The k-th largest value (1-based, k <= total), exponents must be 0. `nan` receives the index as above.

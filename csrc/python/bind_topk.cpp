@@ -16,8 +16,7 @@ namespace {
 // data, type, numel, exponent, bits
 using DenseRow = std::tuple<uintptr_t, int, int64_t, int64_t, uintptr_t>;
 // weight, type, rows, columns, exponent, a, g, candidates, bits
-using FactoredRow =
-    std::tuple<uintptr_t, int, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
+using FactoredRow = std::tuple<uintptr_t, int, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
 
 template <class T>
 T *pointer(uintptr_t address) {

@@ -36,12 +36,14 @@ inline double value_of(uint64_t key) {
 }
 
 // Scores >= 0 of layers with different powers of two: the exponent is added to the bits, which is exact once
-// subnormals are normalised. `offset` is (exponent - lowest exponent of all layers) << 23. Below everything: 0, zero: 1.
+// subnormals are normalised. `offset` is (exponent - lowest exponent of all layers) << 23. Below everything: 0, zero:
+// 1, infinity: the largest key, whatever its layer.
 inline uint64_t scaled_key(float value, int64_t offset) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
   if (bits == 0 || bits == 0x80000000u) return 1;
   if (bits & 0x80000000u) return 0;
+  if (bits == 0x7f800000u) return UINT64_MAX;
   int64_t key = bits;
   if (bits < 0x00800000u) {
     const int shift = __builtin_clz(bits) - 8;
@@ -55,11 +57,12 @@ inline uint64_t scaled_key(double value, int64_t offset) {  // offset is (expone
   std::memcpy(&bits, &value, sizeof(bits));
   if ((bits << 1) == 0) return 1;
   if (bits >> 63) return 0;
+  if (bits == 0x7ff0000000000000u) return UINT64_MAX;
   int64_t key = static_cast<int64_t>(bits);
   if (bits < 0x0010000000000000u) {
     const int shift = __builtin_clzll(bits) - 11;
-    key = static_cast<int64_t>(1 - shift) * (int64_t{1} << 52) +
-          static_cast<int64_t>((bits << shift) & 0xfffffffffffffu);
+    key =
+        static_cast<int64_t>(1 - shift) * (int64_t{1} << 52) + static_cast<int64_t>((bits << shift) & 0xfffffffffffffu);
   }
   return static_cast<uint64_t>(key + offset + (int64_t{53} << 52) + 2);
 }

@@ -1,0 +1,7 @@
+#include "topk_inner.inc.h"
+
+namespace paikern {
+
+const TopkInner kTopkAvx2 = {make_keys, compare_keys};
+
+}  // namespace paikern

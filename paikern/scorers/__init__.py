@@ -1,0 +1,37 @@
+"""One file a method. Importing this package registers them all."""
+
+from paikern.scorers.base import (
+    Run,
+    Scorer,
+    TrainedScorer,
+    make_scorer,
+    register_scorer,
+    scorer_class,
+    scorer_names,
+)
+from paikern.scorers.dpai import DPaI, DPaITrainer, StepStatistics
+from paikern.scorers.magnitude import Magnitude
+from paikern.scorers.random import Random
+from paikern.scorers.synflow import LogSynFlow, SynFlow, SynFlowL2
+from paikern.scores import Dense, Factored, Scores
+
+__all__ = [
+    "DPaI",
+    "DPaITrainer",
+    "Dense",
+    "Factored",
+    "LogSynFlow",
+    "Magnitude",
+    "Random",
+    "Run",
+    "Scorer",
+    "Scores",
+    "StepStatistics",
+    "SynFlow",
+    "SynFlowL2",
+    "TrainedScorer",
+    "make_scorer",
+    "register_scorer",
+    "scorer_class",
+    "scorer_names",
+]

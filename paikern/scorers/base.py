@@ -1,0 +1,178 @@
+"""What a pruning method is: a scorer with documented options, found by name.
+
+A scorer is a dataclass. Its fields are the method's options, so `pk.prune(..., rounds=..., norm=
+"identity")` can be checked, listed by `pk.methods()` and recorded in the mask file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from paikern.pathgraph import Flow, PathGraph, Semantics, trace
+from paikern.prunable import Prunable
+from paikern.scores import Scores
+
+VARIANTS = ("paper", "published")
+
+
+@dataclass
+class Run:
+    """One pruning run: the model's tensors as they are, the layers, and the masks so far.
+
+    `masks` maps parameter name to packed bits and is empty before the first round. Nothing here
+    writes to the model.
+    """
+
+    model: nn.Module
+    state: Mapping[str, Tensor]
+    layers: Mapping[str, Prunable]
+    example_inputs: Any = None
+    seed: int = 0
+    variant: str = "paper"
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    _graph: PathGraph | None = None
+    _flows: dict[Any, Flow] = field(default_factory=dict)
+
+    @property
+    def graph(self) -> PathGraph:
+        if self._graph is None:
+            self._graph = trace(self.model, self.example_inputs)
+            unreached = [name for name in self.layers if name not in self._graph.uses()]
+            if unreached:
+                self.notes.append(
+                    "no path from the input to the output uses "
+                    + ", ".join(unreached)
+                    + "; these layers score 0 (use ignore= to leave them dense)"
+                )
+        return self._graph
+
+    def flow(self, semantics: Semantics, **options: Any) -> Flow:
+        """The sweeps under `semantics`, planned once for all rounds."""
+        key = (semantics, tuple(options.items()))
+        if key not in self._flows:
+            self._flows[key] = Flow(self.graph, semantics, **options)
+        return self._flows[key]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: layer.shape for name, layer in self.layers.items()}
+
+    def weight(self, name: str) -> Tensor:
+        return self.state[name].detach()
+
+    def generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed)
+
+
+@dataclass
+class Scorer:
+    """Base class. Subclasses implement `score` and set the class attributes.
+
+    name: as given to `pk.prune`. summary, source: one line each for `pk.methods()`.
+    needs_inputs: the method traces the model and needs `example_inputs`.
+    default_rounds, default_scope: used where the caller gives none.
+    reads_weights: NaN or infinite weights are refused before the first round.
+    """
+
+    name: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+    needs_inputs: ClassVar[bool] = False
+    default_rounds: ClassVar[int] = 1
+    default_scope: ClassVar[str] = "global"
+    reads_weights: ClassVar[bool] = True
+    variants: ClassVar[tuple[str, ...]] = ("paper",)
+
+    def score(self, run: Run) -> Scores:
+        """Scores of all layers of `run` under `run.masks`; higher is kept."""
+        raise TypeError(f"{type(self).__name__} must implement score()")
+
+    def statistics(self, run: Run) -> dict[str, float]:
+        """What the last `score` found out, for progress and history."""
+        return {}
+
+
+Report = Callable[[int, dict[str, float]], None]
+"""Called as `report(step, values)` after every training step."""
+
+
+@dataclass
+class TrainedScorer(Scorer):
+    """A scorer whose scores are trained under a budget per layer instead of computed."""
+
+    def planned_steps(self, variant: str) -> int:
+        raise TypeError(f"{type(self).__name__} must implement planned_steps()")
+
+    def train(
+        self, run: Run, kept: list[int], report: Report = lambda step, values: None
+    ) -> Scores:
+        """Train and return the scores; their top-k per layer is the mask."""
+        raise TypeError(f"{type(self).__name__} must implement train()")
+
+
+_SCORERS: dict[str, type[Scorer]] = {}
+_T = TypeVar("_T", bound=type[Scorer])
+
+
+def register_scorer(name: str) -> Callable[[_T], _T]:
+    """Make a scorer available as `pk.prune(model, name)`.
+
+    Example:
+        >>> import torch, paikern as pk
+        >>> from paikern.scorers import Dense, Scorer, Scores
+        >>> @pk.register_scorer("smallest")
+        ... class Smallest(Scorer):
+        ...     summary = "keeps the smallest weights"
+        ...     def score(self, run):
+        ...         entries = {n: Dense(-run.weight(n).abs()) for n in run.layers}
+        ...         return Scores(entries, run.shapes)
+        >>> net = torch.nn.Linear(4, 2)
+        >>> pk.prune(net, "smallest", sparsity=0.5).kept
+        4
+    """
+
+    def register(cls: _T) -> _T:
+        cls.name = name
+        _SCORERS[name] = dataclasses.dataclass(cls)
+        return cls
+
+    return register
+
+
+def scorer_names() -> list[str]:
+    return sorted(_SCORERS)
+
+
+def scorer_class(name: str) -> type[Scorer]:
+    """The scorer registered under `name`; ValueError suggests the nearest."""
+    key = name.lower().replace("-", "_")
+    if key in _SCORERS:
+        return _SCORERS[key]
+    near = difflib.get_close_matches(key, _SCORERS, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else "see pk.methods()"
+    raise ValueError(
+        f"method: unknown method {name!r}; {hint} Available: {', '.join(scorer_names())}"
+    )
+
+
+def make_scorer(name: str, options: Mapping[str, Any]) -> Scorer:
+    """Instantiate with options; ValueError names an option that the method does not have."""
+    cls = scorer_class(name)
+    known = {f.name for f in dataclasses.fields(cls)}
+    for option in options:
+        if option not in known:
+            near = difflib.get_close_matches(option, known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            listed = ", ".join(sorted(known)) or "none"
+            raise ValueError(
+                f"{option}: method {cls.name!r} has no such option; {hint}its options: {listed}"
+            )
+    return cls(**options)

@@ -1,0 +1,177 @@
+"""The SynFlow family: synaptic flow, its squared forms, and its logarithmic form.
+
+Source: Tanaka et al. 2020 (arXiv:2006.05467), algorithm 1 and equation 2 for SynFlow;
+Gebhart et al. 2021 (arXiv:2102.04259) for SynFlow-L2 and the path kernel; Cavagnero et al. 2023
+(arXiv:2207.05135) for LogSynFlow. `docs/methods.md` holds the table of what each computes.
+
+All of them sweep a network of positive weights `V = |w|**p_net` with an input of ones, R being
+the sum of its outputs, and score `|w|**p_score * dR/dV`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from paikern import ops
+from paikern.errors import PaikernError
+from paikern.pathgraph import Semantics, Visit, weights
+from paikern.pathgraph.steps import Weight
+from paikern.scorers.base import Run, Scorer, register_scorer
+from paikern.scores import Dense, Factored, Score, Scores
+
+
+@dataclass
+class PathScorer(Scorer):
+    """Scores from the two sweeps.
+
+    Args:
+        norm: "scale" multiplies by the positive factor of each norm layer, |gamma| (over the
+            standard deviation where running statistics exist); "identity" leaves norms out,
+            which is what a network with zero-initialised gammas needs.
+        monotone: pruned weights stay pruned in later rounds.
+    """
+
+    norm: str = "scale"
+    monotone: bool = True
+
+    needs_inputs: ClassVar[bool] = True
+    default_rounds: ClassVar[int] = 100
+    variants: ClassVar[tuple[str, ...]] = ("paper", "published")
+
+    def __post_init__(self) -> None:
+        if self.norm not in ("scale", "identity"):
+            raise ValueError(f"norm must be 'scale' or 'identity', got {self.norm!r}")
+
+    @property
+    def powers(self) -> tuple[int, int]:
+        """(p_net, p_score)."""
+        return 1, 1
+
+    def score(self, run: Run) -> Scores:
+        p_net, _ = self.powers
+        semantics = Semantics(p_net, self.norm, offsets=run.variant == "published")
+        flow = run.flow(semantics)
+        if flow.forward(run.state, run.masks) == -math.inf:
+            raise PaikernError(
+                f"{self.name}: no path from the input to the output is left, so no weight scores "
+                "above 0; use more rounds, a lower sparsity, on_collapse='floor', or "
+                "norm='identity' where norms are initialised to zero"
+            )
+        uses = run.graph.uses()
+        found: dict[str, Score] = {}
+
+        def visit(v: Visit) -> None:
+            name = v.step.parameter
+            if name not in run.layers:
+                return
+            if len(uses[name]) == 1 and v.step.rows is None:
+                found[name] = self._score_of(run, v, -1.0 if self.monotone else 0.0)
+            else:
+                part = self._score_of(run, v, 0.0)
+                found[name] = _gather(found.get(name), v.step, part, run.shapes[name])
+
+        flow.backward(visit)
+        for name, steps in uses.items():
+            if name in found and self.monotone and (len(steps) > 1 or steps[0].rows):
+                _exclude_pruned(found[name], run, name)
+        none = {n: Dense(torch.zeros(run.shapes[n])) for n in run.layers if n not in found}
+        return Scores({name: {**found, **none}[name] for name in run.layers}, run.shapes)
+
+    def statistics(self, run: Run) -> dict[str, float]:
+        semantics = Semantics(self.powers[0], self.norm, offsets=run.variant == "published")
+        return {"log_flow": run.flow(semantics).log_total}
+
+    def _score_of(self, run: Run, v: Visit, pruned: float) -> Score:
+        """The score of one weight step; `pruned` is the value where the mask is 0."""
+        step, power = v.step, self.powers[1]
+        if step.kind == "linear" and step.positions == 1 and step.rows is None and pruned < 0:
+            a, g = v.x.reshape(-1), v.g.reshape(-1)
+            if step.transposed:
+                a, g = g, a
+            mask = run.masks.get(step.parameter)
+            return Factored(run.weight(step.parameter), power, a, g, v.exponent, mask)
+        values = weights.score(step, v.x, v.g, run.state, run.masks, power, pruned)
+        return Dense(values, v.exponent)
+
+
+@register_scorer("synflow")
+class SynFlow(PathScorer):
+    """`|w| * dR/d|w|`, 100 rounds on an exponential schedule."""
+
+    summary = "synaptic flow |w| dR/d|w|, iterative, data-free"
+    source = "Tanaka et al. 2020, eq. 2"
+
+
+@register_scorer("synflow_l2")
+class SynFlowL2(PathScorer):
+    """The squared forms. Results called "SynFlow-L2" differ, so the definition is part of a name.
+
+    Args:
+        definition: "a" is the path kernel `w**2 * dR(w**2)/dw**2`; "b" is the code of its
+            authors, `w**2 * dR(|w|)/d|w|`; "c" is `|w| * dR(w**2)/dw**2`, found in a later code.
+    """
+
+    definition: str = "a"
+
+    summary = "squared synaptic flow; definition='a' path kernel, 'b', 'c' as published"
+    source = "Gebhart et al. 2021"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.definition not in ("a", "b", "c"):
+            raise ValueError(f"definition must be 'a', 'b' or 'c', got {self.definition!r}")
+
+    @property
+    def powers(self) -> tuple[int, int]:
+        return {"a": (2, 2), "b": (1, 2), "c": (2, 1)}[self.definition]
+
+
+@register_scorer("logsynflow")
+class LogSynFlow(PathScorer):
+    """`|w| * ln(1 + dR/d|w|)`: exponents are undone before the logarithm, which they would change."""
+
+    norm: str = "identity"
+
+    summary = "|w| ln(1 + dR/d|w|), norms left out"
+    source = "Cavagnero et al. 2023"
+
+    def _score_of(self, run: Run, v: Visit, pruned: float) -> Score:
+        if len(run.graph.uses()[v.step.parameter]) > 1:
+            raise PaikernError(
+                f"logsynflow: {v.step.parameter} is used more than once; the logarithm of a "
+                "summed gradient is not a sum, so leave it out with ignore="
+            )
+        slope = weights.score(v.step, v.x, v.g, run.state, run.masks, 0, pruned).double()
+        w = weights.tensor(v.step, run.state, v.x).abs().double()
+        values = w * log1p_scaled(slope.clamp(min=0), v.exponent)
+        return Dense(torch.where(slope < 0, pruned, values).float())
+
+
+def log1p_scaled(x: Tensor, exponent: int) -> Tensor:
+    """`ln(1 + x * 2**exponent)` for float64 `x >= 0` and any exponent."""
+    if exponent < 900:
+        return torch.log1p(x * 2.0**exponent)
+    return torch.where(x > 0, x.log() + exponent * math.log(2), 0.0)
+
+
+def _gather(held: Score | None, step: Weight, part: Score, shape: tuple[int, ...]) -> Dense:
+    """Place the rows of a fused projection; sum over the uses of a shared parameter."""
+    new = part.dense() if isinstance(part, Factored) else part
+    if not isinstance(held, Dense):
+        held = Dense(torch.zeros(shape), new.exponent)
+    top = max(held.exponent, new.exponent)
+    values = held.values * 2.0 ** (held.exponent - top)
+    rows = slice(None) if step.rows is None else slice(*step.rows)
+    values[rows] += new.values * 2.0 ** (new.exponent - top)
+    return Dense(values, top)
+
+
+def _exclude_pruned(score: Score, run: Run, name: str) -> None:
+    packed = run.masks.get(name)
+    if packed is not None and isinstance(score, Dense):
+        score.values.masked_fill_(~ops.unpack_mask(packed, run.shapes[name]), -1.0)
