@@ -1,0 +1,23 @@
+"""Shared set-up: a stub that lets timm import beside a CPU build of torch, and seeds."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# The torchvision wheel of the same release wants operators from a library that the CPU build of
+# torch does not have; their schemas are all that an import needs. Kept alive for the whole run.
+if importlib.util.find_spec("torchvision") is not None:
+    _torchvision = torch.library.Library("torchvision", "FRAGMENT")
+    for _name in ("nms", "qnms"):
+        _torchvision.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
