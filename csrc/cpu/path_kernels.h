@@ -1,0 +1,111 @@
+// The inner kernels of the path operations, one table for each instruction set. The planning (layouts, tiles, threads)
+// lives in ordinary files; only what runs per weight is compiled three times.
+#pragma once
+
+#include <cstdint>
+
+namespace paikern {
+
+enum class WeightType : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
+
+// V[i] = |W[i]|**power where bit i of the packed mask is set, else 0; power 0 reads no weight.
+struct WeightView {
+  const void *data;     // numel values, not read (may be null) when power is 0
+  const uint8_t *mask;  // packed bits, little-endian, or null: everything kept
+  int64_t numel;
+  WeightType type;
+  int power;
+};
+
+// One kept weight of a row: its value and where its input plane starts, in floats.
+struct PathEntry {
+  int32_t offset;
+  float value;
+};
+
+// What the fused DPaI pass needs for one run of weights in one row (a whole number of kernels).
+struct DpaiRow {
+  float *s;                    // [count] scores, updated
+  float *m;                    // [count] Adam's moments, null for plain ascent
+  float *v;                    // [count]
+  const float *q;              // [count] dlogR/dM before scaling by q_scale
+  const uint8_t *mask;         // packed bits of the whole weight
+  const uint64_t *live;        // [ceil(count / 64)] node liveness per weight, or null: live_row holds for all
+  uint64_t *words;             // [2 * ceil(count / 64)] scratch
+  int64_t start;               // index of the first weight in the tensor
+  int64_t numel;               // weights in the tensor
+  int64_t count;
+  int64_t kernel;              // weights a kernel
+  bool live_row;
+};
+
+// Constants of one update: u for dead nodes is 1, for live nodes with a dead kernel `kernel_dead`, else `effective`.
+struct DpaiRule {
+  float q_scale, kernel_dead, effective;
+  float step;                           // ascent: eta; Adam: lr / (1 - beta1**t)
+  float beta1, beta2, inverse_root_c2;  // inverse_root_c2 = 1 / sqrt(1 - beta2**t)
+  float epsilon;
+};
+
+struct DpaiCounts {
+  int64_t weights, kernels, nan;
+};
+
+constexpr int64_t kDepth = 192;  // reduction indices a panel: 8 rows of A and 48 columns of B stay in L1
+
+struct PathKernels {
+  const char *name;
+  int lanes, tile_rows, tile_columns;
+
+  // dst[i] = V[start + i] for i < count; the rest up to a multiple of `lanes` becomes 0.
+  void (*decode)(const WeightView &w, int64_t start, int64_t count, float *dst);
+
+  // Columns q .. q + width (a multiple of lanes) of the rows base + offset[k] as tiles [tile][depth][tile_columns].
+  void (*pack_columns)(const float *base, const int64_t *offset, int64_t depth, int64_t width, float *dst);
+
+  // The transpose: rows offset[j], j < count, become columns; dst as tiles [tile][depth][tile_columns].
+  void (*pack_transposed)(const float *base, const int64_t *offset, int64_t count, int64_t depth, float *dst);
+
+  // C[r, n] (+)= sum_k A[r, k] B[k, n], k ascending, one fused multiply-add each. A: panels of tile_rows rows,
+  // [panel][tile_rows][kDepth], or [panel][kDepth][tile_rows] when depth_major. C: rows padded to whole panels.
+  void (*multiply)(const float *a, bool depth_major, int64_t panels, const float *b, int64_t width, int64_t depth,
+                   float *c, int64_t ldc, bool accumulate);
+
+  // c[n] = sum over entries of value * base[offset + n], entries in order: rounds exactly as `multiply` does.
+  void (*gather)(const PathEntry *entries, int64_t count, const float *base, int64_t width, float *c);
+
+  // out[b, row] = sum_j V[row, j] x[b, j] for rows first .. last, 1 <= batch <= 4, x [batch, columns].
+  void (*matvec_rows)(const WeightView &w, int64_t columns, int64_t first, int64_t last, const float *x, int64_t batch,
+                      float *out, int64_t ldo);
+
+  // partial[b, j] = sum over rows first .. last of V[row, j] g[b, row], columns j0 .. j1 only, partial [batch, columns].
+  void (*matvec_columns)(const WeightView &w, int64_t columns, int64_t first, int64_t last, int64_t j0, int64_t j1,
+                         const float *g, int64_t batch, int64_t ldg, float *partial, int64_t ldp);
+
+  // out[i] = V[start + i] * q[i], `pruned` where the mask bit is 0.
+  void (*score)(const WeightView &w, int64_t start, int64_t count, const float *q, float pruned, float *out);
+
+  void (*dpai_row)(const DpaiRow &row, const DpaiRule &rule, DpaiCounts &counts);
+};
+
+const PathKernels &path_kernels_portable();
+const PathKernels &path_kernels_avx2();
+const PathKernels &path_kernels_avx512();
+
+// The table that fits this CPU and PAIKERN_CPU_ISA.
+const PathKernels &path_kernels();
+
+// `count` <= 57 bits of a packed mask of `bytes` bytes, starting at bit `start`; bits past the end read as 0.
+inline uint64_t mask_bits(const uint8_t *mask, int64_t bytes, int64_t start, int count) {
+  const int64_t byte = start >> 3;
+  uint64_t word = 0;
+  if (byte + 8 <= bytes) {
+    __builtin_memcpy(&word, mask + byte, 8);
+  } else {
+    for (int64_t i = byte; i < bytes; ++i) word |= static_cast<uint64_t>(mask[i]) << (8 * (i - byte));
+  }
+  word >>= start & 7;
+  return word & ((uint64_t{1} << count) - 1);
+}
+
+}  // namespace paikern

@@ -1,0 +1,57 @@
+#include "path_matvec.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "isa.h"
+#include "path_plan.h"
+
+namespace paikern {
+
+const PathKernels &path_kernels() {
+#if defined(__x86_64__)
+  if (isa() == Isa::kAvx512) return path_kernels_avx512();
+  if (isa() == Isa::kAvx2) return path_kernels_avx2();
+#endif
+  return path_kernels_portable();
+}
+
+void matvec_rows(int64_t rows, int64_t columns, const WeightView &w, const float *x, int64_t batch, float *z) {
+  constexpr int64_t kRows = 32;
+  const PathKernels &kernels = path_kernels();
+  const int64_t blocks = divide_up(rows, kRows);
+#pragma omp parallel for schedule(static) if (rows * columns > kParallelWork)
+  for (int64_t b = 0; b < blocks; ++b) {
+    kernels.matvec_rows(w, columns, b * kRows, std::min(rows, (b + 1) * kRows), x, batch, z, rows);
+  }
+}
+
+void matvec_columns(int64_t rows, int64_t columns, const WeightView &w, const float *g, int64_t batch, float *x) {
+  // Row ranges depend on the shape alone, so the order of the sums does too. 2048 columns of partial sums are 8 KB.
+  constexpr int64_t kRows = 256, kColumns = 2048;
+  const PathKernels &kernels = path_kernels();
+  const int64_t chunks = divide_up(rows, kRows), blocks = divide_up(columns, kColumns);
+  const int64_t ld = round_up(columns, 16) + 16;
+  const bool parallel = rows * columns > kParallelWork;
+  const FloatBuffer partial(chunks * batch * ld);
+#pragma omp parallel for schedule(static) if (parallel)
+  for (int64_t task = 0; task < chunks * blocks; ++task) {
+    const int64_t chunk = task / blocks, j0 = task % blocks * kColumns, j1 = std::min(columns, j0 + kColumns);
+    float *table = partial.get() + chunk * batch * ld;
+    for (int64_t b = 0; b < batch; ++b) {
+      std::memset(table + b * ld + j0, 0, sizeof(float) * static_cast<size_t>(round_up(j1 - j0, 16)));
+    }
+    kernels.matvec_columns(w, columns, chunk * kRows, std::min(rows, (chunk + 1) * kRows), j0, j1, g, batch, rows,
+                           table, ld);
+  }
+  for (int64_t b = 0; b < batch; ++b) {
+    float *target = x + b * columns;
+    std::memset(target, 0, sizeof(float) * static_cast<size_t>(columns));
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const float *table = partial.get() + (chunk * batch + b) * ld;
+      for (int64_t j = 0; j < columns; ++j) target[j] += table[j];
+    }
+  }
+}
+
+}  // namespace paikern

@@ -1,0 +1,103 @@
+// How a map is laid out so that every tap of a convolution is one shift of a flat plane.
+//
+// A stride s splits a map into its s phases (x[r], x[r + s], ...); rows of a plane are followed by enough zeros that a
+// shift past an edge lands in them, the zeros right of one row serving as those left of the next. Then
+//   z[q] = sum over (channel, tap) of V * plane(channel, phase of tap)[q + shift of tap]
+// for flat positions q: no im2col, no copy of a pixel per tap, and the same sum order at every position. A map of n
+// floats needs about n floats of planes. Positions q between the rows compute values that nobody reads.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "path.h"
+
+namespace paikern {
+
+// Work (multiply-adds or bytes) below which a parallel region costs more than it saves: about 5 us of one core.
+constexpr int64_t kParallelWork = int64_t{1} << 18;
+
+// Uninitialised floats on a cache line.
+class FloatBuffer {
+ public:
+  explicit FloatBuffer(int64_t count) {
+    const size_t bytes = (static_cast<size_t>(count) * sizeof(float) + 127) / 64 * 64;
+    data_.reset(static_cast<float *>(std::aligned_alloc(64, bytes)));
+    if (!data_) throw std::bad_alloc();
+  }
+  float *get() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(float *p) const { std::free(p); }
+  };
+  std::unique_ptr<float, Free> data_;
+};
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+inline int64_t floor_divide(int64_t a, int64_t b) { return a / b - (a % b < 0); }
+
+// One position of the kernel.
+struct Tap {
+  int64_t index;  // position within the kernel, row-major
+  int64_t phase;  // which plane of a channel it reads
+  int64_t shift;  // flat shift of that plane
+};
+
+// Flat positions (image, d, h, w) with the pitches of one layout.
+struct Lattice {
+  int64_t pitch[3];   // extents of d, h and w, zeros included
+  int64_t positions;  // flat positions to compute, from the first valid one to the last
+  int64_t lead;       // zeros before position 0
+  int64_t span;       // floats a plane, zeros and slack for whole tiles included
+
+  int64_t image() const { return pitch[0] * pitch[1] * pitch[2]; }
+  int64_t flat(int64_t n, int64_t d, int64_t h, int64_t w) const {
+    return ((n * pitch[0] + d) * pitch[1] + h) * pitch[2] + w;
+  }
+};
+
+// Which pixels of a map a plane or a block of positions stands for: pixel = first + step * position, per axis.
+struct Grid {
+  int64_t count[3], first[3], step[3], size[3];
+};
+
+struct ForwardPlan {
+  Lattice lattice;
+  std::vector<Grid> planes;  // one a phase that some tap reads
+  std::vector<Tap> taps;     // every tap, in kernel order
+};
+
+// The adjoint writes each phase of the column map from the taps that reach it.
+struct BackwardPhase {
+  Grid grid;
+  std::vector<Tap> taps;  // phase is 0: the row map has one plane a channel
+};
+
+struct BackwardPlan {
+  Lattice lattice;
+  std::vector<BackwardPhase> phases;
+};
+
+ForwardPlan plan_forward(const PathGeometry &geometry, int64_t batch);
+BackwardPlan plan_backward(const PathGeometry &geometry, int64_t batch);
+
+// The whole map as one grid.
+Grid whole_grid(const int64_t (&size)[3]);
+
+// planes [channels, grids, span] <- map [batch, channels, *size], everything else 0.
+void fill_planes(const Lattice &lattice, const std::vector<Grid> &grids, int64_t batch, int64_t channels,
+                 const float *map, float *planes);
+
+// map[n, :, grid] <- rows of flat positions first .. first + width; map points at the first of `rows` channels.
+void write_positions(const Lattice &lattice, const Grid &grid, int64_t batch, int64_t channels, int64_t first,
+                     int64_t width, int64_t rows, const float *block, int64_t ld, float *map);
+
+// Fraction of weights kept, counted over the whole mask.
+double mask_density(const WeightView &w);
+
+}  // namespace paikern
