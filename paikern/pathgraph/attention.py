@@ -23,10 +23,32 @@ _HIDDEN = -1e4
 
 _PASS = frozenset(
     "aten." + name
-    for name in ["div", "mul", "div_", "mul_", "true_divide", "clone", "contiguous", "detach", "to", "_to_copy", "alias", "dropout", "dropout_", "native_dropout", "tanh", "clamp", "float", "type_as", "clamp_min", "clamp_max"]
+    for name in [
+        "div",
+        "mul",
+        "div_",
+        "mul_",
+        "true_divide",
+        "clone",
+        "contiguous",
+        "detach",
+        "to",
+        "_to_copy",
+        "alias",
+        "dropout",
+        "dropout_",
+        "native_dropout",
+        "tanh",
+        "clamp",
+        "float",
+        "type_as",
+        "clamp_min",
+        "clamp_max",
+    ]
 )
 _SHAPES = frozenset(
-    "aten." + name for name in ["view", "reshape", "expand", "unsqueeze", "squeeze", "flatten", "unflatten"]
+    "aten." + name
+    for name in ["view", "reshape", "expand", "unsqueeze", "squeeze", "flatten", "unflatten"]
 )
 
 

@@ -24,9 +24,87 @@ RULES: dict[str, Rule] = {}
 
 COPIES = frozenset(
     "aten." + name
-    for name in ["alias", "clone", "contiguous", "detach", "detach_", "lift_fresh", "lift_fresh_copy", "to", "_to_copy", "type_as", "float"]
+    for name in [
+        "alias",
+        "clone",
+        "contiguous",
+        "detach",
+        "detach_",
+        "lift_fresh",
+        "lift_fresh_copy",
+        "to",
+        "_to_copy",
+        "type_as",
+        "float",
+    ]
 )
-_ACTIVATIONS = ["relu", "relu_", "relu6", "hardtanh", "hardtanh_", "leaky_relu", "leaky_relu_", "prelu", "rrelu", "elu", "elu_", "celu", "selu", "gelu", "silu", "silu_", "mish", "hardswish", "hardswish_", "hardsigmoid", "hardsigmoid_", "sigmoid", "tanh", "softplus", "softsign", "logsigmoid", "log_sigmoid", "dropout", "dropout_", "feature_dropout", "alpha_dropout", "native_dropout", "softmax", "_softmax", "log_softmax", "_log_softmax", "neg", "abs", "square", "pow", "sqrt", "rsqrt", "reciprocal", "exp", "erf", "log", "log1p", "clamp", "clamp_", "clamp_min", "clamp_max", "threshold", "threshold_", "round", "floor", "sin", "cos", "logit", "sign", "tanhshrink", "hardshrink", "softshrink", "normalize", "nan_to_num", "rms_norm_scale"]
+_ACTIVATIONS = [
+    "relu",
+    "relu_",
+    "relu6",
+    "hardtanh",
+    "hardtanh_",
+    "leaky_relu",
+    "leaky_relu_",
+    "prelu",
+    "rrelu",
+    "elu",
+    "elu_",
+    "celu",
+    "selu",
+    "gelu",
+    "silu",
+    "silu_",
+    "mish",
+    "hardswish",
+    "hardswish_",
+    "hardsigmoid",
+    "hardsigmoid_",
+    "sigmoid",
+    "tanh",
+    "softplus",
+    "softsign",
+    "logsigmoid",
+    "log_sigmoid",
+    "dropout",
+    "dropout_",
+    "feature_dropout",
+    "alpha_dropout",
+    "native_dropout",
+    "softmax",
+    "_softmax",
+    "log_softmax",
+    "_log_softmax",
+    "neg",
+    "abs",
+    "square",
+    "pow",
+    "sqrt",
+    "rsqrt",
+    "reciprocal",
+    "exp",
+    "erf",
+    "log",
+    "log1p",
+    "clamp",
+    "clamp_",
+    "clamp_min",
+    "clamp_max",
+    "threshold",
+    "threshold_",
+    "round",
+    "floor",
+    "sin",
+    "cos",
+    "logit",
+    "sign",
+    "tanhshrink",
+    "hardshrink",
+    "softshrink",
+    "normalize",
+    "nan_to_num",
+    "rms_norm_scale",
+]
 _RECTIFIERS = {"relu", "relu_", "relu6"}
 
 
@@ -144,7 +222,7 @@ def _norm(
 ) -> PathValue:
     return tracer._emit(
         steps.Norm, [x], x.shape, shape, tracer.reader(weight), tracer.reader(bias),
-        tracer.reader(mean), tracer.reader(var), eps, root=x.root,
+        tracer.reader(mean), tracer.reader(var), eps,
     )  # fmt: skip
 
 
@@ -395,7 +473,44 @@ def _spread(tracer: Tracer, args: Any, kwargs: Any) -> PathValue:
 
 # --- the rest is replayed ---------------------------------------------------------------------
 
-_LINEAR_REPLAYS = ["avg_pool1d", "avg_pool2d", "avg_pool3d", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "_upsample_nearest_exact2d", "_upsample_bilinear2d_aa", "roll", "flip", "index_select", "repeat", "repeat_interleave", "tile", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "im2col", "col2im", "unfold", "cumsum", "tril", "triu", "diagonal", "gather", "index", "native_channel_shuffle", "rot90", "reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d", "interpolate"]
+_LINEAR_REPLAYS = [
+    "avg_pool1d",
+    "avg_pool2d",
+    "avg_pool3d",
+    "upsample_nearest1d",
+    "upsample_nearest2d",
+    "upsample_nearest3d",
+    "upsample_linear1d",
+    "upsample_bilinear2d",
+    "upsample_trilinear3d",
+    "_upsample_nearest_exact2d",
+    "_upsample_bilinear2d_aa",
+    "roll",
+    "flip",
+    "index_select",
+    "repeat",
+    "repeat_interleave",
+    "tile",
+    "pixel_shuffle",
+    "pixel_unshuffle",
+    "channel_shuffle",
+    "im2col",
+    "col2im",
+    "unfold",
+    "cumsum",
+    "tril",
+    "triu",
+    "diagonal",
+    "gather",
+    "index",
+    "native_channel_shuffle",
+    "rot90",
+    "reflection_pad1d",
+    "reflection_pad2d",
+    "replication_pad1d",
+    "replication_pad2d",
+    "interpolate",
+]
 _MAX_REPLAYS = ["amax", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d", "max"]
 
 

@@ -32,6 +32,7 @@ class Tracer:
     where: str = ""
     op: str = ""
     _count: int = 0
+    _values: dict[int, PathValue] = field(default_factory=dict)
     _scalar_of: dict[int, PathValue] = field(default_factory=dict)
 
     @property
@@ -58,7 +59,9 @@ class Tracer:
 
     def new_value(self, shape: Sequence[int], root: int | None = None) -> PathValue:
         self._count += 1
-        return PathValue(self._count, tuple(shape), self._count if root is None else root)
+        value = PathValue(self._count, tuple(shape), self._count if root is None else root)
+        self._values[value.id] = value
+        return value
 
     def new_input(self, shape: Sequence[int]) -> PathValue:
         """A place where paths begin: counts as ones."""
@@ -153,7 +156,7 @@ class Tracer:
                 steps.Scale,
                 [x],
                 x.shape,
-                lambda state: torch.tensor(value),
+                lambda state: torch.tensor(value, dtype=torch.float64),
                 False,
                 x.shape,
                 x.shape,
@@ -165,14 +168,23 @@ class Tracer:
         evaluate = factor.evaluate if isinstance(factor, ParamValue) else _constantly(factor)
         size = factor.shape if isinstance(factor, ParamValue) else _tensor(factor).shape
         shape = torch.broadcast_shapes(x.shape, tuple(size))
+        # A learned scale is a norm: what follows is no longer a function of x alone.
+        root = None if learned else x.root
         return self._emit(
-            steps.Scale, [x], shape, evaluate, learned, x.shape, tuple(shape), root=x.root
+            steps.Scale, [x], shape, evaluate, learned, x.shape, tuple(shape), root=root
         )
 
     def add(self, branches: Sequence[PathValue]) -> PathValue:
-        """Residual adds and gates: the paths of all branches together."""
+        """Residual adds and gates: the paths of all branches together.
+
+        A sum of functions of one tensor is a function of it: `x + 0.04 * x**3` inside a GELU.
+        """
         shape = tuple(torch.broadcast_shapes(*(b.shape for b in branches)))
-        return self._emit(steps.Add, branches, shape, tuple(b.shape for b in branches), shape)
+        roots = {b.root for b in branches}
+        return self._emit(
+            steps.Add, branches, shape, tuple(b.shape for b in branches), shape,
+            root=roots.pop() if len(roots) == 1 else None,
+        )  # fmt: skip
 
     def gate(self, u: PathValue, v: PathValue) -> PathValue:
         """`u * v`: a gate adds the paths of both; a function of one tensor is an activation.
@@ -182,9 +194,9 @@ class Tracer:
         if u.root != v.root:
             return self.add([u, v])
         shape = tuple(torch.broadcast_shapes(u.shape, v.shape))
-        for candidate in (u, v):
-            if candidate.id == candidate.root and candidate.shape == shape:
-                return candidate
+        root = self._values[u.root]
+        if root.shape == shape:
+            return root
         return u if u.shape == shape else v
 
     def weight(self, x: PathValue, w: Any, **geometry: Any) -> PathValue:
