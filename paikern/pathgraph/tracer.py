@@ -69,7 +69,7 @@ class Tracer:
         self.inputs[value.id] = value.shape
         return value
 
-    def _emit(
+    def emit(
         self,
         make: Callable[..., steps.Step],
         sources: Sequence[PathValue],
@@ -90,24 +90,24 @@ class Tracer:
         return x
 
     def rectify(self, x: PathValue) -> PathValue:
-        return self._emit(steps.Rectify, [x], x.shape, root=x.root)
+        return self.emit(steps.Rectify, [x], x.shape, root=x.root)
 
     def reshape(self, x: PathValue, shape: Sequence[int]) -> PathValue:
         if tuple(shape) == x.shape:
             return x
-        return self._emit(steps.Reshape, [x], shape, x.shape, tuple(shape), root=x.root)
+        return self.emit(steps.Reshape, [x], shape, x.shape, tuple(shape), root=x.root)
 
     def permute(self, x: PathValue, dims: Sequence[int]) -> PathValue:
         dims = tuple(d % len(x.shape) for d in dims)
         if dims == tuple(range(len(dims))):
             return x
         shape = tuple(x.shape[d] for d in dims)
-        return self._emit(steps.Permute, [x], shape, dims, root=x.root)
+        return self.emit(steps.Permute, [x], shape, dims, root=x.root)
 
     def expand(self, x: PathValue, shape: Sequence[int]) -> PathValue:
         if tuple(shape) == x.shape:
             return x
-        return self._emit(steps.Expand, [x], shape, x.shape, tuple(shape), root=x.root)
+        return self.emit(steps.Expand, [x], shape, x.shape, tuple(shape), root=x.root)
 
     def part(
         self, x: PathValue, dim: int, start: int, stop: int, step: int, shape: Sequence[int]
@@ -115,12 +115,12 @@ class Tracer:
         """A slice. Its root is new: two halves of one tensor multiplied are a gate."""
         if (start, stop, step) == (0, x.shape[dim], 1):
             return self.reshape(x, shape)
-        return self._emit(steps.Slice, [x], shape, x.shape, dim, start, stop, step, tuple(shape))
+        return self.emit(steps.Slice, [x], shape, x.shape, dim, start, stop, step, tuple(shape))
 
     def mean(self, x: PathValue, dims: Sequence[int], average: bool) -> PathValue:
         """Mean or sum over `dims`; keeps its root, for norms written by hand."""
         dims = tuple(sorted(d % len(x.shape) for d in dims)) or tuple(range(len(x.shape)))
-        return self._emit(
+        return self.emit(
             steps.Mean, [x], self.out_shape, x.shape, dims, self.out_shape, average, root=x.root
         )
 
@@ -128,7 +128,7 @@ class Tracer:
         self, x: PathValue, fn: Callable[[Tensor], Tensor], *, keep_input: bool = False
     ) -> PathValue:
         """Run `fn` as it is. It must be linear, or a maximum (`keep_input=True`)."""
-        return self._emit(steps.Replay, [x], self.out_shape, fn, x.shape, keep_input)
+        return self.emit(steps.Replay, [x], self.out_shape, fn, x.shape, keep_input)
 
     def permute_last(self, x: PathValue) -> PathValue:
         dims = list(range(len(x.shape)))
@@ -137,11 +137,11 @@ class Tracer:
 
     def pad(self, x: PathValue, pads: list[int], shape: Sequence[int]) -> PathValue:
         """Padding brings no paths, whatever its value."""
-        return self._emit(steps.Replay, [x], shape, lambda t: F.pad(t, pads), x.shape, False)
+        return self.emit(steps.Replay, [x], shape, lambda t: F.pad(t, pads), x.shape, False)
 
     def new_function(self, x: PathValue) -> PathValue:
         """A statistic of `x` (its spread): a mean over whatever the result has lost."""
-        return self._emit(
+        return self.emit(
             steps.Replay, [x], self.out_shape,
             lambda t, shape=self.out_shape: t.mean().expand(shape), x.shape, False, root=x.root,
         )  # fmt: skip
@@ -152,7 +152,7 @@ class Tracer:
             if factor in (1, -1):
                 return x
             value = float(factor)
-            out = self._emit(
+            out = self.emit(
                 steps.Scale,
                 [x],
                 x.shape,
@@ -170,7 +170,7 @@ class Tracer:
         shape = torch.broadcast_shapes(x.shape, tuple(size))
         # A learned scale is a norm: what follows is no longer a function of x alone.
         root = None if learned else x.root
-        return self._emit(
+        return self.emit(
             steps.Scale, [x], shape, evaluate, learned, x.shape, tuple(shape), root=root
         )
 
@@ -181,7 +181,7 @@ class Tracer:
         """
         shape = tuple(torch.broadcast_shapes(*(b.shape for b in branches)))
         roots = {b.root for b in branches}
-        return self._emit(
+        return self.emit(
             steps.Add, branches, shape, tuple(b.shape for b in branches), shape,
             root=roots.pop() if len(roots) == 1 else None,
         )  # fmt: skip
@@ -206,7 +206,7 @@ class Tracer:
                 "its weight is computed from other tensors (weight norm, standardisation or a "
                 "product of parameters), so there is no parameter to prune; fold it first"
             )
-        return self._emit(
+        return self.emit(
             steps.Weight,
             [x],
             self.out_shape,

@@ -23,32 +23,13 @@ _HIDDEN = -1e4
 
 _PASS = frozenset(
     "aten." + name
-    for name in [
-        "div",
-        "mul",
-        "div_",
-        "mul_",
-        "true_divide",
-        "clone",
-        "contiguous",
-        "detach",
-        "to",
-        "_to_copy",
-        "alias",
-        "dropout",
-        "dropout_",
-        "native_dropout",
-        "tanh",
-        "clamp",
-        "float",
-        "type_as",
-        "clamp_min",
-        "clamp_max",
-    ]
+    for name in (
+        "div mul div_ mul_ true_divide clone contiguous detach to _to_copy alias dropout dropout_ "
+        "native_dropout tanh clamp float type_as clamp_min clamp_max"
+    ).split()
 )
 _SHAPES = frozenset(
-    "aten." + name
-    for name in ["view", "reshape", "expand", "unsqueeze", "squeeze", "flatten", "unflatten"]
+    "aten." + name for name in "view reshape expand unsqueeze squeeze flatten unflatten".split()
 )
 
 
@@ -138,7 +119,7 @@ def attend(
     tracer: Tracer, q: PathValue, k: PathValue, v: PathValue, visible: Tensor | None
 ) -> PathValue:
     """Emit the attention step of `steps.Attention`."""
-    return tracer._emit(
+    return tracer.emit(
         steps.Attention, [q, k, v], tracer.out_shape, visible, tracer.out_shape,
         (q.shape, k.shape, v.shape),
     )  # fmt: skip
