@@ -54,8 +54,7 @@ inline uint32_t dpai_vector(const DpaiRule &rule, vf u, vf q, float *s, float *m
     // torch.optim.Adam on the gradient -a, term for term
     const vf gradient = v_sub(v_zero(), ascent);
     const vf mean = v_fma(v_set(1.0f - rule.beta1), gradient, v_mul(v_set(rule.beta1), v_load(m)));
-    const vf square =
-        v_fma(v_mul(v_set(1.0f - rule.beta2), gradient), gradient, v_mul(v_set(rule.beta2), v_load(v)));
+    const vf square = v_fma(v_mul(v_set(1.0f - rule.beta2), gradient), gradient, v_mul(v_set(rule.beta2), v_load(v)));
     v_store(m, mean);
     v_store(v, square);
     const vf root = v_fma(v_sqrt(square), v_set(rule.inverse_root_c2), v_set(rule.epsilon));
@@ -64,12 +63,12 @@ inline uint32_t dpai_vector(const DpaiRule &rule, vf u, vf q, float *s, float *m
     next = v_fma(v_set(rule.step), ascent, score);
   }
   v_store(s, next);
-  return v_bits(v_isnan(next));
+  return v_bits(v_isnan(v_sub(next, next)));  // inf - inf is NaN too
 }
 
 template <bool Adam>
-inline int64_t dpai_update(const DpaiRow &row, const DpaiRule &rule, const uint64_t *flag) {
-  uint32_t nan = 0;
+inline bool dpai_update(const DpaiRow &row, const DpaiRule &rule, const uint64_t *flag) {
+  uint32_t bad = 0;
   const vf one = v_set(1.0f), dead = v_set(rule.kernel_dead), effective = v_set(rule.effective);
   for (int64_t i = 0; i < row.count; i += kLanes) {
     const auto bits = [&](const uint64_t *words) {
@@ -83,7 +82,7 @@ inline int64_t dpai_update(const DpaiRow &row, const DpaiRule &rule, const uint6
     }
     const int64_t left = row.count - i;
     if (left >= kLanes) {
-      nan |= dpai_vector<Adam>(rule, u, v_load(row.q + i), row.s + i, row.m + i, row.v + i);
+      bad |= dpai_vector<Adam>(rule, u, v_load(row.q + i), row.s + i, row.m + i, row.v + i);
     } else {
       float q[kLanes] = {}, s[kLanes] = {}, m[kLanes] = {}, v[kLanes] = {};
       const size_t size = sizeof(float) * static_cast<size_t>(left);
@@ -93,7 +92,7 @@ inline int64_t dpai_update(const DpaiRow &row, const DpaiRule &rule, const uint6
         std::memcpy(m, row.m + i, size);
         std::memcpy(v, row.v + i, size);
       }
-      nan |= dpai_vector<Adam>(rule, u, v_load(q), s, m, v);
+      bad |= dpai_vector<Adam>(rule, u, v_load(q), s, m, v);
       std::memcpy(row.s + i, s, size);
       if constexpr (Adam) {
         std::memcpy(row.m + i, m, size);
@@ -101,7 +100,7 @@ inline int64_t dpai_update(const DpaiRow &row, const DpaiRule &rule, const uint6
       }
     }
   }
-  return nan != 0;
+  return bad == 0;
 }
 
 void dpai_row(const DpaiRow &row, const DpaiRule &rule, DpaiCounts &counts) {
@@ -132,7 +131,7 @@ void dpai_row(const DpaiRow &row, const DpaiRule &rule, DpaiCounts &counts) {
   } else {
     counts.kernels += flag_kernels(effective, flag, words, row.kernel);
   }
-  counts.nan |= row.m ? dpai_update<true>(row, rule, flag) : dpai_update<false>(row, rule, flag);
+  counts.finite &= row.m ? dpai_update<true>(row, rule, flag) : dpai_update<false>(row, rule, flag);
 }
 
 }  // namespace

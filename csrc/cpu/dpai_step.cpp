@@ -1,6 +1,6 @@
-// The fused DPaI update: q tile by tile (path_outer.h), flags from the tile and the mask bits, s (and Adam's m, v) read
-// and written once. 8 bytes a weight for ascent and 24 with Adam, against 40 and more for a step written in torch.
-// Source: DPaI poster, line 8 to 12; specification section 4.
+// The fused DPaI update: q tile by tile (path_outer.h), flags from the tile and the mask bits, s
+// (and Adam's m, v) read and written once. 8 bytes a weight for ascent and 24 with Adam, against 40
+// and more for a step written in torch. Source: DPaI poster, line 8 to 12; specification section 4.
 #include <mutex>
 
 #include "path_outer.h"
@@ -8,7 +8,8 @@
 namespace paikern {
 namespace {
 
-// Liveness bits of the weights of columns j0 .. j0 + count when nodes are the channels of the column map.
+// Liveness bits of the weights of columns j0 .. j0 + count when nodes are the channels of the
+// column map.
 void live_words(const PathGeometry &geometry, const DpaiState &state, int64_t group, int64_t j0, int64_t count,
                 std::vector<uint64_t> &words) {
   const int64_t taps = geometry.taps();
@@ -52,7 +53,7 @@ class Total {
     const std::lock_guard<std::mutex> lock(mutex_);
     sum_.weights += counts.weights;
     sum_.kernels += counts.kernels;
-    sum_.nan |= counts.nan;
+    sum_.finite &= counts.finite;
   }
   DpaiCounts sum() const { return sum_; }
 

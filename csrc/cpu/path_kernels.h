@@ -25,17 +25,17 @@ struct PathEntry {
 
 // What the fused DPaI pass needs for one run of weights in one row (a whole number of kernels).
 struct DpaiRow {
-  float *s;                    // [count] scores, updated
-  float *m;                    // [count] Adam's moments, null for plain ascent
-  float *v;                    // [count]
-  const float *q;              // [count] dlogR/dM before scaling by q_scale
-  const uint8_t *mask;         // packed bits of the whole weight
-  const uint64_t *live;        // [ceil(count / 64)] node liveness per weight, or null: live_row holds for all
-  uint64_t *words;             // [2 * ceil(count / 64)] scratch
-  int64_t start;               // index of the first weight in the tensor
-  int64_t numel;               // weights in the tensor
+  float *s;              // [count] scores, updated
+  float *m;              // [count] Adam's moments, null for plain ascent
+  float *v;              // [count]
+  const float *q;        // [count] dlogR/dM before scaling by q_scale
+  const uint8_t *mask;   // packed bits of the whole weight
+  const uint64_t *live;  // [ceil(count / 64)] node liveness per weight, or null: live_row holds for all
+  uint64_t *words;       // [2 * ceil(count / 64)] scratch
+  int64_t start;         // index of the first weight in the tensor
+  int64_t numel;         // weights in the tensor
   int64_t count;
-  int64_t kernel;              // weights a kernel
+  int64_t kernel;  // weights a kernel
   bool live_row;
 };
 
@@ -47,8 +47,10 @@ struct DpaiRule {
   float epsilon;
 };
 
+// Effective weights and kernels of the mask before the update; whether every score after it is finite.
 struct DpaiCounts {
-  int64_t weights, kernels, nan;
+  int64_t weights = 0, kernels = 0;
+  bool finite = true;
 };
 
 constexpr int64_t kDepth = 192;  // reduction indices a panel: 8 rows of A and 48 columns of B stay in L1
@@ -78,7 +80,8 @@ struct PathKernels {
   void (*matvec_rows)(const WeightView &w, int64_t columns, int64_t first, int64_t last, const float *x, int64_t batch,
                       float *out, int64_t ldo);
 
-  // partial[b, j] = sum over rows first .. last of V[row, j] g[b, row], columns j0 .. j1 only, partial [batch, columns].
+  // partial[b, j] = sum over rows first .. last of V[row, j] g[b, row], columns j0 .. j1 only, partial [batch,
+  // columns].
   void (*matvec_columns)(const WeightView &w, int64_t columns, int64_t first, int64_t last, int64_t j0, int64_t j1,
                          const float *g, int64_t batch, int64_t ldg, float *partial, int64_t ldp);
 

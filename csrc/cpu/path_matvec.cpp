@@ -27,7 +27,8 @@ void matvec_rows(int64_t rows, int64_t columns, const WeightView &w, const float
 }
 
 void matvec_columns(int64_t rows, int64_t columns, const WeightView &w, const float *g, int64_t batch, float *x) {
-  // Row ranges depend on the shape alone, so the order of the sums does too. 2048 columns of partial sums are 8 KB.
+  // Row ranges depend on the shape alone, so the order of the sums does too. 2048 columns of
+  // partial sums are 8 KB.
   constexpr int64_t kRows = 256, kColumns = 2048;
   const PathKernels &kernels = path_kernels();
   const int64_t chunks = divide_up(rows, kRows), blocks = divide_up(columns, kColumns);

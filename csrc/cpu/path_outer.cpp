@@ -4,7 +4,8 @@ namespace paikern {
 
 OuterMaps::OuterMaps(const PathGeometry &geometry, const float *x, const float *g)
     : geometry_(geometry), g_(g), linear_(geometry.linear()), positions_(0), x_planes_(0), g_planes_(0) {
-  if (linear_) {  // x [batch, channels] already has the columns side by side; rows get room for whole vectors
+  if (linear_) {  // x [batch, channels] already has the columns side by side; rows get room for
+                  // whole vectors
     positions_ = geometry.batch;
     ld_ = round_up(geometry.channels, 16) + 16;
     x_planes_ = FloatBuffer(positions_ * ld_);

@@ -34,16 +34,16 @@ AxisGap axis_gap(int64_t stored, int64_t lowest, int64_t highest) {
 }
 
 // Pitches that give every axis the zeros it needs, and the sizes that follow.
-Lattice make_lattice(const AxisGap (&gap)[3], const int64_t (&stored)[3], const int64_t (&computed)[3],
-                     int64_t batch) {
+Lattice make_lattice(const AxisGap (&gap)[3], const int64_t (&stored)[3], const int64_t (&computed)[3], int64_t batch) {
   Lattice lattice{};
   for (int a = 0; a < 3; ++a) {
     lattice.pitch[a] = std::max(stored[a] + std::max(gap[a].left, gap[a].right), computed[a]);
   }
   lattice.positions = lattice.flat(batch - 1, computed[0] - 1, computed[1] - 1, computed[2] - 1) + 1;
   lattice.lead = lattice.flat(0, gap[0].left, gap[1].left, gap[2].left);
-  // No valid position reads past its batch of images; whole tiles of 48 columns and 16 x 16 transposes read up to 62
-  // floats more. Spans off multiples of 1 KiB keep the planes of power-of-two maps off each other's cache sets.
+  // No valid position reads past its batch of images; whole tiles of 48 columns and 16 x 16
+  // transposes read up to 62 floats more. Spans off multiples of 1 KiB keep the planes of
+  // power-of-two maps off each other's cache sets.
   lattice.span = round_up(lattice.lead + batch * lattice.image() + 64, 16);
   if (lattice.span % 256 < 16) lattice.span += 16;
   return lattice;
@@ -162,7 +162,7 @@ void fill_planes(const Lattice &lattice, const std::vector<Grid> &grids, int64_t
 void write_positions(const Lattice &lattice, const Grid &grid, int64_t batch, int64_t channels, int64_t first,
                      int64_t width, int64_t rows, const float *block, int64_t ld, float *map) {
   const int64_t pixels = grid.size[0] * grid.size[1] * grid.size[2], last = first + width;
-  if (pixels == 1) {  // a linear layer: the block is the transpose of the map
+  if (pixels == 1 && lattice.image() == 1) {  // a linear layer: the block is the transpose of the map
     for (int64_t n = first; n < std::min(last, batch); ++n) {
       for (int64_t r = 0; r < rows; ++r) map[n * channels + r] = block[r * ld + n - first];
     }

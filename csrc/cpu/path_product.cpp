@@ -1,9 +1,12 @@
 // z = V x and x = V^T g for any geometry (path_plan.h has the layout).
 //
-// Two plans give the same bits, since both add one fused product at a time in ascending reduction index:
-//   tiles   V decoded panel by panel (64 x 192 at most) against packed columns: dense and mildly pruned weights
-//   gather  the kept weights of a row as (plane, value) pairs, sums in registers: cost follows what is kept
-// Bytes: W once per 480 positions, its bits likewise; scratch is one tile a thread and the planes of the map.
+// Two plans give the same bits, since both add one fused product at a time in ascending reduction
+// index:
+//   tiles   V decoded panel by panel (64 x 192 at most) against packed columns: dense and mildly
+//   pruned weights gather  the kept weights of a row as (plane, value) pairs, sums in registers:
+//   cost follows what is kept
+// Bytes: W once per 480 positions, its bits likewise; scratch is one tile a thread and the planes
+// of the map.
 #include <omp.h>
 
 #include <algorithm>
@@ -18,7 +21,8 @@ namespace {
 constexpr int64_t kRowBlock = 64, kColumnBlock = 480;
 constexpr int64_t kPlaneFloats = int64_t{1} << 23;  // 32 MB of planes at a time when the batch is large
 
-// Below this density the gather plan is faster: 512 x 256 x 3 x 3 on 16 x 16 maps breaks even at 0.45 on AVX-512.
+// Below this density the gather plan is faster: 512 x 256 x 3 x 3 on 16 x 16 maps breaks even at
+// 0.45 on AVX-512.
 constexpr double kGatherDensity = 0.35;
 
 // A product of R rows for each group: C[r, q] = sum_k A[r, k] base[offset[k] + q].
@@ -26,25 +30,24 @@ struct Product {
   const PathGeometry &geometry;
   const WeightView &weights;
   const Lattice &lattice;
-  const Grid &grid;              // where the positions go
-  const std::vector<Tap> &taps;  // those that take part
-  const float *base;             // group 0; position 0 of the first plane
-  int64_t group_stride;          // floats from one group's planes to the next
-  int64_t plane_stride;          // floats a channel of the map being read
-  int64_t batch, rows, channels; // rows a group; channels of the map being written
-  bool adjoint;                  // rows are column channels, k = (row of V, tap)
+  const Grid &grid;               // where the positions go
+  const std::vector<Tap> &taps;   // those that take part
+  const float *base;              // group 0; position 0 of the first plane
+  int64_t group_stride;           // floats from one group's planes to the next
+  int64_t plane_stride;           // floats a channel of the map being read
+  int64_t batch, rows, channels;  // rows a group; channels of the map being written
+  bool adjoint;                   // rows are column channels, k = (row of V, tap)
   float *out;
 
   int64_t tap_count() const { return static_cast<int64_t>(taps.size()); }
-  int64_t depth() const {
-    return (adjoint ? geometry.group_rows() : geometry.group_channels()) * tap_count();
-  }
+  int64_t depth() const { return (adjoint ? geometry.group_rows() : geometry.group_channels()) * tap_count(); }
   int64_t offset(int64_t channel, const Tap &tap) const {
     return channel * plane_stride + tap.phase * lattice.span + tap.shift;
   }
 };
 
-// Rows r0 .. r0 + rows of V for k0 .. k0 + depth, as panels [panel][row][kDepth]; missing rows are 0.
+// Rows r0 .. r0 + rows of V for k0 .. k0 + depth, as panels [panel][row][kDepth]; missing rows are
+// 0.
 void pack_forward(const Product &p, const PathKernels &kernels, int64_t group, int64_t r0, int64_t rows, int64_t k0,
                   int64_t depth, float *a) {
   for (int64_t r = 0; r < round_up(rows, kernels.tile_rows); ++r, a += kDepth) {
@@ -57,12 +60,14 @@ void pack_forward(const Product &p, const PathKernels &kernels, int64_t group, i
   }
 }
 
-// The same for the adjoint: row r is a column channel, k runs over (row of V, tap); panels [panel][kDepth][row].
+// The same for the adjoint: row r is a column channel, k runs over (row of V, tap); panels
+// [panel][kDepth][row].
 void pack_backward(const Product &p, const PathKernels &kernels, int64_t group, int64_t c0, int64_t rows, int64_t k0,
                    int64_t depth, float *line, float *a) {
   const int64_t all = p.geometry.taps(), count = p.tap_count(), width = p.geometry.depth();
   const int64_t panel = kernels.tile_rows, panels = divide_up(rows, panel);
-  if (rows % panel) std::memset(a + (panels - 1) * panel * kDepth, 0, sizeof(float) * static_cast<size_t>(panel * kDepth));
+  if (rows % panel)
+    std::memset(a + (panels - 1) * panel * kDepth, 0, sizeof(float) * static_cast<size_t>(panel * kDepth));
   for (int64_t k = k0; k < k0 + depth;) {
     const int64_t o = k / count, t0 = k % count, t1 = std::min(count, t0 + k0 + depth - k);
     const int64_t row = group * p.geometry.group_rows() + o;
@@ -163,7 +168,8 @@ void for_kept(const WeightView &w, int64_t start, int64_t count, Visit visit) {
   }
 }
 
-// The kept weights of rows r0 .. r1 as lists in ascending k; list r is entries begin[r] .. begin[r + 1].
+// The kept weights of rows r0 .. r1 as lists in ascending k; list r is entries begin[r] .. begin[r
+// + 1].
 struct KeptLists {
   std::vector<int64_t> begin;
   std::vector<PathEntry> entries;
@@ -183,8 +189,7 @@ void list_forward(const Product &p, const PathKernels &kernels, int64_t group, i
         channel_end += taps;
       }
       const Tap &tap = p.taps[static_cast<size_t>(index - channel_end + taps)];
-      lists.entries.push_back(
-          {static_cast<int32_t>(p.offset(channel, tap)), weight_value(p.weights, kernels, index)});
+      lists.entries.push_back({static_cast<int32_t>(p.offset(channel, tap)), weight_value(p.weights, kernels, index)});
     });
     lists.begin.push_back(static_cast<int64_t>(lists.entries.size()));
   }

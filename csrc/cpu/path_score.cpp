@@ -1,4 +1,5 @@
-// score[o, j] = |W|**p * (g x^T), the score of every weight of a path method: one write of N floats, one read of W.
+// score[o, j] = |W|**p * (g x^T), the score of every weight of a path method: one write of N
+// floats, one read of W.
 #include "path_outer.h"
 
 namespace paikern {

@@ -54,13 +54,15 @@ DpaiRule read_rule(const std::array<double, 8> &v) {
 }
 
 DpaiState read_state(uintptr_t s, uintptr_t m, uintptr_t v, uintptr_t mask, uintptr_t live, bool node_is_channel) {
-  return {pointer<float>(s),           pointer<float>(m),    pointer<float>(v), pointer<const uint8_t>(mask),
-          pointer<const uint8_t>(live), node_is_channel};
+  return {pointer<float>(s),
+          pointer<float>(m),
+          pointer<float>(v),
+          pointer<const uint8_t>(mask),
+          pointer<const uint8_t>(live),
+          node_is_channel};
 }
 
-py::tuple counts_tuple(const DpaiCounts &counts) {
-  return py::make_tuple(counts.weights, counts.kernels, counts.nan);
-}
+py::tuple counts_tuple(const DpaiCounts &counts) { return py::make_tuple(counts.weights, counts.kernels, static_cast<int64_t>(counts.finite)); }
 
 }  // namespace
 
@@ -68,35 +70,35 @@ void bind_path(py::module_ &m) {
   py::class_<Geometry>(m, "PathGeometry").def(py::init([](const py::tuple &values) {
     return Geometry{read_geometry(values)};
   }));
-  m.def("path_forward", [](const Geometry &g, uintptr_t w, int type, int power, uintptr_t mask, uintptr_t x,
-                           uintptr_t z) {
-    const py::gil_scoped_release release;
-    paikern::path_forward(g.value, weight_view(g.value, w, type, power, mask), pointer<const float>(x),
-                          pointer<float>(z));
-  });
-  m.def("path_backward", [](const Geometry &g, uintptr_t w, int type, int power, uintptr_t mask, uintptr_t grad,
-                            uintptr_t x) {
-    const py::gil_scoped_release release;
-    paikern::path_backward(g.value, weight_view(g.value, w, type, power, mask), pointer<const float>(grad),
-                           pointer<float>(x));
-  });
+  m.def("path_forward",
+        [](const Geometry &g, uintptr_t w, int type, int power, uintptr_t mask, uintptr_t x, uintptr_t z) {
+          const py::gil_scoped_release release;
+          paikern::path_forward(g.value, weight_view(g.value, w, type, power, mask), pointer<const float>(x),
+                                pointer<float>(z));
+        });
+  m.def("path_backward",
+        [](const Geometry &g, uintptr_t w, int type, int power, uintptr_t mask, uintptr_t grad, uintptr_t x) {
+          const py::gil_scoped_release release;
+          paikern::path_backward(g.value, weight_view(g.value, w, type, power, mask), pointer<const float>(grad),
+                                 pointer<float>(x));
+        });
   m.def("path_score", [](const Geometry &g, uintptr_t w, int type, int power, uintptr_t mask, uintptr_t x,
                          uintptr_t grad, double pruned, uintptr_t score) {
     const py::gil_scoped_release release;
     paikern::path_score(g.value, weight_view(g.value, w, type, power, mask), pointer<const float>(x),
                         pointer<const float>(grad), static_cast<float>(pruned), pointer<float>(score));
   });
-  m.def("dpai_step", [](const Geometry &g, uintptr_t s, uintptr_t moment1, uintptr_t moment2, uintptr_t mask,
-                        uintptr_t live, bool node_is_channel, uintptr_t x, uintptr_t grad,
-                        const std::array<double, 8> &rule) {
-    DpaiCounts counts;
-    {
-      const py::gil_scoped_release release;
-      counts = paikern::dpai_step(g.value, read_state(s, moment1, moment2, mask, live, node_is_channel),
-                                  read_rule(rule), pointer<const float>(x), pointer<const float>(grad));
-    }
-    return counts_tuple(counts);
-  });
+  m.def("dpai_step",
+        [](const Geometry &g, uintptr_t s, uintptr_t moment1, uintptr_t moment2, uintptr_t mask, uintptr_t live,
+           bool node_is_channel, uintptr_t x, uintptr_t grad, const std::array<double, 8> &rule) {
+          DpaiCounts counts;
+          {
+            const py::gil_scoped_release release;
+            counts = paikern::dpai_step(g.value, read_state(s, moment1, moment2, mask, live, node_is_channel),
+                                        read_rule(rule), pointer<const float>(x), pointer<const float>(grad));
+          }
+          return counts_tuple(counts);
+        });
   m.def("dpai_update", [](const Geometry &g, uintptr_t s, uintptr_t moment1, uintptr_t moment2, uintptr_t mask,
                           uintptr_t live, bool node_is_channel, uintptr_t q, const std::array<double, 8> &rule) {
     DpaiCounts counts;

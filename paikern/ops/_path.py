@@ -1,0 +1,108 @@
+"""What the path operations share: argument checks, output sizes, the derivative of |w|**p."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paikern.ops.unpack_mask import check_packed
+
+_WEIGHTS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def check_weight(name: str, weight: Tensor, power: int, mask: Tensor | None) -> None:
+    if power not in (0, 1, 2):
+        raise ValueError(f"{name}: power must be 0, 1 or 2, got {power}")
+    if weight.dtype not in _WEIGHTS:
+        raise TypeError(f"{name}: weight must be a float tensor, got {weight.dtype}")
+    if mask is not None:
+        check_packed(name, mask, weight.numel())
+
+
+def check_map(name: str, argument: str, value: Tensor, features: int, weight: Tensor) -> None:
+    """A vector or a batch of vectors with `features` entries, for a 2-D weight."""
+    if weight.dim() != 2:
+        raise ValueError(f"{name}: weight must be [out, in], got shape {tuple(weight.shape)}")
+    if value.dim() not in (1, 2) or value.shape[-1] != features:
+        raise ValueError(
+            f"{name}: {argument} must be [{features}] or [batch, {features}] for a weight of "
+            f"shape {tuple(weight.shape)}, got {tuple(value.shape)}"
+        )
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name}: {argument} must be a float tensor, got {value.dtype}")
+
+
+def conv_size(
+    name: str,
+    weight: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> list[int]:
+    """The output size `[N, O, *out]` of a convolution of an input of `size`, all of it checked."""
+    axes = weight.dim() - 2
+    if axes not in (1, 2, 3):
+        raise ValueError(
+            f"{name}: weight must be [out, in / groups, *kernel] with 1 to 3 kernel axes, "
+            f"got shape {tuple(weight.shape)}"
+        )
+    if len(size) != axes + 2 or size[1] != weight.shape[1] * groups:
+        raise ValueError(
+            f"{name}: a weight of shape {tuple(weight.shape)} with groups={groups} needs maps "
+            f"[batch, {weight.shape[1] * groups}, {axes} spatial axes], got {tuple(size)}"
+        )
+    if groups < 1 or weight.shape[0] % groups:
+        raise ValueError(
+            f"{name}: groups must divide the {weight.shape[0]} rows of the weight, got {groups}"
+        )
+    for argument, values, least in (
+        ("stride", stride, 1),
+        ("padding", padding, 0),
+        ("dilation", dilation, 1),
+    ):
+        if len(values) != axes or any(v < least for v in values):
+            raise ValueError(
+                f"{name}: {argument} must be {axes} integers >= {least}, got {list(values)}"
+            )
+    out = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip(size[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    ]
+    if any(n < 1 for n in out):
+        raise ValueError(
+            f"{name}: the kernel {tuple(weight.shape[2:])} with padding {list(padding)} and "
+            f"dilation {list(dilation)} is larger than the map {tuple(size[2:])}"
+        )
+    return [size[0], weight.shape[0], *out]
+
+
+def check_conv_map(name: str, argument: str, value: Tensor, size: Sequence[int]) -> None:
+    if list(value.shape) != list(size):
+        raise ValueError(
+            f"{name}: {argument} must have shape {tuple(size)}, got {tuple(value.shape)}"
+        )
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name}: {argument} must be a float tensor, got {value.dtype}")
+
+
+def result_dtype(weight: Tensor, power: int, *maps: Tensor) -> torch.dtype:
+    """float64 where a tensor that is read has it, else float32."""
+    read = [t.dtype for t in (weight, *maps)][power == 0 :]
+    return torch.float64 if torch.float64 in read else torch.float32
+
+
+def slope(weight: Tensor, power: int, q: Tensor) -> Tensor:
+    """`d(|w|**power)/dw * q`, q = M * (g x^T): the gradient of a weight whose product gave q."""
+    w = weight.detach().to(q.dtype)
+    return ((torch.sign(w) if power == 1 else 2 * w) * q).to(weight.dtype)
+
+
+def save(ctx: Any, weight: Tensor, source: Tensor, power: int, mask: Tensor | None) -> None:
+    """What every derivative needs, kept on an autograd context."""
+    ctx.save_for_backward(weight, source, mask)
+    ctx.power, ctx.source_dtype = power, source.dtype
