@@ -157,16 +157,16 @@ def read(
     try:
         return _read(path, max_bytes)
     except MaskFormatError as error:
-        raise MaskFormatError(f"{_shown(os.fspath(path))}: {error}") from None
+        raise MaskFormatError(f"{os.fspath(path)!r}: {error}") from None
     except OSError as error:
         why = error.strerror or type(error).__name__
         raise MaskFormatError(
-            f"{_shown(os.fspath(path))}: cannot be read ({why}); check the path"
+            f"{os.fspath(path)!r}: cannot be read ({why}); check the path"
         ) from error
     # json recurses, converts long integers and decodes text: each has an error of its own.
     except (ValueError, RecursionError, MemoryError, OverflowError) as error:
         raise MaskFormatError(
-            f"{_shown(os.fspath(path))}: not a mask file ({type(error).__name__} while reading); "
+            f"{os.fspath(path)!r}: not a mask file ({type(error).__name__} while reading); "
             "write it again with MaskSet.save"
         ) from error
 

@@ -135,7 +135,8 @@ def strip_wrappers(name: str) -> str:
     >>> strip_wrappers("module._orig_mod.layer.parametrizations.weight.original")
     'layer.weight'
     """
-    parts = [part for part in name.split(".") if part not in _WRAPPER_CHILDREN]
+    *path, last = name.split(".")
+    parts = [*(part for part in path if part not in _WRAPPER_CHILDREN), last]
     while len(parts) > 1 and parts[0] == "module":
         del parts[0]
     if len(parts) >= 3 and parts[-3] == "parametrizations" and parts[-1] == "original":
