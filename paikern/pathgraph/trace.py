@@ -27,7 +27,7 @@ from paikern.pathgraph.graph import (
     PathGraph,
     PathValue,
 )
-from paikern.pathgraph.rules import Tracer
+from paikern.pathgraph.tracer import Tracer
 
 # Bookkeeping of torch.export: no tensor flows through these.
 _IGNORED = frozenset(
