@@ -1,1 +1,1 @@
-"""Pure-PyTorch versions of the methods, written as they are commonly run: slow, plain, independent of paikern."""
+"""Pure-PyTorch versions of the methods, as they are commonly run: slow, plain, independent."""

@@ -1,7 +1,7 @@
 """DPaI as it is commonly run: straight-through top-k masks, autograd and Adam.
 
-One step, for scores s_l with the k_l largest |s_l| kept (M_l), weights replaced by masks, an input of
-ones, norms, activations and dropout identity, biases dropped:
+One step, for scores s_l with the k_l largest |s_l| kept (M_l), weights replaced by masks, an input
+of ones, norms, activations and dropout identity, biases dropped:
 
     published   every layer divides its input by mx_l = max(input), which stays in the graph;
                 J = log(sum(outputs)) + sum_l log mx_l;   q = dJ/dM;   Adam on -a
@@ -84,7 +84,7 @@ class MaskLayer(nn.Module):
 
     def refresh(self) -> None:
         """Build the mask of the current scores, inside the graph."""
-        self.mask = _StraightThroughTopK.apply(self.scores.abs(), self.keep)  # type: ignore[no-untyped-call]
+        self.mask = _StraightThroughTopK.apply(self.scores.abs(), self.keep)
         self.mask.retain_grad()
         self.log_maxima = []
 
@@ -109,7 +109,7 @@ class DPaIReference:
         optimizer: "adam" or "ascent"; the variant's own when None.
         dtype: float32 for timing, float64 as an oracle. The paper variant counts paths without
             rescaling, so float32 ends at e**88 of them (an error says so).
-        seed: of the N(0, 1) scores, drawn in float32 layer by layer; None takes the global generator.
+        seed: of the N(0, 1) scores, drawn in float32 layer by layer; None: the global generator.
 
     Ties in |s| keep the lower index. `model` is left untouched and its weights are never read.
     """
@@ -261,7 +261,7 @@ class DPaIReference:
                     f"path count exceeds {self.ones.dtype}: use dtype=torch.float64"
                 )
             raise DeadNetworkError(f"dead network: no output of {self._first_dead()} is live")
-        objective.backward()  # type: ignore[no-untyped-call]
+        objective.backward()
         return value
 
     @staticmethod

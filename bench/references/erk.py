@@ -3,8 +3,8 @@
     raw_l = sum(dims of W_l) / prod(dims of W_l)           kernel dims included
     density_l = min(1, eps * raw_l),  eps such that sum(density_l * n_l) = density * N
 
-A layer whose density would exceed 1 becomes dense and eps is solved again for the others; all layers
-with the same largest raw value go together.
+A layer whose density would exceed 1 becomes dense and eps is solved again for the others; all
+layers with the same largest raw value go together.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Shape = Sequence[int]
 
 
 def erk_densities(shapes: Sequence[Shape], sparsity: float) -> list[float]:
-    """Return each layer's density in float64; `sum(density * numel)` equals `(1 - sparsity) * N`."""
+    """Return each layer's density in float64; `sum(density * numel)` is `(1 - sparsity) * N`."""
     if not 0.0 <= sparsity < 1.0:
         raise ValueError(f"erk_densities: sparsity must be in [0, 1), got {sparsity}")
     density = 1.0 - sparsity
@@ -39,8 +39,8 @@ def erk_quotas(shapes: Sequence[Shape], sparsity: float, variant: str = "publish
     """Return the number of weights that each layer keeps, at least 1.
 
     `published`: `n_l - int((1 - density_l) * n_l)`, so the sum lies slightly above the budget.
-    `paper`: floors, then the weights still missing from `N - floor(sparsity * N)` one each by largest
-    fractional part, the earlier layer first on ties.
+    `paper`: floors, then the weights still missing from `N - floor(sparsity * N)` one each by
+    largest fractional part, the earlier layer first on ties.
 
     >>> erk_quotas([(300, 784), (100, 300), (10, 100)], 0.9)
     [18715, 6906, 1000]

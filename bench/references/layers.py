@@ -1,6 +1,6 @@
-"""What the references share: which layers are pruned, how one is run, and how a copy of a model is linearised.
+"""What the references share: which layers are pruned, how one runs, how a copy is linearised.
 
-Nothing here imports paikern: the references must stay independent of the code they are compared with.
+Nothing here imports paikern: the references stay independent of what is compared with them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-#: Modules whose weight is pruned, in `model.modules()` pre-order, first layer and classifier included.
+#: Modules whose weight is pruned, in `modules()` pre-order, first layer and classifier included.
 PRUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 #: Norms, activations and dropout: the identity on a path network, whose values are all >= 0.
@@ -50,7 +50,7 @@ def prunable_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def run_layer(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Run `layer` on `x` with another weight of the same shape (and no bias unless one is given)."""
+    """Run `layer` on `x` with another weight of the same shape, without a bias unless given."""
     if isinstance(layer, nn.Linear):
         return F.linear(x, weight, bias)
     conv = cast(nn.Conv2d, layer)
@@ -63,9 +63,9 @@ def run_layer(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None =
 def replace_modules(
     model: nn.Module, replacement: Callable[[nn.Module], nn.Module | None]
 ) -> nn.Module:
-    """Replace, in place, every submodule for which `replacement` returns a module; return the model.
+    """Replace in place every submodule for which `replacement` returns a module; return the model.
 
-    A module that appears in several places gets one replacement. The root is replaced too if asked.
+    A module that appears in several places gets one replacement; the root may be replaced too.
     """
     done: dict[int, nn.Module] = {}
 

@@ -26,8 +26,8 @@ def round_removals(
     Density after round r of T: `d**((r+1)/T)` (exponential) or `1 - (1-d)(r+1)/T` (linear); the
     count of a round in between is `int((1 - density) * total)`.
 
-    >>> round_removals(1000, 0.99, 2)
-    [900, 990]
+    >>> round_removals(1024, 0.75, 2)
+    [512, 768]
     """
     if rounds < 1:
         raise ValueError(f"round_removals: rounds must be >= 1, got {rounds}")
@@ -47,9 +47,9 @@ def round_removals(
 def select_global(scores: Scores, removed: int, rule: str = "published") -> Masks:
     """Return name -> bool mask after removing `removed` weights over all tensors together.
 
-    `published`: keep what is greater than the `removed`-th smallest score (`torch.kthvalue`), so ties
-    at the threshold all go and fewer may stay. `exact`: exactly N - removed stay, the lower index
-    first on ties (a full stable sort).
+    `published`: keep what is greater than the `removed`-th smallest score (`torch.kthvalue`), so
+    ties at the threshold all go and fewer may stay. `exact`: exactly N - removed stay, the lower
+    index first on ties (a full stable sort).
     """
     flat = torch.cat([score.flatten() for score in scores.values()])
     if not 0 <= removed <= flat.numel():

@@ -25,7 +25,7 @@ from bench.references.selection import Masks, Scores, round_removals, select_glo
 
 
 class MaskedLayer(nn.Module):
-    """A Linear or Conv that multiplies its weight by a float mask of the same shape in every forward."""
+    """A Linear or Conv that multiplies its weight by a float mask in every forward."""
 
     mask: Tensor
 
@@ -82,7 +82,7 @@ def synflow(
     """Return name -> bool mask of `model`, which is left untouched.
 
     `example` is a batch or its shape `[batch, features...]`; the input is one sample of ones.
-    `selection` is "published" (ties at the threshold go) or "exact" (lower index first, exact count).
+    `selection` is "published" (ties at the threshold go) or "exact" (lower index, exact count).
     Scores that overflow float32 (ResNet-50 at 224) leave nothing: use `dtype=torch.float64` there.
     """
     work = copy.deepcopy(model).to(dtype).eval()
