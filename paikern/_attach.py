@@ -73,8 +73,6 @@ class AttachedMasks:
             self._mask_state(name, slot.tensor)
 
     def _after_step(self, *_: object) -> None:
-        if torch.compiler.is_compiling():
-            torch._dynamo.graph_break()
         self._refresh()
         for name, slot in self._slots.items():
             tensor = slot.tensor
