@@ -17,12 +17,6 @@ struct WeightView {
   int power;
 };
 
-// One kept weight of a row: its value and where its input plane starts, in floats.
-struct PathEntry {
-  int32_t offset;
-  float value;
-};
-
 // What the fused DPaI pass needs for one run of weights in one row (a whole number of kernels).
 struct DpaiRow {
   float *s;              // [count] scores, updated
@@ -73,8 +67,14 @@ struct PathKernels {
   void (*multiply)(const float *a, bool depth_major, int64_t panels, const float *b, int64_t width, int64_t depth,
                    float *c, int64_t ldc, bool accumulate);
 
-  // c[n] = sum over entries of value * base[offset + n], entries in order: rounds exactly as `multiply` does.
-  void (*gather)(const PathEntry *entries, int64_t count, const float *base, int64_t width, float *c);
+  // The kept weights of start .. start + count in order: keys[n] = key[i], values[n] = V[start + i]; returns how many.
+  // keys and values have room for count + lanes, key for count + lanes reads.
+  int64_t (*list_kept)(const WeightView &w, int64_t start, int64_t count, const int32_t *key, int32_t *keys,
+                       float *values);
+
+  // c[n] = sum over i of values[i] * base[offsets[i] + n], i ascending: rounds exactly as `multiply` does.
+  void (*gather)(const int32_t *offsets, const float *values, int64_t count, const float *base, int64_t width,
+                 float *c);
 
   // out[b, row] = sum_j V[row, j] x[b, j] for rows first .. last, 1 <= batch <= 4, x [batch, columns].
   void (*matvec_rows)(const WeightView &w, int64_t columns, int64_t first, int64_t last, const float *x, int64_t batch,

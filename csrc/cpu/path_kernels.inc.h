@@ -19,7 +19,6 @@ using paikern::DpaiRow;
 using paikern::DpaiRule;
 using paikern::kDepth;
 using paikern::mask_bits;
-using paikern::PathEntry;
 using paikern::WeightType;
 using paikern::WeightView;
 
@@ -169,14 +168,32 @@ void multiply(const float *a, bool depth_major, int64_t panels, const float *b, 
   }
 }
 
+int64_t list_kept(const WeightView &w, int64_t start, int64_t count, const int32_t *key, int32_t *keys, float *values) {
+  const int64_t bytes = (w.numel + 7) / 8;
+  int64_t found = 0;
+  with_weights(w, [&](auto power, const auto *data) {
+    constexpr int kPower = decltype(power)::value;
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const int left = static_cast<int>(count - i < kLanes ? count - i : kLanes);
+      uint32_t bits = (1u << left) - 1;
+      if (w.mask) bits &= static_cast<uint32_t>(mask_bits(w.mask, bytes, start + i, kLanes));
+      if (kPower != 0 && bits == 0) continue;  // leaves the weights of an empty group unread
+      const auto *p = kPower == 0 ? data : data + start + i;
+      const vf value = left == kLanes ? magnitude<kPower>(p) : magnitude_tail<kPower>(p, left);
+      found += v_compress(bits, key + i, value, keys + found, values + found);
+    }
+  });
+  return found;
+}
+
 template <int Vectors>
-inline void gather_block(const PathEntry *entries, int64_t count, const float *base, float *c) {
+inline void gather_block(const int32_t *offsets, const float *values, int64_t count, const float *base, float *c) {
   vf sum[Vectors];
 #pragma GCC unroll 8
   for (int v = 0; v < Vectors; ++v) sum[v] = v_zero();
-  for (int64_t e = 0; e < count; ++e) {
-    const vf weight = v_set(entries[e].value);
-    const float *src = base + entries[e].offset;
+  for (int64_t i = 0; i < count; ++i) {
+    const vf weight = v_set(values[i]);
+    const float *src = base + offsets[i];
 #pragma GCC unroll 8
     for (int v = 0; v < Vectors; ++v) sum[v] = v_fma(weight, v_load(src + v * kLanes), sum[v]);
   }
@@ -184,12 +201,12 @@ inline void gather_block(const PathEntry *entries, int64_t count, const float *b
   for (int v = 0; v < Vectors; ++v) v_store(c + v * kLanes, sum[v]);
 }
 
-void gather(const PathEntry *entries, int64_t count, const float *base, int64_t width, float *c) {
+void gather(const int32_t *offsets, const float *values, int64_t count, const float *base, int64_t width, float *c) {
   int64_t n = 0;
-  for (; n + 8 * kLanes <= width; n += 8 * kLanes) gather_block<8>(entries, count, base + n, c + n);
-  for (; n + 4 * kLanes <= width; n += 4 * kLanes) gather_block<4>(entries, count, base + n, c + n);
-  for (; n + 2 * kLanes <= width; n += 2 * kLanes) gather_block<2>(entries, count, base + n, c + n);
-  for (; n < width; n += kLanes) gather_block<1>(entries, count, base + n, c + n);
+  for (; n + 8 * kLanes <= width; n += 8 * kLanes) gather_block<8>(offsets, values, count, base + n, c + n);
+  for (; n + 4 * kLanes <= width; n += 4 * kLanes) gather_block<4>(offsets, values, count, base + n, c + n);
+  for (; n + 2 * kLanes <= width; n += 2 * kLanes) gather_block<2>(offsets, values, count, base + n, c + n);
+  for (; n < width; n += kLanes) gather_block<1>(offsets, values, count, base + n, c + n);
 }
 
 void score(const WeightView &w, int64_t start, int64_t count, const float *q, float pruned, float *out) {
@@ -225,8 +242,8 @@ void score(const WeightView &w, int64_t start, int64_t count, const float *q, fl
 namespace {
 
 constexpr paikern::PathKernels make_path_kernels(const char *name) {
-  return {name,     kLanes, kTileRows,   kTileColumns,   decode, pack_columns, pack_transposed,
-          multiply, gather, matvec_rows, matvec_columns, score,  dpai_row};
+  return {name,      kLanes, kTileRows,   kTileColumns,   decode, pack_columns, pack_transposed, multiply,
+          list_kept, gather, matvec_rows, matvec_columns, score,  dpai_row};
 }
 
 }  // namespace

@@ -94,6 +94,14 @@ inline vf v_weight(const Fp16 *p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
 }
 
+// Stores the lanes set in `bits` side by side and returns how many; whole vectors are written.
+inline int v_compress(uint32_t bits, const int32_t *key, vf value, int32_t *keys, float *values) {
+  const __mmask16 m = static_cast<__mmask16>(bits);
+  _mm512_storeu_si512(keys, _mm512_maskz_compress_epi32(m, _mm512_loadu_si512(key)));
+  _mm512_storeu_ps(values, _mm512_maskz_compress_ps(m, value));
+  return __builtin_popcount(bits);
+}
+
 // Sixteen rows of sixteen floats become their transpose.
 inline void v_transpose(vf *r) {
   vf t[16];
@@ -229,6 +237,20 @@ inline void v_transpose(vf *r) {
   r[3] = vf{a[3], b[3], c[3], d[3]};
 }
 
+#endif
+
+#if !defined(__AVX512F__)
+inline int v_compress(uint32_t bits, const int32_t *key, vf value, int32_t *keys, float *values) {
+  float lane[kLanes];
+  v_store(lane, value);
+  int count = 0;
+  for (; bits; bits &= bits - 1, ++count) {
+    const int i = __builtin_ctz(bits);
+    keys[count] = key[i];
+    values[count] = lane[i];
+  }
+  return count;
+}
 #endif
 
 constexpr int kTileColumns = kLanes * kTileVectors;

@@ -1,0 +1,169 @@
+// The sparse plan: the kept weights of a row of the product as (plane offset, value) lists, sums in registers.
+//
+// Forward, a row of V is a row of the product and its list is cut straight from the bits. The adjoint needs V by
+// columns: the lists of a block of columns are cut row by row and sorted by column with one counting pass. A block
+// holds about 32 Ki entries, so no list of a whole weight ever exists.
+#include <omp.h>
+
+#include <algorithm>
+
+#include "path_product.h"
+
+namespace paikern {
+namespace {
+
+constexpr int64_t kBlockEntries = 1 << 15, kWidth = 2048;
+
+// Lists that grow; readers and writers of whole vectors find room behind `count`.
+struct KeptList {
+  std::vector<int32_t> keys;
+  std::vector<float> values;
+
+  void reserve(int64_t count) {
+    const size_t needed = static_cast<size_t>(count) + 16;
+    if (keys.size() >= needed) return;
+    keys.resize(2 * needed);
+    values.resize(2 * needed);
+  }
+};
+
+class RowLists {
+ public:
+  explicit RowLists(const Product &p) : p_(p) {
+    list_.reserve(p.depth());
+    offsets_.reserve(static_cast<size_t>(p.depth()) + 16);
+    for (int64_t c = 0; c < p.geometry.group_channels(); ++c) {
+      for (const Tap &tap : p.taps) offsets_.push_back(static_cast<int32_t>(p.offset(c, tap)));
+    }
+    offsets_.resize(offsets_.size() + 16);
+  }
+
+  void build(int64_t, int64_t, int64_t) {}
+
+  int64_t select(int64_t group, int64_t row, int64_t) {
+    const int64_t start = (group * p_.rows + row) * p_.depth();
+    return path_kernels().list_kept(p_.weights, start, p_.depth(), offsets_.data(), list_.keys.data(),
+                                    list_.values.data());
+  }
+  const int32_t *offsets() const { return list_.keys.data(); }
+  const float *values() const { return list_.values.data(); }
+
+ private:
+  const Product &p_;
+  KeptList list_;
+  std::vector<int32_t> offsets_;  // of each column of V
+};
+
+class ColumnLists {
+ public:
+  explicit ColumnLists(const Product &p) : p_(p) {}
+
+  // Columns c0 .. c1, each list in ascending (row of V, tap).
+  void build(int64_t group, int64_t c0, int64_t c1) {
+    const int64_t taps = p_.geometry.taps(), depth = p_.geometry.depth(), rows = p_.geometry.group_rows();
+    const int64_t width = (c1 - c0) * taps;
+    start_tables(c1 - c0);
+    int64_t found = 0;
+    row_end_.clear();
+    for (int64_t o = 0; o < rows; ++o) {
+      flat_.reserve(found + width);
+      found += path_kernels().list_kept(p_.weights, (group * rows + o) * depth + c0 * taps, width, index_.data(),
+                                        flat_.keys.data() + found, flat_.values.data() + found);
+      row_end_.push_back(found);
+    }
+    sorted_.reserve(found);
+    for (int64_t i = 0; i < found; ++i) ++begin_[bucket(i) + 2];
+    for (size_t c = 2; c < begin_.size(); ++c) begin_[c] += begin_[c - 1];
+    for (int64_t o = 0, i = 0; o < rows; ++o) {
+      const int32_t row = static_cast<int32_t>(o * p_.plane_stride);
+      for (; i < row_end_[static_cast<size_t>(o)]; ++i) {
+        const size_t at = static_cast<size_t>(begin_[bucket(i) + 1]++);
+        sorted_.keys[at] = row + shift_[static_cast<size_t>(flat_.keys[static_cast<size_t>(i)])];
+        sorted_.values[at] = flat_.values[static_cast<size_t>(i)];
+      }
+    }
+  }
+
+  int64_t select(int64_t, int64_t row, int64_t first) {
+    const size_t c = static_cast<size_t>(row - first);
+    at_ = begin_[c];
+    return begin_[c + 1] - at_;
+  }
+  const int32_t *offsets() const { return sorted_.keys.data() + at_; }
+  const float *values() const { return sorted_.values.data() + at_; }
+
+ private:
+  // Position in the block -> column and shift; taps that another phase handles go to one column more.
+  void start_tables(int64_t columns) {
+    const int64_t taps = p_.geometry.taps(), width = columns * taps;
+    begin_.assign(static_cast<size_t>(columns) + 3, 0);
+    if (static_cast<int64_t>(bucket_.size()) == width) return;
+    index_.assign(static_cast<size_t>(width) + 16, 0);
+    bucket_.assign(static_cast<size_t>(width), static_cast<int32_t>(columns));
+    shift_.assign(static_cast<size_t>(width), 0);
+    for (int64_t j = 0; j < width; ++j) index_[static_cast<size_t>(j)] = static_cast<int32_t>(j);
+    for (int64_t c = 0; c < columns; ++c) {
+      for (const Tap &tap : p_.taps) {
+        bucket_[static_cast<size_t>(c * taps + tap.index)] = static_cast<int32_t>(c);
+        shift_[static_cast<size_t>(c * taps + tap.index)] = static_cast<int32_t>(tap.shift);
+      }
+    }
+  }
+
+  size_t bucket(int64_t i) const {
+    return static_cast<size_t>(bucket_[static_cast<size_t>(flat_.keys[static_cast<size_t>(i)])]);
+  }
+
+  const Product &p_;
+  KeptList flat_, sorted_;
+  std::vector<int32_t> index_, bucket_, shift_;
+  std::vector<int64_t> begin_, row_end_;
+  int64_t at_ = 0;
+};
+
+template <class Lists>
+void gather_rows(const Product &p, double density) {
+  const PathKernels &kernels = path_kernels();
+  const int64_t width = round_up(p.lattice.positions, kernels.lanes);
+  const double kept = density * static_cast<double>(p.depth());
+  const double work = kept * static_cast<double>(p.geometry.groups * p.rows * width);
+  const bool parallel = work > static_cast<double>(kParallelWork * kernels.lanes) ||
+                        p.geometry.groups * p.rows * p.depth() > kParallelWork;
+  const int64_t threads = parallel ? omp_get_max_threads() : 1;
+  int64_t block = std::clamp<int64_t>(static_cast<int64_t>(kBlockEntries / std::max(kept, 1.0)), 1, p.rows);
+  if (threads > 1) block = std::min(block, std::max<int64_t>(1, divide_up(p.rows * p.geometry.groups, 4 * threads)));
+  const int64_t blocks = divide_up(p.rows, block), tasks = p.geometry.groups * blocks;
+  const int64_t pixels = p.grid.size[0] * p.grid.size[1] * p.grid.size[2];
+#pragma omp parallel if (parallel && tasks > 1)
+  {
+    const FloatBuffer c(kWidth);
+    Lists lists(p);
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < tasks; ++task) {
+      const int64_t group = task / blocks, r0 = task % blocks * block, r1 = std::min(p.rows, r0 + block);
+      lists.build(group, r0, r1);
+      const float *base = p.base + group * p.group_stride;
+      for (int64_t r = r0; r < r1; ++r) {
+        const int64_t count = lists.select(group, r, r0);
+        float *out = p.out + (group * p.rows + r) * pixels;
+        for (int64_t q = 0; q < width; q += kWidth) {
+          const int64_t w = std::min(kWidth, width - q);
+          kernels.gather(lists.offsets(), lists.values(), count, base + q, w, c.get());
+          write_positions(p.lattice, p.grid, p.batch, p.channels, q, w, 1, c.get(), kWidth, out);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void run_gather(const Product &product, double density) {
+  if (product.adjoint) {
+    gather_rows<ColumnLists>(product, density);
+  } else {
+    gather_rows<RowLists>(product, density);
+  }
+}
+
+}  // namespace paikern
