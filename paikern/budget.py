@@ -351,7 +351,7 @@ def schedule_densities(density: float, rounds: int, kind: str = "exponential") -
 
 
 def schedule_counts(n: int, sparsity: float, rounds: int, kind: str = "exponential") -> list[int]:
-    """Weights kept of ``n`` after each round: never increasing, the last ``keep_count(n, sparsity)``.
+    """Weights kept of ``n`` after each round: never increasing, last ``keep_count(n, sparsity)``.
 
     Rounds before the last keep ``n - int((1 - d_r) * n)`` with :func:`schedule_densities`.
 
