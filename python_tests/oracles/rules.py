@@ -62,7 +62,7 @@ class PathSemantics(TorchFunctionMode):
         if norm not in ("identity", "scale"):
             raise ValueError(f"norm must be 'identity' or 'scale', got {norm!r}")
         self.norm = norm
-        self.rules: dict[Any, Callable[..., Tensor]] = dict.fromkeys(IDENTITIES, _identity)
+        self.rules: dict[Any, Callable[..., Any]] = dict.fromkeys(IDENTITIES, _identity)
         self.rules |= dict.fromkeys(PRODUCTS, _product)
         self.rules |= {
             F.batch_norm: self._batch_norm,
@@ -97,8 +97,7 @@ class PathSemantics(TorchFunctionMode):
         return _per_channel(x, scale if weight is None else weight.abs() * scale)
 
     def _group_norm(self, x: Tensor, groups: int, weight: Tensor | None = None, *_: Any) -> Tensor:
-        keep = self.norm == "identity" or weight is None
-        return x if keep else _per_channel(x, weight.abs())
+        return x if self.norm == "identity" or weight is None else _per_channel(x, weight.abs())
 
     def _last_dim_norm(
         self, x: Tensor, shape: Any, weight: Tensor | None = None, *_: Any, **__: Any
