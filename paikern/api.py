@@ -18,7 +18,7 @@ from paikern.errors import NonFiniteScoreError, PaikernWarning, SparsityError
 from paikern.masks import MaskSet
 from paikern.pathgraph import trace
 from paikern.progress import Progress, ProgressFunction
-from paikern.prunable import prunable_parameters
+from paikern.prunable import prunable_parameters, unwrap
 from paikern.scorers import Run, Scorer, Scores, TrainedScorer, make_scorer, scorer_names
 from paikern.scorers.base import VARIANTS, scorer_class
 from paikern.selection import ON_COLLAPSE, RULES, apply_collapse_rule, select_packed
@@ -121,7 +121,7 @@ def prune(
             "seed": seed,
             "sparsity": fraction,
             "seconds": round(time.perf_counter() - started, 4),
-            "model": type(model).__name__,
+            "model": type(run.model).__name__,
             "history": history,
             "notes": run.notes,
         },
@@ -224,10 +224,13 @@ def analyze(
         >>> pk.analyze(net, example_inputs=torch.ones(1, 3)).effective_nodes
         4
     """
-    layers = prunable_parameters(model, ignore=ignore, include=include)
+    inner = unwrap(model)
+    layers = prunable_parameters(inner, ignore=ignore, include=include)
     packed = {} if masks is None else {name: masks.packed(name) for name in masks}
-    graph = trace(model, example_inputs)
-    return topology(graph, _state(model), packed, {n: p.kind for n, p in layers.items()})
+    return topology(
+        trace(inner, example_inputs), _state(inner), packed,
+        {n: p.kind for n, p in layers.items()},
+    )  # fmt: skip
 
 
 def methods() -> list[dict[str, Any]]:
@@ -287,6 +290,7 @@ def _check_choices(
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
+    """Parameter and buffer names of the unwrapped model -> tensors."""
     state = {name: p.detach() for name, p in model.named_parameters()}
     state.update({name: b.detach() for name, b in model.named_buffers()})
     return state
@@ -301,8 +305,12 @@ def _run(
     seed: int,
     variant: str,
 ) -> Run:
-    layers = prunable_parameters(model, ignore=ignore or (), include=include)
-    run = Run(model, _state(model), layers, example_inputs, seed, variant)
+    inner = unwrap(model)
+    layers = prunable_parameters(inner, ignore=ignore or (), include=include)
+    state = _state(inner)
+    # A weight pruned by torch.nn.utils.prune is stored under another name than it is known by.
+    state.update({name: state[layer.source] for name, layer in layers.items()})
+    run = Run(inner, state, layers, example_inputs, seed, variant)
     if scorer.needs_inputs and example_inputs is None:
         raise ValueError(
             f"example_inputs: method {scorer.name!r} traces the model and needs one input, for "

@@ -7,6 +7,7 @@ namespace py = pybind11;
 
 void bind_bits(py::module_ &m);
 void bind_topk(py::module_ &m);
+void bind_maps(py::module_ &m);
 void bind_path(py::module_ &m);
 
 PYBIND11_MODULE(_C, m) {
@@ -14,5 +15,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return paikern::isa_name(paikern::isa()); }, "Instruction set in use: portable, avx2 or avx512");
   bind_bits(m);
   bind_topk(m);
+  bind_maps(m);
   bind_path(m);
 }

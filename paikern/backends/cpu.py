@@ -7,12 +7,12 @@ torch is imported first so that one OpenMP runtime serves both.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from paikern import _C
+from paikern.backends.cpu_maps import live_nodes, map_maximum, map_scale_, through_maximum_
 from paikern.backends.cpu_path import (
     dpai_step_,
     dpai_update_,
@@ -22,7 +22,6 @@ from paikern.backends.cpu_path import (
     path_conv_score,
     path_forward,
     path_score,
-    takes_path,
 )
 from paikern.backends.errors import refuse_nan
 
@@ -32,6 +31,9 @@ __all__ = [
     "dpai_update_",
     "isa",
     "kth_largest",
+    "live_nodes",
+    "map_maximum",
+    "map_scale_",
     "pack_mask",
     "path_backward",
     "path_conv_backward",
@@ -40,11 +42,13 @@ __all__ = [
     "path_forward",
     "path_score",
     "takes",
+    "through_maximum_",
     "topk_mask",
     "topk_mask_factored",
     "unpack_mask",
 ]
 
+_FLOAT64 = ("apply_mask_", "kth_largest", "pack_mask", "topk_mask", "unpack_mask")
 _SCORE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
@@ -53,9 +57,9 @@ def isa() -> str:
     return _C.isa()  # type: ignore[no-any-return]
 
 
-def takes(operation: str, args: tuple[Any, ...]) -> bool:
-    """Whether the native kernel has the dtypes at hand."""
-    return not operation.startswith(("path_", "dpai_")) or takes_path(operation, args)
+def takes(operation: str, float64: bool) -> bool:
+    """The native kernels over maps and weights are float32; selection and masks take float64."""
+    return not float64 or operation in _FLOAT64
 
 
 def pack_mask(mask: Tensor) -> Tensor:

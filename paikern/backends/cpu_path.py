@@ -1,6 +1,6 @@
 """The native path operations: shapes -> one geometry object, tensors -> addresses.
 
-float64 is the reference backend's: `takes_path` passes it on.
+float64 is the reference backend's.
 """
 
 from __future__ import annotations
@@ -17,11 +17,6 @@ from paikern.errors import BackendError
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8  # Adam's, as in the published program
-
-
-def takes_path(operation: str, args: tuple[Any, ...]) -> bool:
-    """Whether every float tensor is one that the kernels read."""
-    return all(not isinstance(a, Tensor) or a.dtype != torch.float64 for a in args)
 
 
 @functools.lru_cache(maxsize=4096)

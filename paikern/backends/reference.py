@@ -12,6 +12,12 @@ import torch
 from torch import Tensor
 
 from paikern.backends.errors import refuse_nan
+from paikern.backends.reference_maps import (
+    live_nodes,
+    map_maximum,
+    map_scale_,
+    through_maximum_,
+)
 from paikern.backends.reference_path import (
     dpai_step_,
     dpai_update_,
@@ -28,6 +34,9 @@ __all__ = [
     "dpai_step_",
     "dpai_update_",
     "kth_largest",
+    "live_nodes",
+    "map_maximum",
+    "map_scale_",
     "pack_mask",
     "path_backward",
     "path_conv_backward",
@@ -35,6 +44,7 @@ __all__ = [
     "path_conv_score",
     "path_forward",
     "path_score",
+    "through_maximum_",
     "topk_mask",
     "topk_mask_factored",
     "unpack_mask",

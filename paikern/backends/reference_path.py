@@ -11,17 +11,18 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import grad as conv_grad
 
 _CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 _CONV_INPUT = {
-    3: torch.nn.grad.conv1d_input,
-    4: torch.nn.grad.conv2d_input,
-    5: torch.nn.grad.conv3d_input,
+    3: conv_grad.conv1d_input,
+    4: conv_grad.conv2d_input,
+    5: conv_grad.conv3d_input,
 }
 _CONV_WEIGHT = {
-    3: torch.nn.grad.conv1d_weight,
-    4: torch.nn.grad.conv2d_weight,
-    5: torch.nn.grad.conv3d_weight,
+    3: conv_grad.conv1d_weight,
+    4: conv_grad.conv2d_weight,
+    5: conv_grad.conv3d_weight,
 }
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8  # Adam's, as in the published program
 
@@ -101,7 +102,7 @@ def path_conv_backward(
 ) -> Tensor:
     dtype = _dtype(weight, power, g)
     values = _values(weight, power, mask, dtype)
-    return _CONV_INPUT[weight.dim()](  # type: ignore[no-any-return]
+    return _CONV_INPUT[weight.dim()](
         tuple(input_size),
         values,
         g.detach().to(dtype),
@@ -143,7 +144,7 @@ def _weight_gradient(
         return g.detach().to(dtype).reshape(-1, shape[0]).T @ x.detach().to(dtype).reshape(
             -1, shape[1]
         )
-    return _CONV_WEIGHT[len(shape)](  # type: ignore[no-any-return]
+    return _CONV_WEIGHT[len(shape)](
         x.detach().to(dtype),
         tuple(shape),
         g.detach().to(dtype),

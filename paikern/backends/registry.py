@@ -7,6 +7,7 @@ device is the order of `_PREFERENCE`; `PAIKERN_BACKEND` or `backend=` forces one
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -19,6 +20,7 @@ from torch import Tensor
 from paikern.backends import reference
 from paikern.errors import BackendError
 
+# None: ask the environment at every call. Within `using` the answer is settled, "" for automatic.
 _forced: ContextVar[str | None] = ContextVar("paikern_backend", default=None)
 
 
@@ -63,15 +65,15 @@ def names() -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def using(name: str | None) -> Iterator[None]:
-    """Force a backend within a `with` block; None changes nothing.
+    """Force a backend within a `with` block; None is PAIKERN_BACKEND or the automatic choice.
 
     Raises:
         BackendError: no such backend, or it is not usable here.
     """
     if name is None:
-        yield
-        return
-    _check(name, "backend")
+        name = _asked()
+    else:
+        _check(name, "backend")
     token = _forced.set(name)
     try:
         yield
@@ -81,23 +83,36 @@ def using(name: str | None) -> Iterator[None]:
 
 def _check(name: str, source: str) -> None:
     if name not in _MODULES:
-        raise BackendError(
-            f"{source}: unknown backend {name!r}; available: {', '.join(_MODULES)}"
-        )
+        raise BackendError(f"{source}: unknown backend {name!r}; available: {', '.join(_MODULES)}")
     if _MODULES[name] is None:
         reason = next(row["reason"] for row in backends() if row["name"] == name)
         raise BackendError(f"{source}: {name!r} is not usable here: {reason}")
 
 
 def choose(operation: str, args: tuple[Any, ...]) -> Callable[..., Any]:
-    """The function that runs `operation` on these arguments.
-
-    A backend that has no kernel for the dtype at hand (`SUPPORTED`) passes to the next one, unless
-    it was forced.
-    """
-    forced = _forced.get() or os.environ.get("PAIKERN_BACKEND")
+    """The function that runs `operation` on these arguments, see `resolve`."""
     tensor = _first_tensor(args)
     device = tensor.device.type if tensor is not None else "cpu"
+    return resolve(operation, device, wide(args))
+
+
+def resolve(operation: str, device: str, float64: bool) -> Callable[..., Any]:
+    """The function that runs `operation` on a device, for float64 tensors or narrower ones.
+
+    A backend that has no float64 kernel for it passes to the next one. The answer is remembered:
+    a network of small layers asks hundreds of times a step.
+    """
+    return _resolve(operation, device, float64, _asked())
+
+
+def _asked() -> str:
+    """The backend that the caller or the environment wants, "" for none."""
+    forced = _forced.get()
+    return os.environ.get("PAIKERN_BACKEND", "") if forced is None else forced
+
+
+@functools.cache
+def _resolve(operation: str, device: str, float64: bool, forced: str) -> Callable[..., Any]:
     if forced:
         _check(forced, "PAIKERN_BACKEND")
         order: tuple[str, ...] = (forced,)
@@ -106,16 +121,12 @@ def choose(operation: str, args: tuple[Any, ...]) -> Callable[..., Any]:
     for name in order:
         module = _MODULES[name]
         function = getattr(module, operation, None) if module is not None else None
-        if function is not None and (forced or _takes(module, operation, args)):
+        takes = getattr(module, "takes", None)
+        if function is not None and (forced or takes is None or takes(operation, float64)):
             return function  # type: ignore[no-any-return]
     raise BackendError(
         f"{operation}: no backend of {order} runs it on {device}; use backend='reference'"
     )
-
-
-def _takes(module: ModuleType | None, operation: str, args: tuple[Any, ...]) -> bool:
-    takes = getattr(module, "takes", None)
-    return takes is None or bool(takes(operation, args))
 
 
 def _first_tensor(args: tuple[Any, ...]) -> Tensor | None:

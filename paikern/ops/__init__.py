@@ -3,6 +3,7 @@
 from paikern.ops.apply_mask import apply_mask_
 from paikern.ops.dpai_step import dpai_step_, dpai_update_
 from paikern.ops.kth_largest import kth_largest
+from paikern.ops.maps import live_nodes, map_maximum, map_scale, through_maximum
 from paikern.ops.pack_mask import pack_mask
 from paikern.ops.path_backward import path_backward
 from paikern.ops.path_conv_backward import path_conv_backward
@@ -19,6 +20,9 @@ __all__ = [
     "dpai_step_",
     "dpai_update_",
     "kth_largest",
+    "live_nodes",
+    "map_maximum",
+    "map_scale",
     "pack_mask",
     "path_backward",
     "path_conv_backward",
@@ -26,6 +30,7 @@ __all__ = [
     "path_conv_score",
     "path_forward",
     "path_score",
+    "through_maximum",
     "topk_mask",
     "topk_mask_factored",
     "unpack_mask",

@@ -42,9 +42,7 @@ def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return torch.library.register_fake(f"{NAMESPACE}::{name}", lib=_library)
 
 
-def autograd(
-    name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]
-) -> None:
+def autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
     """Register the derivative of an operation."""
     torch.library.register_autograd(
         f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library

@@ -2,15 +2,50 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from paikern.backends import registry
 from paikern.ops.unpack_mask import check_packed
 
+_PLAIN = (Tensor, torch.nn.Parameter)
 _WEIGHTS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def run(name: str, *args: Any, differentiable: bool = False) -> Any:
+    """`torch.ops.paikern.<name>(*args)`, outside of autograd unless `differentiable`.
+
+    Plain CPU tensors that no derivative, mode or tracer follows go to the backend directly: the
+    dispatcher costs 10 to 18 us a call, as much as the kernel of a small layer.
+    """
+    if _nothing_intercepts():
+        following = differentiable and torch.is_grad_enabled()
+        float64 = False
+        for value in args:
+            if not isinstance(value, Tensor):
+                continue
+            if type(value) not in _PLAIN or not value.is_cpu or (following and value.requires_grad):
+                break
+            float64 |= value.dtype == torch.float64
+        else:
+            return registry.resolve(name, "cpu", float64)(*args)
+    operation = getattr(torch.ops.paikern, name)
+    if differentiable:
+        return operation(*args)
+    with torch.no_grad():
+        return operation(*args)
+
+
+def _nothing_intercepts() -> bool:
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
 
 
 def check_weight(name: str, weight: Tensor, power: int, mask: Tensor | None) -> None:
@@ -22,6 +57,11 @@ def check_weight(name: str, weight: Tensor, power: int, mask: Tensor | None) -> 
         check_packed(name, mask, weight.numel())
 
 
+def check_float(name: str, argument: str, value: Tensor) -> None:
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name}: {argument} must be a float tensor, got {value.dtype}")
+
+
 def check_map(name: str, argument: str, value: Tensor, features: int, weight: Tensor) -> None:
     """A vector or a batch of vectors with `features` entries, for a 2-D weight."""
     if weight.dim() != 2:
@@ -31,8 +71,7 @@ def check_map(name: str, argument: str, value: Tensor, features: int, weight: Te
             f"{name}: {argument} must be [{features}] or [batch, {features}] for a weight of "
             f"shape {tuple(weight.shape)}, got {tuple(value.shape)}"
         )
-    if not value.dtype.is_floating_point:
-        raise TypeError(f"{name}: {argument} must be a float tensor, got {value.dtype}")
+    check_float(name, argument, value)
 
 
 def conv_size(
@@ -43,22 +82,43 @@ def conv_size(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-) -> list[int]:
+) -> tuple[int, ...]:
     """The output size `[N, O, *out]` of a convolution of an input of `size`, all of it checked."""
-    axes = weight.dim() - 2
+    return _conv_size(
+        name,
+        tuple(weight.shape),
+        tuple(size),
+        tuple(stride),
+        tuple(padding),
+        tuple(dilation),
+        groups,
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _conv_size(
+    name: str,
+    weight: tuple[int, ...],
+    size: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> tuple[int, ...]:
+    axes = len(weight) - 2
     if axes not in (1, 2, 3):
         raise ValueError(
             f"{name}: weight must be [out, in / groups, *kernel] with 1 to 3 kernel axes, "
-            f"got shape {tuple(weight.shape)}"
+            f"got shape {weight}"
         )
-    if len(size) != axes + 2 or size[1] != weight.shape[1] * groups:
+    if len(size) != axes + 2 or size[1] != weight[1] * groups:
         raise ValueError(
-            f"{name}: a weight of shape {tuple(weight.shape)} with groups={groups} needs maps "
-            f"[batch, {weight.shape[1] * groups}, {axes} spatial axes], got {tuple(size)}"
+            f"{name}: a weight of shape {weight} with groups={groups} needs maps "
+            f"[batch, {weight[1] * groups}, {axes} spatial axes], got {size}"
         )
-    if groups < 1 or weight.shape[0] % groups:
+    if groups < 1 or weight[0] % groups:
         raise ValueError(
-            f"{name}: groups must divide the {weight.shape[0]} rows of the weight, got {groups}"
+            f"{name}: groups must divide the {weight[0]} rows of the weight, got {groups}"
         )
     for argument, values, least in (
         ("stride", stride, 1),
@@ -71,23 +131,20 @@ def conv_size(
             )
     out = [
         (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, k, s, p, d in zip(size[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+        for n, k, s, p, d in zip(size[2:], weight[2:], stride, padding, dilation, strict=True)
     ]
     if any(n < 1 for n in out):
         raise ValueError(
-            f"{name}: the kernel {tuple(weight.shape[2:])} with padding {list(padding)} and "
-            f"dilation {list(dilation)} is larger than the map {tuple(size[2:])}"
+            f"{name}: the kernel {weight[2:]} with padding {list(padding)} and "
+            f"dilation {list(dilation)} is larger than the map {size[2:]}"
         )
-    return [size[0], weight.shape[0], *out]
+    return (size[0], weight[0], *out)
 
 
-def check_conv_map(name: str, argument: str, value: Tensor, size: Sequence[int]) -> None:
-    if list(value.shape) != list(size):
-        raise ValueError(
-            f"{name}: {argument} must have shape {tuple(size)}, got {tuple(value.shape)}"
-        )
-    if not value.dtype.is_floating_point:
-        raise TypeError(f"{name}: {argument} must be a float tensor, got {value.dtype}")
+def check_conv_map(name: str, argument: str, value: Tensor, size: tuple[int, ...]) -> None:
+    if tuple(value.shape) != size:
+        raise ValueError(f"{name}: {argument} must have shape {size}, got {tuple(value.shape)}")
+    check_float(name, argument, value)
 
 
 def result_dtype(weight: Tensor, power: int, *maps: Tensor) -> torch.dtype:

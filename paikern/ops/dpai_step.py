@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from paikern.ops._library import define, fake
-from paikern.ops._path import check_conv_map, check_map, conv_size
+from paikern.ops._path import check_conv_map, check_float, check_map, conv_size, run
 from paikern.ops.unpack_mask import check_packed
 
 _STATE = "Tensor(b!)? exp_avg, Tensor(c!)? exp_avg_sq"
@@ -118,13 +118,12 @@ def dpai_step_(
         stride = padding = dilation = ()
     else:
         size = conv_size(name, s, x.shape, stride, padding, dilation, groups)
-        check_conv_map(name, "x", x, x.shape)
+        check_float(name, "x", x)
         check_conv_map(name, "g", g, size)
-    with torch.no_grad():
-        found = torch.ops.paikern.dpai_step_(
-            s, mask, x, g, node_live, exp_avg, exp_avg_sq, q_scale, alpha, beta, lr, t,
-            stride, padding, dilation, groups, transposed,
-        )  # fmt: skip
+    found = run(
+        "dpai_step_", s, mask, x, g, node_live, exp_avg, exp_avg_sq, q_scale, alpha, beta, lr, t,
+        stride, padding, dilation, groups, transposed,
+    )  # fmt: skip
     return _counts(found)
 
 
@@ -158,11 +157,11 @@ def dpai_update_(
     """
     name = "dpai_update_"
     _check_state(name, s, mask, node_live, exp_avg, exp_avg_sq, groups, transposed)
-    check_conv_map(name, "q", q, s.shape)
-    with torch.no_grad():
-        found = torch.ops.paikern.dpai_update_(
-            s, q, mask, node_live, exp_avg, exp_avg_sq, alpha, beta, lr, t, groups, transposed
-        )
+    check_conv_map(name, "q", q, tuple(s.shape))
+    found = run(
+        "dpai_update_", s, q, mask, node_live, exp_avg, exp_avg_sq, alpha, beta, lr, t, groups,
+        transposed,
+    )  # fmt: skip
     return _counts(found)
 
 

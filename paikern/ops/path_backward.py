@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from paikern.ops._library import autograd, define, fake
-from paikern.ops._path import check_map, check_weight, result_dtype, save, slope
+from paikern.ops._path import check_map, check_weight, result_dtype, run, save, slope
 
 define("path_backward(Tensor weight, Tensor g, int power, Tensor? mask) -> Tensor")
 
@@ -26,12 +26,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _derivative(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
     weight, g, mask = ctx.saved_tensors
-    run = torch.ops.paikern
+    ops = torch.ops.paikern
     by_weight = by_g = None
     if ctx.needs_input_grad[0] and ctx.power:
-        by_weight = slope(weight, ctx.power, run.path_score(weight, grad, g, 0, mask, 0.0))
+        by_weight = slope(weight, ctx.power, ops.path_score(weight, grad, g, 0, mask, 0.0))
     if ctx.needs_input_grad[1]:
-        by_g = run.path_forward(weight, grad, ctx.power, mask).to(ctx.source_dtype)
+        by_g = ops.path_forward(weight, grad, ctx.power, mask).to(ctx.source_dtype)
     return by_weight, by_g, None, None
 
 
@@ -65,4 +65,4 @@ def path_backward(
     """
     check_weight("path_backward", weight, power, mask)
     check_map("path_backward", "g", g, weight.shape[0] if weight.dim() else 0, weight)
-    return torch.ops.paikern.path_backward(weight, g, power, mask)  # type: ignore[no-any-return]
+    return run("path_backward", weight, g, power, mask, differentiable=True)

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from paikern.ops._library import autograd, define, fake
-from paikern.ops._path import check_conv_map, check_weight, conv_size, result_dtype, save, slope
+from paikern.ops._path import (
+    check_conv_map,
+    check_weight,
+    conv_size,
+    result_dtype,
+    run,
+    save,
+    slope,
+)
 
 define(
     "path_conv_backward(Tensor weight, Tensor g, SymInt[] input_size, int[] stride, int[] padding, "
@@ -40,13 +48,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _derivative(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weight, g, mask = ctx.saved_tensors
-    run = torch.ops.paikern
+    ops = torch.ops.paikern
     by_weight = by_g = None
     if ctx.needs_input_grad[0] and ctx.power:
-        q = run.path_conv_score(weight, grad, g, *ctx.geometry, 0, mask, 0.0)
+        q = ops.path_conv_score(weight, grad, g, *ctx.geometry, 0, mask, 0.0)
         by_weight = slope(weight, ctx.power, q)
     if ctx.needs_input_grad[1]:
-        by_g = run.path_conv_forward(weight, grad, *ctx.geometry, ctx.power, mask)
+        by_g = ops.path_conv_forward(weight, grad, *ctx.geometry, ctx.power, mask)
         by_g = by_g.to(ctx.source_dtype)
     return by_weight, by_g, None, None, None, None, None, None, None
 
@@ -93,6 +101,16 @@ def path_conv_backward(
     check_weight(name, weight, power, mask)
     size = conv_size(name, weight, input_size, stride, padding, dilation, groups)
     check_conv_map(name, "g", g, size)
-    return torch.ops.paikern.path_conv_backward(  # type: ignore[no-any-return]
-        weight, g, input_size, stride, padding, dilation, groups, power, mask
+    return run(
+        "path_conv_backward",
+        weight,
+        g,
+        input_size,
+        stride,
+        padding,
+        dilation,
+        groups,
+        power,
+        mask,
+        differentiable=True,
     )

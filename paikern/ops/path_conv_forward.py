@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from paikern.ops._library import autograd, define, fake
-from paikern.ops._path import check_conv_map, check_weight, conv_size, result_dtype, save, slope
+from paikern.ops._path import (
+    check_float,
+    check_weight,
+    conv_size,
+    result_dtype,
+    run,
+    save,
+    slope,
+)
 
 define(
     "path_conv_forward(Tensor weight, Tensor x, int[] stride, int[] padding, int[] dilation, "
@@ -40,14 +48,14 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _derivative(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weight, x, mask = ctx.saved_tensors
-    run = torch.ops.paikern
+    ops = torch.ops.paikern
     by_weight = by_x = None
     if ctx.needs_input_grad[0] and ctx.power:
-        q = run.path_conv_score(weight, x, grad, *ctx.geometry, 0, mask, 0.0)
+        q = ops.path_conv_score(weight, x, grad, *ctx.geometry, 0, mask, 0.0)
         by_weight = slope(weight, ctx.power, q)
     if ctx.needs_input_grad[1]:
         size = list(x.shape)
-        by_x = run.path_conv_backward(weight, grad, size, *ctx.geometry, ctx.power, mask)
+        by_x = ops.path_conv_backward(weight, grad, size, *ctx.geometry, ctx.power, mask)
         by_x = by_x.to(ctx.source_dtype)
     return by_weight, by_x, None, None, None, None, None, None
 
@@ -95,7 +103,16 @@ def path_conv_forward(
     name = "path_conv_forward"
     check_weight(name, weight, power, mask)
     conv_size(name, weight, x.shape, stride, padding, dilation, groups)
-    check_conv_map(name, "x", x, x.shape)
-    return torch.ops.paikern.path_conv_forward(  # type: ignore[no-any-return]
-        weight, x, stride, padding, dilation, groups, power, mask
+    check_float(name, "x", x)
+    return run(
+        "path_conv_forward",
+        weight,
+        x,
+        stride,
+        padding,
+        dilation,
+        groups,
+        power,
+        mask,
+        differentiable=True,
     )

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from paikern.ops._library import define, fake
-from paikern.ops._path import check_conv_map, check_weight, conv_size, result_dtype
+from paikern.ops._path import (
+    check_conv_map,
+    check_float,
+    check_weight,
+    conv_size,
+    result_dtype,
+    run,
+)
 
 define(
     "path_conv_score(Tensor weight, Tensor x, Tensor g, int[] stride, int[] padding, "
@@ -70,9 +76,18 @@ def path_conv_score(
     name = "path_conv_score"
     check_weight(name, weight, power, mask)
     size = conv_size(name, weight, x.shape, stride, padding, dilation, groups)
-    check_conv_map(name, "x", x, x.shape)
+    check_float(name, "x", x)
     check_conv_map(name, "g", g, size)
-    with torch.no_grad():
-        return torch.ops.paikern.path_conv_score(  # type: ignore[no-any-return]
-            weight, x, g, stride, padding, dilation, groups, power, mask, pruned
-        )
+    return run(
+        "path_conv_score",
+        weight,
+        x,
+        g,
+        stride,
+        padding,
+        dilation,
+        groups,
+        power,
+        mask,
+        pruned,
+    )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from paikern.ops._library import autograd, define, fake
-from paikern.ops._path import check_map, check_weight, result_dtype, save, slope
+from paikern.ops._path import check_map, check_weight, result_dtype, run, save, slope
 
 define("path_forward(Tensor weight, Tensor x, int power, Tensor? mask) -> Tensor")
 
@@ -26,12 +26,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _derivative(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
     weight, x, mask = ctx.saved_tensors
-    run = torch.ops.paikern
+    ops = torch.ops.paikern
     by_weight = by_x = None
     if ctx.needs_input_grad[0] and ctx.power:
-        by_weight = slope(weight, ctx.power, run.path_score(weight, x, grad, 0, mask, 0.0))
+        by_weight = slope(weight, ctx.power, ops.path_score(weight, x, grad, 0, mask, 0.0))
     if ctx.needs_input_grad[1]:
-        by_x = run.path_backward(weight, grad, ctx.power, mask).to(ctx.source_dtype)
+        by_x = ops.path_backward(weight, grad, ctx.power, mask).to(ctx.source_dtype)
     return by_weight, by_x, None, None
 
 
@@ -68,4 +68,4 @@ def path_forward(
     """
     check_weight("path_forward", weight, power, mask)
     check_map("path_forward", "x", x, weight.shape[-1], weight)
-    return torch.ops.paikern.path_forward(weight, x, power, mask)  # type: ignore[no-any-return]
+    return run("path_forward", weight, x, power, mask, differentiable=True)

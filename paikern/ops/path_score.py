@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from paikern.ops._library import define, fake
-from paikern.ops._path import check_map, check_weight, result_dtype
+from paikern.ops._path import check_map, check_weight, result_dtype, run
 
 define(
     "path_score(Tensor weight, Tensor x, Tensor g, int power, Tensor? mask, float pruned) -> Tensor"
@@ -60,5 +59,4 @@ def path_score(
         raise ValueError(
             f"path_score: x {tuple(x.shape)} and g {tuple(g.shape)} must have the same batch"
         )
-    with torch.no_grad():
-        return torch.ops.paikern.path_score(weight, x, g, power, mask, pruned)  # type: ignore[no-any-return]
+    return run("path_score", weight, x, g, power, mask, pruned)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paikern import ops
 from paikern.errors import NonFiniteScoreError
 from paikern.pathgraph import weights
 from paikern.pathgraph.graph import PathGraph
@@ -90,6 +91,7 @@ class Flow:
         self.semantics = semantics
         self.dtype = dtype
         self.by_input_max = rescale == "input_max"
+        self.counts = semantics.power == 0 and not self.by_input_max
         self._plan = _plan(graph, semantics)
         self._last_use = self._plan.last_use()
         self._kept: list[Any] = []
@@ -120,7 +122,7 @@ class Flow:
                 x, exponent = given[0]
                 maximum = 1.0
                 if self.by_input_max:
-                    maximum = float(x.max())
+                    maximum = ops.map_maximum(x)
                     x = x / maximum
                     log_maxima += math.log(maximum) if maximum > 0 else -math.inf
                 y = weights.forward(step, x, state, self._masks, self.semantics.power)
@@ -171,7 +173,7 @@ class Flow:
                     continue  # nothing lies before the input
                 gx = weights.adjoint(step, g, self._state, self._masks, self.semantics.power)
                 if self.by_input_max:
-                    gx = _through_maximum(gx, x, maximum)
+                    gx = ops.through_maximum(gx, x, maximum) if maximum > 0 else gx
                 else:
                     gx, shift = self._normalise(gx, step, exponent)
                     exponent += shift
@@ -254,28 +256,23 @@ class Flow:
 
     def _normalise(self, t: Tensor, step: Step, before: int) -> tuple[Tensor, int]:
         """Bring the maximum into [1, 2); returns the exact power of two taken out."""
-        top = float(t.amax()) if t.numel() else 0.0
+        top = ops.map_maximum(t)
         if not math.isfinite(top):
             raise NonFiniteScoreError(
                 f"path counts overflow or are NaN at {_place(step)}: its weights are not finite "
                 "or too large; check that parameter"
             )
-        if top <= 0.0:
-            return t, 0
-        shift = math.frexp(top)[1] - 1
-        if shift:
-            t = self._shift(t, -shift)
-        if self.semantics.power == 0 and abs(before + shift) > _FLOOR_FROM:
-            t = torch.where(t > 0, t.clamp(min=_FLOOR), t)
+        shift = math.frexp(top)[1] - 1 if top > 0.0 else 0
+        floor = _FLOOR if self.counts and abs(before + shift) > _FLOOR_FROM else 0.0
+        if shift or floor:
+            t = ops.map_scale(t, -shift, floor=floor)  # fresh from the kernel: in place
         return t, shift
 
     def _shift(self, t: Tensor, by: int) -> Tensor:
+        """A branch that meets a larger one; other steps may still read `t`."""
         if by == 0:
             return t
-        shifted = t * _power_of_two(by)
-        if self.semantics.power == 0 and by < 0:
-            return torch.where(t > 0, shifted.clamp(min=_FLOOR), shifted)
-        return shifted
+        return ops.map_scale(t.clone(), by, floor=_FLOOR if self.counts else 0.0)
 
 
 def _power_of_two(exponent: int) -> float:
@@ -286,15 +283,6 @@ def _place(step: Step) -> str:
     if isinstance(step, Weight):
         return step.parameter
     return step.where or step.op
-
-
-def _through_maximum(gx: Tensor, x: Tensor, maximum: float) -> Tensor:
-    """Derivative of J through `x / max(x)` and `log max(x)`; ties share, as in torch.max()."""
-    if maximum <= 0:
-        return gx
-    at_maximum = x == 1.0
-    rest = (1.0 - float((gx.double() * x.double()).sum())) / float(at_maximum.sum())
-    return (gx + at_maximum * rest) / maximum
 
 
 def _accumulate(into: dict[int, _Value], id_: int, value: _Value) -> None:

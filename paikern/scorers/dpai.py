@@ -20,7 +20,7 @@ true count on chains only; Adam; budgets rounded up.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from paikern import ops
+from paikern.backends import registry
 from paikern.errors import PaikernError
 from paikern.pathgraph import Flow, Semantics, Visit, weights
 from paikern.scorers.base import Report, Run, TrainedScorer, register_scorer
@@ -159,6 +160,9 @@ class DPaITrainer:
         adam = settings.optimizer == "adam"
         self.m = {n: torch.zeros_like(s) for n, s in self.s.items()} if adam else {}
         self.v = {n: torch.zeros_like(s) for n, s in self.s.items()} if adam else {}
+        assert settings.lr is not None
+        # Ascent: |q| is about 1 / k_l, so that a step is scaled by the number kept.
+        self._lr = {n: settings.lr * (1 if adam else k) for n, k in zip(self.s, kept, strict=True)}
         self.steps = 0
         self.masks: dict[str, Tensor] = {}
         self._selected_at = -1
@@ -183,6 +187,10 @@ class DPaITrainer:
 
     def step(self) -> StepStatistics:
         """One update of every layer; returns what the mask before it was worth."""
+        with registry.using(None):
+            return self._step()
+
+    def _step(self) -> StepStatistics:
         self.select()
         objective = self._flow.forward(self.run.state, self.masks, outputs=True)
         if objective == -math.inf or math.isnan(objective):
@@ -210,52 +218,31 @@ class DPaITrainer:
         for name, (q, live) in gathered.items():
             transposed = self._uses[name][0].transposed
             found = ops.dpai_update_(
-                self.s[name],
-                q,
-                self.masks[name],
-                live,
-                **self._rule(name),
-                transposed=transposed,
-            )
+                self.s[name], q, self.masks[name], live,
+                exp_avg=self.m.get(name), exp_avg_sq=self.v.get(name),
+                alpha=self.settings.alpha, beta=self.settings.beta,
+                lr=self._lr[name], t=self.steps,
+                groups=self._uses[name][0].groups, transposed=transposed,
+            )  # fmt: skip
             self._count(counts, live, *self._checked(name, found))
         return StepStatistics(self.steps, objective, **counts)
 
     def _update(self, v: Visit, scale: float, live: Tensor) -> tuple[int, int]:
         step, name = v.step, v.step.parameter
+        s = self.s[name]
         x, g = (v.g, v.x) if step.transposed else (v.x, v.g)
         if step.kind == "linear":
             x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-        found = ops.dpai_step_(
-            self.s[name],
-            self.masks[name],
-            x.contiguous(),
-            g.contiguous(),
-            live,
-            scale,
-            **self._rule(name),
-            stride=list(step.stride),
-            padding=list(step.padding),
-            dilation=list(step.dilation),
-            groups=step.groups,
-            transposed=step.transposed,
-        )
-        return self._checked(name, found)
+        # The kernel itself: its operation would check shapes that tracing has checked.
+        found = weights.kernel("dpai_step_", s, x)(
+            s, self.masks[name], x.contiguous(), g.contiguous(), live,
+            self.m.get(name), self.v.get(name), scale,
+            self.settings.alpha, self.settings.beta, self._lr[name], self.steps,
+            step.stride, step.padding, step.dilation, step.groups, step.transposed,
+        )  # fmt: skip
+        return self._checked(name, found.tolist())
 
-    def _rule(self, name: str) -> dict[str, object]:
-        lr = self.settings.lr
-        assert lr is not None
-        if self.settings.optimizer == "ascent":
-            lr *= self.kept[list(self.s).index(name)]
-        return {
-            "exp_avg": self.m.get(name),
-            "exp_avg_sq": self.v.get(name),
-            "alpha": self.settings.alpha,
-            "beta": self.settings.beta,
-            "lr": lr,
-            "t": self.steps,
-        }
-
-    def _checked(self, name: str, found: tuple[int, int, bool]) -> tuple[int, int]:
+    def _checked(self, name: str, found: Sequence[int]) -> tuple[int, int]:
         params, kernels, finite = found
         if not finite:
             raise PaikernError(
@@ -286,12 +273,8 @@ class DPaITrainer:
 
 
 def _live_nodes(v: Visit) -> Tensor:
-    """uint8 per output unit: a path arrives and leaves at one of its positions."""
     assert v.y is not None
-    on_path = (v.y > 0) & (v.g != 0)
-    if v.step.kind == "linear":
-        return on_path.reshape(-1, on_path.shape[-1]).any(0).to(torch.uint8)
-    return on_path.transpose(0, 1).flatten(1).any(1).to(torch.uint8)
+    return ops.live_nodes(v.y, v.g, -1 if v.step.kind == "linear" else 1)
 
 
 def _start(run: Run, given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:

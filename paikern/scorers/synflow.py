@@ -133,7 +133,7 @@ class SynFlowL2(PathScorer):
 
 @register_scorer("logsynflow")
 class LogSynFlow(PathScorer):
-    """`|w| * ln(1 + dR/d|w|)`: exponents are undone before the logarithm, which they would change."""
+    """`|w| * ln(1 + dR/d|w|)`; exponents are undone first, as the logarithm is not homogeneous."""
 
     norm: str = "identity"
 
