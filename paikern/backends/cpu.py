@@ -54,7 +54,7 @@ _SCORE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.flo
 
 def isa() -> str:
     """Instruction set in use: portable, avx2 or avx512."""
-    return _C.isa()  # type: ignore[no-any-return]
+    return _C.isa()
 
 
 def takes(operation: str, float64: bool) -> bool:

@@ -9,7 +9,7 @@ from paikern import _C
 
 
 def map_maximum(t: Tensor) -> float:
-    return _C.map_maximum(t.data_ptr(), t.numel())  # type: ignore[no-any-return]
+    return _C.map_maximum(t.data_ptr(), t.numel())
 
 
 def map_scale_(t: Tensor, by: int, floor: float) -> Tensor:

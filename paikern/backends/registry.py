@@ -123,7 +123,7 @@ def _resolve(operation: str, device: str, float64: bool, forced: str) -> Callabl
         function = getattr(module, operation, None) if module is not None else None
         takes = getattr(module, "takes", None)
         if function is not None and (forced or takes is None or takes(operation, float64)):
-            return function  # type: ignore[no-any-return]
+            return function
     raise BackendError(
         f"{operation}: no backend of {order} runs it on {device}; use backend='reference'"
     )

@@ -28,7 +28,7 @@ def map_maximum(t: Tensor) -> float:
         >>> map_maximum(torch.tensor([1.0, 3.0, 2.0]))
         3.0
     """
-    return _run("map_maximum", t if t.is_contiguous() else t.contiguous())  # type: ignore
+    return _run("map_maximum", t if t.is_contiguous() else t.contiguous())
 
 
 def map_scale(t: Tensor, by: int, *, floor: float = 0.0) -> Tensor:
@@ -42,7 +42,7 @@ def map_scale(t: Tensor, by: int, *, floor: float = 0.0) -> Tensor:
         >>> map_scale(torch.tensor([1.0, 3.0]), -1)
         tensor([0.5000, 1.5000])
     """
-    return _run("map_scale_", t if t.is_contiguous() else t.contiguous(), by, floor)  # type: ignore
+    return _run("map_scale_", t if t.is_contiguous() else t.contiguous(), by, floor)
 
 
 def live_nodes(y: Tensor, g: Tensor, dim: int) -> Tensor:
@@ -59,7 +59,7 @@ def live_nodes(y: Tensor, g: Tensor, dim: int) -> Tensor:
         >>> live_nodes(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 1.0]]), -1)
         tensor([1, 0], dtype=torch.uint8)
     """
-    return _run("live_nodes", y, g, dim)  # type: ignore[no-any-return]
+    return _run("live_nodes", y, g, dim)
 
 
 def through_maximum(g: Tensor, x: Tensor, maximum: float) -> Tensor:
@@ -75,4 +75,4 @@ def through_maximum(g: Tensor, x: Tensor, maximum: float) -> Tensor:
         >>> through_maximum(torch.tensor([0.0, 0.5]), torch.tensor([1.0, 0.5]), 2.0)
         tensor([0.3750, 0.2500])
     """
-    return _run("through_maximum_", g if g.is_contiguous() else g.contiguous(), x, maximum)  # type: ignore
+    return _run("through_maximum_", g if g.is_contiguous() else g.contiguous(), x, maximum)

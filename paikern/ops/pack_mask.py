@@ -31,4 +31,4 @@ def pack_mask(mask: Tensor) -> Tensor:
     """
     if mask.dtype != torch.bool:
         raise TypeError(f"pack_mask: mask must be a bool tensor, got {mask.dtype}; use mask != 0")
-    return torch.ops.paikern.pack_mask(mask)  # type: ignore[no-any-return]
+    return torch.ops.paikern.pack_mask(mask)

@@ -64,7 +64,7 @@ def topk_mask(
     if not tensors:
         return []
     with named_nan(names):
-        return torch.ops.paikern.topk_mask(tensors, counts, shifts, absolute)  # type: ignore
+        return torch.ops.paikern.topk_mask(tensors, counts, shifts, absolute)
 
 
 def check_scores(operation: str, scores: Tensor | Sequence[Tensor]) -> list[Tensor]:

@@ -88,7 +88,7 @@ def topk_mask_factored(
         return []
     none = torch.empty(0, dtype=torch.uint8, device=held[0].device)
     with named_nan(names):
-        return torch.ops.paikern.topk_mask_factored(  # type: ignore[no-any-return]
+        return torch.ops.paikern.topk_mask_factored(
             held, list(a), list(g), [none if m is None else m for m in candidates],
             shifts, counts, power,
         )  # fmt: skip

@@ -37,7 +37,7 @@ def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
         tensor([ True, False,  True])
     """
     check_packed("unpack_mask", packed, math.prod(shape))
-    return torch.ops.paikern.unpack_mask(packed, list(shape))  # type: ignore[no-any-return]
+    return torch.ops.paikern.unpack_mask(packed, list(shape))
 
 
 def check_packed(operation: str, packed: Tensor, numel: int) -> None:

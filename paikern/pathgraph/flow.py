@@ -225,7 +225,7 @@ class Flow:
         def read(reader: Any) -> Tensor | None:
             if reader is None:
                 return None
-            return reader(self._state).to(like.device, like.dtype).abs().reshape(step.shape)  # type: ignore[no-any-return]
+            return reader(self._state).to(like.device, like.dtype).abs().reshape(step.shape)
 
         power = self.semantics.power
         weight, var = read(step.weight), read(step.var)

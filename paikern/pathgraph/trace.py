@@ -127,7 +127,7 @@ def _skeleton(model: nn.Module) -> nn.Module:
         )
     skeleton = copy.deepcopy(model, memo).eval()
     config = getattr(skeleton, "config", None)
-    if getattr(config, "use_cache", False):
+    if config is not None and getattr(config, "use_cache", False):
         config.use_cache = False  # cached keys and values are no outputs of the network
     return skeleton
 
@@ -284,13 +284,13 @@ def _on_parameters(target: Any, name: str, args: Any, kwargs: Any, node: Any) ->
 
         a, k = pytree.tree_map(resolve, (args, kwargs), is_leaf=_is_value)
         result = target(*a, **k)
-        return result if pick is None else result[pick]  # type: ignore[no-any-return]
+        return result if pick is None else result[pick]
 
     value = node.meta["val"]
     if isinstance(value, (list, tuple)):
         return tuple(
             ParamValue(
-                lambda state, i=i: evaluate(state, i),  # type: ignore[misc]
+                lambda state, i=i: evaluate(state, i),
                 tuple(part.shape),
                 **_row_parts(name, args, value, i),
             )

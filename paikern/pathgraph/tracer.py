@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from paikern.errors import PathRuleError
 from paikern.pathgraph import steps
 from paikern.pathgraph.graph import DataValue, ParamValue, PathValue
-from paikern.pathgraph.steps import State
+from paikern.pathgraph.steps import State, Step
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Tracer:
     `out_shape` is the shape of the result of the call at hand.
     """
 
-    steps: list[steps.Step] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
     inputs: dict[int, tuple[int, ...]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     buffer_names: dict[int, str] = field(default_factory=dict)
@@ -71,7 +71,7 @@ class Tracer:
 
     def emit(
         self,
-        make: Callable[..., steps.Step],
+        make: Callable[..., Step],
         sources: Sequence[PathValue],
         shape: Sequence[int],
         *args: Any,

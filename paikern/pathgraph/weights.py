@@ -76,12 +76,12 @@ def _apply(
     m = mask(step, masks, w.shape)
     if step.kind == "linear":
         run = kernel("path_backward" if backward else "path_forward", w, x)
-        return run(w, x.reshape(-1, x.shape[-1]), power, m).reshape(shape)  # type: ignore
+        return run(w, x.reshape(-1, x.shape[-1]), power, m).reshape(shape)
     x = x.contiguous()
     geometry = (step.stride, step.padding, step.dilation, step.groups)
     if backward:
-        return kernel("path_conv_backward", w, x)(w, x, shape, *geometry, power, m)  # type: ignore
-    return kernel("path_conv_forward", w, x)(w, x, *geometry, power, m)  # type: ignore
+        return kernel("path_conv_backward", w, x)(w, x, shape, *geometry, power, m)
+    return kernel("path_conv_forward", w, x)(w, x, *geometry, power, m)
 
 
 def score(
@@ -100,7 +100,7 @@ def score(
         x, g = g, x  # the stored rows are the inputs
     if step.kind == "linear":
         x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-        return kernel("path_score", w, x)(w, x, g, power, m, pruned)  # type: ignore
+        return kernel("path_score", w, x)(w, x, g, power, m, pruned)
     geometry = (step.stride, step.padding, step.dilation, step.groups)
     run = kernel("path_conv_score", w, x)
-    return run(w, x.contiguous(), g.contiguous(), *geometry, power, m, pruned)  # type: ignore
+    return run(w, x.contiguous(), g.contiguous(), *geometry, power, m, pruned)

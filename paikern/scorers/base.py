@@ -15,6 +15,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from typing_extensions import dataclass_transform
+
 from paikern.pathgraph import Flow, PathGraph, Semantics, trace
 from paikern.prunable import Prunable
 from paikern.scores import Scores
@@ -72,6 +74,7 @@ class Run:
         return torch.Generator().manual_seed(self.seed)
 
 
+@dataclass_transform()
 @dataclass
 class Scorer:
     """Base class. Subclasses implement `score` and set the class attributes.

@@ -79,11 +79,11 @@ def _replay_with(tracer: Tracer, args: Any, kwargs: Any) -> PathValue:
 
     def run(x: Tensor) -> Tensor:
         y = packet(x, *rest[0], **rest[1])
-        return y[0] if isinstance(y, tuple) else y  # type: ignore[no-any-return]
+        return y[0] if isinstance(y, tuple) else y
 
     maximum = tracer.op.removeprefix("aten.") in _MAX_REPLAYS
     out = tracer.replay(args[0], run, keep_input=maximum)
-    return (out, None) if takes_first and len(tracer.out_shapes) > 1 else out  # type: ignore
+    return (out, None) if takes_first and len(tracer.out_shapes) > 1 else out
 
 
 for _name in _LINEAR_REPLAYS + _MAX_REPLAYS:

@@ -33,7 +33,7 @@ def _transpose(tracer: Tracer, args: Any, kwargs: Any) -> PathValue:
         return tracer.permute(x, [size - 2 for size in probe.shape])
     a, b = (0, 1) if len(args) < 3 else (args[1], args[2])
     if tracer.op == "aten.t" and len(dims) < 2:
-        return x  # type: ignore[no-any-return]
+        return x
     dims[a], dims[b] = dims[b], dims[a]
     return tracer.permute(x, dims)
 

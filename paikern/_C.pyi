@@ -1,0 +1,66 @@
+"""The CPU kernels (csrc/python/bind_*.cpp). Addresses are integers; a 0 stands for none."""
+
+from collections.abc import Sequence
+
+_Counts = tuple[int, int, bool]  # effective weights, effective kernels, all scores finite
+
+class PathGeometry:
+    def __init__(self, values: tuple[int, ...]) -> None: ...
+
+def isa() -> str: ...
+def pack_mask(mask: int, numel: int, packed: int) -> None: ...
+def unpack_mask(packed: int, numel: int, mask: int) -> None: ...
+def apply_mask(values: int, itemsize: int, numel: int, packed: int) -> None: ...
+def topk_mask(
+    rows: Sequence[tuple[int, int, int, int, int]], k: Sequence[int], absolute: bool
+) -> int: ...
+def topk_mask_factored(
+    rows: Sequence[tuple[int, int, int, int, int, int, int, int, int]],
+    k: Sequence[int],
+    power: int,
+) -> int: ...
+def kth_largest(rows: Sequence[tuple[int, int, int, int, int]], k: int) -> tuple[float, int]: ...
+def map_maximum(values: int, numel: int) -> float: ...
+def map_scale(values: int, numel: int, by: int, floor: float) -> None: ...
+def live_nodes(y: int, g: int, outer: int, channels: int, inner: int, live: int) -> None: ...
+def through_maximum(g: int, x: int, numel: int, maximum: float) -> None: ...
+def path_forward(
+    g: PathGeometry, w: int, type: int, power: int, mask: int, x: int, z: int
+) -> None: ...
+def path_backward(
+    g: PathGeometry, w: int, type: int, power: int, mask: int, grad: int, x: int
+) -> None: ...
+def path_score(
+    g: PathGeometry,
+    w: int,
+    type: int,
+    power: int,
+    mask: int,
+    x: int,
+    grad: int,
+    pruned: float,
+    score: int,
+) -> None: ...
+def dpai_step(
+    g: PathGeometry,
+    s: int,
+    moment1: int,
+    moment2: int,
+    mask: int,
+    live: int,
+    node_is_channel: bool,
+    x: int,
+    grad: int,
+    rule: Sequence[float],
+) -> _Counts: ...
+def dpai_update(
+    g: PathGeometry,
+    s: int,
+    moment1: int,
+    moment2: int,
+    mask: int,
+    live: int,
+    node_is_channel: bool,
+    q: int,
+    rule: Sequence[float],
+) -> _Counts: ...
