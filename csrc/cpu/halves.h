@@ -1,52 +1,33 @@
-// Reading float32, bfloat16, float16 and float64 storage as float or double.
+// bfloat16 and float16 storage as float. Functions are static: this header is compiled for several instruction sets,
+// and a shared inline copy could be the one made for the widest.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#include "topk.h"
-
 namespace paikern {
 
-inline float bfloat16_to_float(uint16_t raw) {
+static inline float bfloat16_to_float(uint16_t raw) {
   const uint32_t word = static_cast<uint32_t>(raw) << 16;
   float value;
   std::memcpy(&value, &word, sizeof(value));
   return value;
 }
 
-inline float float16_to_float(uint16_t raw) {
-#if defined(__FLT16_MAX__)
-  _Float16 half;
-  std::memcpy(&half, &raw, sizeof(half));
-  return static_cast<float>(half);
-#else
+// Without branches, so that loops over it become vectors: SSE2 has no instruction for it, and the compiler's own
+// conversion is a call for every element.
+static inline float float16_to_float(uint16_t raw) {
   const uint32_t sign = static_cast<uint32_t>(raw & 0x8000u) << 16;
-  const uint32_t exponent = (raw >> 10) & 0x1fu, mantissa = raw & 0x3ffu;
-  if (exponent == 0) {  // zero and subnormals: mantissa * 2**-24 is exact
-    const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;
-    return sign != 0 ? -magnitude : magnitude;
-  }
-  const uint32_t word = sign | ((exponent == 31 ? 255u : exponent + 112u) << 23) | (mantissa << 13);
+  const uint32_t magnitude = static_cast<uint32_t>(raw & 0x7fffu);
+  const uint32_t special = magnitude >= 0x7c00u ? 0x38000000u : 0u;  // infinity and NaN: exponent 31 -> 255
+  const uint32_t normal = (magnitude << 13) + 0x38000000u + special;
+  const float small = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f;  // exact, and normal in float
+  uint32_t subnormal;
+  std::memcpy(&subnormal, &small, sizeof(subnormal));
+  const uint32_t word = sign | (magnitude < 0x0400u ? subnormal : normal);
   float value;
   std::memcpy(&value, &word, sizeof(value));
   return value;
-#endif
-}
-
-// Calls body(read) with read(i) giving element i of `data` as float (double for float64).
-template <class Body>
-inline void with_reader(const void *data, ScoreType type, Body body) {
-  switch (type) {
-    case ScoreType::kFloat32:
-      return body([p = static_cast<const float *>(data)](int64_t i) { return p[i]; });
-    case ScoreType::kBfloat16:
-      return body([p = static_cast<const uint16_t *>(data)](int64_t i) { return bfloat16_to_float(p[i]); });
-    case ScoreType::kFloat16:
-      return body([p = static_cast<const uint16_t *>(data)](int64_t i) { return float16_to_float(p[i]); });
-    case ScoreType::kFloat64:
-      return body([p = static_cast<const double *>(data)](int64_t i) { return p[i]; });
-  }
 }
 
 }  // namespace paikern

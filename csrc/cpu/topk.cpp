@@ -19,18 +19,17 @@
 #include <limits>
 #include <type_traits>
 
-#include "halves.h"
 #include "isa.h"
 #include "paikern/keys.h"
 #include "topk_inner.h"
+#include "topk_load.h"
 
 namespace paikern {
 namespace {
 
-constexpr int64_t kBlock = 512;         // scores decoded at a time: stays in L1
 constexpr int64_t kChunk = 1 << 16;     // scores of one unit of work, a multiple of 64
 constexpr int64_t kSample = 1 << 16;    // a band of about 2.5 % of the scores at k = N / 2
-constexpr int64_t kDirect = 1 << 12;    // up to here everything is a candidate
+constexpr int64_t kDirect = 1 << 11;    // up to here everything is a candidate
 constexpr int64_t kParallel = 1 << 16;  // below this a thread costs more than it brings
 constexpr int kDigit = 11;              // radix of the histograms: 2048 counters stay in L1
 
@@ -39,18 +38,8 @@ struct Chunk {
   int64_t start, count;
   int64_t global;  // position of `start` over all sources
   int64_t source_index;
+  int64_t shift;  // exponent of the source above the lowest of the ranking
 };
-
-const TopkInner &inner() {
-  switch (isa()) {
-    case Isa::kAvx512:
-      return kTopkAvx512;
-    case Isa::kAvx2:
-      return kTopkAvx2;
-    default:
-      return kTopkPortable;
-  }
-}
 
 template <class Key>
 struct Candidate {
@@ -58,165 +47,108 @@ struct Candidate {
   int32_t at;  // position in its chunk
 };
 
-// How a value becomes a key: plain order, or with the exponent of its layer folded in.
-template <class Key, class Value, bool Scaled>
-struct KeyOf {
-  static Key make(Value value, int64_t offset) {
-    if constexpr (Scaled) {
-      return scaled_key(value, offset);
-    } else {
-      (void)offset;
-      return ordered_key(value);
-    }
-  }
-};
-
-template <class Value>
-void load_factored(const ScoreSource &s, int64_t start, int64_t count, Value *out) {
-  int64_t row = start / s.columns, column = start % s.columns;
-  for (int64_t done = 0; done < count;) {
-    const int64_t run = std::min(count - done, s.columns - column);
-    const float g = s.g[row];
-    const auto body = [&](auto read) {
-      for (int64_t i = 0; i < run; ++i) {
-        const float w = std::fabs(read(start + done + i));
-        const float powered = s.power == 1 ? w : w * w;
-        out[done + i] = static_cast<Value>((powered * s.a[column + i]) * g);
-      }
-    };
-    with_reader(s.data, s.type, body);
-    done += run;
-    column = 0;
-    ++row;
-  }
-}
-
-template <class Value>
-void load(const ScoreSource &s, int64_t start, int64_t count, Value *out) {
-  if (s.a != nullptr) {
-    load_factored(s, start, count, out);
-  } else {
-    with_reader(s.data, s.type, [&](auto read) {
-      for (int64_t i = 0; i < count; ++i) out[i] = static_cast<Value>(read(start + i));
-    });
-  }
-  if (s.absolute) {
-    for (int64_t i = 0; i < count; ++i) out[i] = std::fabs(out[i]);
-  }
-  if (s.candidates != nullptr) {
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t at = start + i;
-      if (!((s.candidates[at >> 3] >> (at & 7)) & 1)) out[i] = static_cast<Value>(-1);
-    }
-  }
-}
-
-template <class Key, class Value, bool Scaled>
+// Every score has a local key, its order within its tensor, and a global one with the exponent of its tensor folded in.
+// Without exponents they are the same. The global key rises with the local one, so that a bound on global keys is a
+// bound on the local keys of each chunk: the hot loops see 32-bit keys either way.
+template <class Value, bool Scaled>
 class Selector {
  public:
-  Selector(const std::vector<ScoreSource> &sources, const Ranking &ranking, bool threads)
-      : k_(ranking.k), threads_(threads) {
+  using Local = std::conditional_t<std::is_same_v<Value, float>, uint32_t, uint64_t>;
+  using ScaledKey = std::conditional_t<std::is_same_v<Value, float>, ScaledKey32, ScaledKey64>;
+  using Key = std::conditional_t<Scaled, ScaledKey, Local>;
+
+  Selector(const std::vector<ScoreSource> &sources, const Ranking &ranking, bool threads) : k_(ranking.k) {
     int64_t lowest = std::numeric_limits<int64_t>::max();
-    for (int64_t l = ranking.first; l < ranking.last; ++l) lowest = std::min(lowest, sources[l].exponent);
-    lowest_ = ranking.first < ranking.last ? lowest : 0;
     for (int64_t l = ranking.first; l < ranking.last; ++l) {
-      const ScoreSource &s = sources[l];
+      lowest = std::min(lowest, sources[static_cast<size_t>(l)].exponent);
+    }
+    for (int64_t l = ranking.first; l < ranking.last; ++l) {
+      const ScoreSource &s = sources[static_cast<size_t>(l)];
       for (int64_t start = 0; start < s.numel; start += kChunk) {
-        chunks_.push_back({&s, start, std::min(kChunk, s.numel - start), total_ + start, l});
+        chunks_.push_back({&s, start, std::min(kChunk, s.numel - start), total_ + start, l, s.exponent - lowest});
       }
       total_ += s.numel;
     }
-    threads_ = threads_ && total_ > kParallel;
+    threads_ = threads && total_ > kParallel;
   }
-
-  int64_t total() const { return total_; }
 
   // Writes the bits; returns the first source with NaN or -1.
   int64_t mask() {
-    Key low = 0, high = std::numeric_limits<Key>::max();  // band: low <= key <= high are candidates
     if (k_ <= 0 || k_ >= total_) return emit_constant(k_ > 0);
-    const bool narrow = total_ > kDirect;
-    if (narrow) sample_band(&low, &high);
-    std::vector<std::vector<Candidate<Key>>> found(chunks_.size());
-    std::vector<int64_t> above(chunks_.size(), 0);
-    // At most a sixteenth of the scores may be candidates, uneven chunks allowed for.
-    const int64_t limit = narrow ? total_ / 16 / static_cast<int64_t>(chunks_.size()) * 4 + 64 : total_;
-    const int64_t nan = band_pass(low, high, limit, &found, &above);
-    if (nan >= 0) return nan;
-    int64_t count_above = 0, inside = 0;
-    bool overflow = false;
-    for (size_t c = 0; c < chunks_.size(); ++c) {
-      overflow |= above[c] < 0;
-      count_above += above[c];
-      inside += static_cast<int64_t>(found[c].size());
-    }
-    if (!overflow && count_above <= k_ && k_ <= count_above + inside) {
-      settle(found, k_ - count_above);
+    const BandPass pass = band_pass();
+    if (pass.nan >= 0) return pass.nan;
+    if (pass.complete && pass.above <= k_ && k_ <= pass.above + pass.inside) {
+      settle(pass.found, k_ - pass.above);
       return -1;
     }
-    Key threshold;
     int64_t ties;
-    radix(&threshold, &ties);
+    const Key threshold = radix(&ties);
     emit_with_ties(threshold, ties);
     return -1;
   }
 
   // The k-th largest key, 1-based.
   Key kth(int64_t *nan) {
-    *nan = find_nan();
-    Key threshold = 0;
+    const BandPass pass = band_pass();
+    *nan = pass.nan;
+    if (pass.nan >= 0) return 0;
+    const int64_t need = k_ - pass.above;
+    if (pass.complete && need > 0 && need <= pass.inside) {
+      std::vector<Key> keys = keys_of(pass.found);
+      std::nth_element(keys.begin(), keys.begin() + (need - 1), keys.end(), std::greater<Key>());
+      return keys[static_cast<size_t>(need - 1)];
+    }
     int64_t ties;
-    if (*nan < 0) radix(&threshold, &ties);
-    return threshold;
+    return radix(&ties);
   }
 
  private:
+  static Key global_key(Local local, int64_t shift) {
+    if constexpr (Scaled) {
+      return scaled_key(value_of(local), shift);
+    } else {
+      (void)shift;
+      return local;
+    }
+  }
+
+  // Local keys of a chunk, block by block: visit(keys, position in the chunk, count, whether one is NaN) -> go on?
   template <class Visit>
   void for_blocks(const Chunk &chunk, Visit visit) const {
     Value values[kBlock];
-    Key keys[kBlock];
-    const int64_t offset = offset_of(chunk);
+    Local keys[kBlock];
     const ScoreSource &s = *chunk.source;
-    const bool plain = s.type == ScoreType::kFloat32 && s.a == nullptr && s.candidates == nullptr;
     for (int64_t done = 0; done < chunk.count; done += kBlock) {
       const int64_t n = std::min(kBlock, chunk.count - done);
-      if constexpr (std::is_same_v<Key, uint32_t>) {
-        const float *from = static_cast<const float *>(s.data) + chunk.start + done;
-        if (!plain) {
-          load(s, chunk.start + done, n, values);
-          from = values;
-        }
-        if (!visit(keys, done, n, inner_.keys(from, n, plain && s.absolute, keys))) return;
-        continue;
-      }
-      load(s, chunk.start + done, n, values);
+      const Value *from = load(inner_, s, chunk.start + done, n, values);
       bool nan = false;
-      for (int64_t i = 0; i < n; ++i) {
-        nan |= values[i] != values[i];
-        keys[i] = KeyOf<Key, Value, Scaled>::make(values[i], offset);
+      if constexpr (std::is_same_v<Value, float>) {
+        nan = inner_.keys(from, n, s.absolute, keys);
+      } else {
+        for (int64_t i = 0; i < n; ++i) {
+          nan |= from[i] != from[i];
+          keys[i] = ordered_key(from[i]);
+        }
       }
       if (!visit(keys, done, n, nan)) return;
     }
   }
 
-  int64_t offset_of(const Chunk &chunk) const {
-    return Scaled ? (chunk.source->exponent - lowest_) * (int64_t{1} << (sizeof(Value) == 4 ? 23 : 52)) : 0;
-  }
-
-  // A band of keys around rank k that holds it with near certainty, from a strided sample.
+  // A range of keys around rank k that holds it with near certainty, from one score of each stretch of `stride`. Which
+  // one is hashed: a fixed place would meet the same column of every row, or the same side of a pattern in the mask.
   void sample_band(Key *low, Key *high) const {
-    std::vector<Key> keys;
     const int64_t sample = std::clamp<int64_t>(total_ / 64, kDirect, kSample);
-    keys.reserve(static_cast<size_t>(sample) + chunks_.size());
     const int64_t stride = std::max<int64_t>(1, total_ / sample);
-    for (const Chunk &chunk : chunks_) {
-      const int64_t first = (stride - chunk.global % stride) % stride;
-      const int64_t offset = offset_of(chunk);
-      for (int64_t i = first; i < chunk.count; i += stride) {
-        Value value;
-        load(*chunk.source, chunk.start + i, 1, &value);
-        keys.push_back(KeyOf<Key, Value, Scaled>::make(value, offset));
-      }
+    std::vector<Key> keys;
+    keys.reserve(static_cast<size_t>(total_ / stride + 1));
+    auto chunk = chunks_.begin();
+    for (int64_t j = 0; j * stride < total_; ++j) {
+      const uint64_t hash = (static_cast<uint64_t>(j) * 0x9e3779b97f4a7c15u) >> 33;
+      const int64_t at = j * stride + static_cast<int64_t>(hash) % stride;
+      if (at >= total_) break;
+      while (at >= chunk->global + chunk->count) ++chunk;
+      const Value value = load_one<Value>(inner_, *chunk->source, chunk->start + at - chunk->global);
+      keys.push_back(global_key(ordered_key(value), chunk->shift));
     }
     const double s = static_cast<double>(keys.size());
     const double q = static_cast<double>(k_) / static_cast<double>(total_);
@@ -229,84 +161,133 @@ class Selector {
       std::nth_element(keys.begin(), keys.begin() + r, keys.end(), std::greater<Key>());
       return keys[static_cast<size_t>(r)];
     };
-    *high = upper < 0 ? std::numeric_limits<Key>::max() : sorted_at(upper);
-    *low = lower >= static_cast<int64_t>(keys.size()) ? 0 : sorted_at(lower);
+    if (upper >= 0) *high = sorted_at(upper);
+    if (lower < static_cast<int64_t>(keys.size())) *low = sorted_at(lower);
   }
 
-  int64_t band_pass(Key low, Key high, int64_t limit, std::vector<std::vector<Candidate<Key>>> *found,
-                    std::vector<int64_t> *above) const {
-    int64_t nan_source = std::numeric_limits<int64_t>::max();
+  struct Bounds {
+    Local low, high;  // low <= local key <= high exactly where low <= global key <= high; may be empty
+  };
+
+  Bounds local_bounds(const Chunk &chunk, Key low, Key high) const {
+    if constexpr (!Scaled) {
+      (void)chunk;
+      return {low, high};
+    } else {
+      // Keys of NaN lie outside and are refused anyway.
+      const Local first = ordered_key(-std::numeric_limits<Value>::infinity());
+      const Local last = ordered_key(std::numeric_limits<Value>::infinity());
+      // The first local key whose global key is at least (or above) the bound; last + 1 if there is none.
+      const auto search = [&](Key bound, bool beyond) {
+        Local left = first, right = last + 1;
+        while (left < right) {
+          const Local middle = left + (right - left) / 2;
+          const Key key = global_key(middle, chunk.shift);
+          if (key > bound || (key == bound && !beyond)) {
+            right = middle;
+          } else {
+            left = middle + 1;
+          }
+        }
+        return left;
+      };
+      return {search(low, false), static_cast<Local>(search(high, true) - 1)};
+    }
+  }
+
+  struct BandPass {
+    std::vector<std::vector<Candidate<Key>>> found;  // those in the band, by chunk, in order of position
+    int64_t above = 0, inside = 0;                   // how many lie above the band and in it
+    int64_t nan = -1;                                // first source with NaN
+    bool complete = true;                            // false: too many candidates, counts mean nothing
+  };
+
+  // One pass over all scores: bits of those above the band (if there is room for bits), keys of those in it.
+  BandPass band_pass() const {
+    Key low = 0, high = ~Key{0};
+    const bool narrow = total_ > kDirect;
+    if (narrow) sample_band(&low, &high);
     const int64_t count = static_cast<int64_t>(chunks_.size());
-#pragma omp parallel for schedule(static) if (threads_) reduction(min : nan_source)
+    // At most a sixteenth of the scores may be candidates, uneven chunks allowed for.
+    const int64_t limit = narrow ? total_ / 16 / count * 4 + 64 : total_;
+    BandPass pass;
+    pass.found.resize(chunks_.size());
+    int64_t above = 0, nan_source = kNone;
+    bool complete = true;
+#pragma omp parallel for schedule(static) if (threads_) reduction(min : nan_source) reduction(+ : above) \
+    reduction(&& : complete)
     for (int64_t c = 0; c < count; ++c) {
       const Chunk &chunk = chunks_[static_cast<size_t>(c)];
-      auto &mine = (*found)[static_cast<size_t>(c)];
-      int64_t over = 0;
-      bool overflow = false;
-      for_blocks(chunk, [&](const Key *keys, int64_t done, int64_t n, bool nan) {
+      const Bounds bounds = local_bounds(chunk, low, high);
+      auto &mine = pass.found[static_cast<size_t>(c)];
+      for_blocks(chunk, [&](const Local *keys, int64_t done, int64_t n, bool nan) {
         if (nan) nan_source = std::min(nan_source, chunk.source_index);
-        uint8_t *bytes = chunk.source->bits + ((chunk.start + done) >> 3);
-        uint8_t band[kBlock / 8];
-        over += compare(keys, n, low, high, bytes, band);
+        uint8_t unused[kBlock / 8], band[kBlock / 8];
+        uint8_t *bits = chunk.source->bits;
+        above += compare(keys, n, bounds, bits != nullptr ? bits + ((chunk.start + done) >> 3) : unused, band);
         for (int64_t b = 0; b < (n + 7) >> 3; ++b) {
           for (unsigned left = band[b]; left != 0; left &= left - 1) {
             const int64_t i = 8 * b + __builtin_ctz(left);
-            mine.push_back({keys[i], static_cast<int32_t>(done + i)});
+            mine.push_back({global_key(keys[i], chunk.shift), static_cast<int32_t>(done + i)});
           }
         }
-        if (static_cast<int64_t>(mine.size()) > limit) overflow = true;
-        return !overflow;
+        complete = complete && static_cast<int64_t>(mine.size()) <= limit;
+        return complete;
       });
-      (*above)[static_cast<size_t>(c)] = overflow ? -1 : over;
     }
-    return nan_source == std::numeric_limits<int64_t>::max() ? nan_or_none(above) : nan_source;
+    for (const auto &mine : pass.found) pass.inside += static_cast<int64_t>(mine.size());
+    pass.above = above;
+    pass.complete = complete;
+    // A chunk with too many candidates was not read to its end, so NaN may hide there.
+    pass.nan = complete ? (nan_source == kNone ? -1 : nan_source) : find_nan();
+    return pass;
   }
 
-  int64_t compare(const Key *keys, int64_t count, Key low, Key high, uint8_t *above, uint8_t *band) const {
-    if constexpr (std::is_same_v<Key, uint32_t>) {
-      return inner_.compare(keys, count, low, high, above, band);
+  int64_t compare(const Local *keys, int64_t count, Bounds bounds, uint8_t *above, uint8_t *band) const {
+    if constexpr (std::is_same_v<Local, uint32_t>) {
+      return inner_.compare(keys, count, bounds.low, bounds.high, above, band);
     } else {
       int64_t total = 0;
       for (int64_t i = 0; i < count; i += 8) {
-        unsigned over = 0, inside = 0;
+        unsigned over = 0, reached = 0;
         for (int64_t j = 0; j < std::min<int64_t>(8, count - i); ++j) {
-          over |= static_cast<unsigned>(keys[i + j] > high) << j;
-          inside |= static_cast<unsigned>(keys[i + j] >= low) << j;
+          over |= static_cast<unsigned>(keys[i + j] > bounds.high) << j;
+          reached |= static_cast<unsigned>(keys[i + j] >= bounds.low) << j;
         }
         above[i >> 3] = static_cast<uint8_t>(over);
-        band[i >> 3] = static_cast<uint8_t>(inside & ~over);
+        band[i >> 3] = static_cast<uint8_t>(reached & ~over);
         total += __builtin_popcount(over);
       }
       return total;
     }
   }
 
-  // A chunk that overflowed was not read to its end, so NaN may hide there.
-  int64_t nan_or_none(const std::vector<int64_t> *above) const {
-    return std::find(above->begin(), above->end(), -1) == above->end() ? -1 : find_nan();
-  }
-
   int64_t find_nan() const {
-    int64_t nan_source = std::numeric_limits<int64_t>::max();
+    int64_t nan_source = kNone;
     const int64_t count = static_cast<int64_t>(chunks_.size());
 #pragma omp parallel for schedule(static) if (threads_) reduction(min : nan_source)
     for (int64_t c = 0; c < count; ++c) {
       const Chunk &chunk = chunks_[static_cast<size_t>(c)];
-      for_blocks(chunk, [&](const Key *, int64_t, int64_t, bool nan) {
+      for_blocks(chunk, [&](const Local *, int64_t, int64_t, bool nan) {
         if (nan) nan_source = std::min(nan_source, chunk.source_index);
         return !nan;
       });
     }
-    return nan_source == std::numeric_limits<int64_t>::max() ? -1 : nan_source;
+    return nan_source == kNone ? -1 : nan_source;
+  }
+
+  static std::vector<Key> keys_of(const std::vector<std::vector<Candidate<Key>>> &found) {
+    std::vector<Key> keys;
+    for (const auto &part : found) {
+      for (const auto &candidate : part) keys.push_back(candidate.key);
+    }
+    return keys;
   }
 
   // Set the bits of the best `need` candidates; those of one chunk are in order of position.
   void settle(const std::vector<std::vector<Candidate<Key>>> &found, int64_t need) const {
     if (need <= 0) return;
-    std::vector<Key> keys;
-    for (const auto &part : found) {
-      for (const auto &candidate : part) keys.push_back(candidate.key);
-    }
+    std::vector<Key> keys = keys_of(found);
     std::nth_element(keys.begin(), keys.begin() + (need - 1), keys.end(), std::greater<Key>());
     const Key threshold = keys[static_cast<size_t>(need - 1)];
     int64_t ties = need - std::count_if(keys.begin(), keys.begin() + need, [&](Key key) { return key > threshold; });
@@ -320,71 +301,78 @@ class Selector {
     }
   }
 
-  // Most significant digit first: the k-th key, and how many keys equal to it are kept.
-  void radix(Key *threshold, int64_t *ties) const {
+  // Most significant digit first: returns the k-th key, and how many keys equal to it are kept.
+  Key radix(int64_t *ties) const {
     constexpr int kBits = static_cast<int>(sizeof(Key)) * 8;
+    const int64_t count = static_cast<int64_t>(chunks_.size());
     Key prefix = 0;
     int64_t need = k_;
     for (int shift = kBits; shift > 0;) {
       const int next = std::max(0, shift - kDigit);
-      const Key digit_mask = static_cast<Key>((Key{1} << (shift - next)) - 1);
-      std::vector<int64_t> histogram(static_cast<size_t>(digit_mask) + 1, 0);
-      const int64_t count = static_cast<int64_t>(chunks_.size());
+      const size_t last = (size_t{1} << (shift - next)) - 1;
+      std::vector<int64_t> histogram(last + 1, 0);
 #pragma omp parallel if (threads_)
       {
         std::vector<int64_t> mine(histogram.size(), 0);
 #pragma omp for schedule(static)
         for (int64_t c = 0; c < count; ++c) {
-          for_blocks(chunks_[static_cast<size_t>(c)], [&](const Key *keys, int64_t, int64_t n, bool) {
+          const Chunk &chunk = chunks_[static_cast<size_t>(c)];
+          for_blocks(chunk, [&](const Local *keys, int64_t, int64_t n, bool) {
             for (int64_t i = 0; i < n; ++i) {
-              if (shift == kBits || (keys[i] >> (shift % kBits)) == prefix) ++mine[(keys[i] >> next) & digit_mask];
+              const Key key = global_key(keys[i], chunk.shift);
+              if (shift == kBits || (key >> (shift % kBits)) == prefix) ++mine[static_cast<size_t>(key >> next) & last];
             }
             return true;
           });
         }
 #pragma omp critical(paikern_topk_histogram)
-        for (size_t b = 0; b < histogram.size(); ++b) histogram[b] += mine[b];
+        for (size_t b = 0; b <= last; ++b) histogram[b] += mine[b];
       }
-      int64_t bin = static_cast<int64_t>(digit_mask);
-      while (bin > 0 && histogram[static_cast<size_t>(bin)] < need) need -= histogram[static_cast<size_t>(bin--)];
-      prefix = static_cast<Key>((shift == kBits ? Key{0} : static_cast<Key>(prefix << (shift - next))) |
-                                static_cast<Key>(bin));
+      size_t bin = last;
+      while (bin > 0 && histogram[bin] < need) need -= histogram[bin--];
+      prefix = static_cast<Key>((shift == kBits ? Key{0} : static_cast<Key>(prefix << (shift - next))) | bin);
       shift = next;
     }
-    *threshold = prefix;
     *ties = need;
+    return prefix;
   }
 
   // Bits of all keys above the threshold, and of the first `ties` keys equal to it.
   void emit_with_ties(Key threshold, int64_t ties) const {
     const int64_t count = static_cast<int64_t>(chunks_.size());
-    std::vector<int64_t> equal(chunks_.size() + 1, 0);
-#pragma omp parallel for schedule(static) if (threads_)
-    for (int64_t c = 0; c < count; ++c) {
-      int64_t mine = 0;
-      for_blocks(chunks_[static_cast<size_t>(c)], [&](const Key *keys, int64_t, int64_t n, bool) {
-        for (int64_t i = 0; i < n; ++i) mine += keys[i] == threshold;
-        return true;
-      });
-      equal[static_cast<size_t>(c) + 1] = mine;
-    }
-    for (size_t c = 1; c < equal.size(); ++c) equal[c] += equal[c - 1];
+    std::vector<int64_t> before(chunks_.size() + 1, 0);  // keys equal to the threshold in earlier chunks
 #pragma omp parallel for schedule(static) if (threads_)
     for (int64_t c = 0; c < count; ++c) {
       const Chunk &chunk = chunks_[static_cast<size_t>(c)];
-      int64_t left = ties - equal[static_cast<size_t>(c)];
-      for_blocks(chunk, [&](const Key *keys, int64_t done, int64_t n, bool) {
-        uint8_t *bytes = chunk.source->bits + ((chunk.start + done) >> 3);
-        for (int64_t i = 0; i < n; i += 8) {
-          unsigned byte = 0;
-          for (int64_t j = 0; j < std::min<int64_t>(8, n - i); ++j) {
-            const bool tie = keys[i + j] == threshold;
-            byte |= static_cast<unsigned>(keys[i + j] > threshold || (tie && left > 0)) << j;
-            left -= tie;
-          }
-          bytes[i >> 3] = static_cast<uint8_t>(byte);
-        }
+      const Bounds bounds = local_bounds(chunk, threshold, threshold);
+      int64_t equal = 0;
+      for_blocks(chunk, [&](const Local *keys, int64_t done, int64_t n, bool) {
+        uint8_t tied[kBlock / 8];
+        compare(keys, n, bounds, chunk.source->bits + ((chunk.start + done) >> 3), tied);
+        for (int64_t b = 0; b < (n + 7) >> 3; ++b) equal += __builtin_popcount(tied[b]);
         return true;
+      });
+      before[static_cast<size_t>(c) + 1] = equal;
+    }
+    for (size_t c = 1; c < before.size(); ++c) before[c] += before[c - 1];
+#pragma omp parallel for schedule(static) if (threads_)
+    for (int64_t c = 0; c < count; ++c) {
+      const Chunk &chunk = chunks_[static_cast<size_t>(c)];
+      const Bounds bounds = local_bounds(chunk, threshold, threshold);
+      const size_t at = static_cast<size_t>(c);
+      int64_t left = std::min(ties, before[at + 1]) - before[at];  // ties of this chunk that are kept
+      if (left <= 0) continue;
+      for_blocks(chunk, [&](const Local *keys, int64_t done, int64_t n, bool) {
+        uint8_t above[kBlock / 8], tied[kBlock / 8];
+        compare(keys, n, bounds, above, tied);
+        uint8_t *bits = chunk.source->bits + ((chunk.start + done) >> 3);
+        for (int64_t b = 0; b < (n + 7) >> 3 && left > 0; ++b) {
+          unsigned kept = tied[b];
+          while (__builtin_popcount(kept) > left) kept &= ~(1u << (31 - __builtin_clz(kept)));
+          left -= __builtin_popcount(kept);
+          bits[b] = static_cast<uint8_t>(bits[b] | kept);
+        }
+        return left > 0;
       });
     }
   }
@@ -401,10 +389,12 @@ class Selector {
     return nan;
   }
 
+  static constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
+
   std::vector<Chunk> chunks_;
-  int64_t total_ = 0, k_ = 0, lowest_ = 0;
+  int64_t total_ = 0, k_;
   bool threads_;
-  const TopkInner &inner_ = inner();
+  const TopkInner &inner_ = topk_inner();
 };
 
 bool any_double(const std::vector<ScoreSource> &sources) {
@@ -415,7 +405,7 @@ bool any_exponent(const std::vector<ScoreSource> &sources) {
   return std::any_of(sources.begin(), sources.end(), [&](const auto &s) { return s.exponent != sources[0].exponent; });
 }
 
-template <class Key, class Value, bool Scaled>
+template <class Value, bool Scaled>
 int64_t run(const std::vector<ScoreSource> &sources, const std::vector<Ranking> &rankings) {
   std::vector<int64_t> nan(rankings.size(), -1);
   int64_t largest = 0, total = 0;
@@ -430,7 +420,7 @@ int64_t run(const std::vector<ScoreSource> &sources, const std::vector<Ranking> 
   const int64_t count = static_cast<int64_t>(rankings.size());
 #pragma omp parallel for schedule(dynamic) if (across)
   for (int64_t r = 0; r < count; ++r) {
-    Selector<Key, Value, Scaled> selector(sources, rankings[static_cast<size_t>(r)], !across);
+    Selector<Value, Scaled> selector(sources, rankings[static_cast<size_t>(r)], !across);
     nan[static_cast<size_t>(r)] = selector.mask();
   }
   for (const int64_t found : nan) {
@@ -444,17 +434,17 @@ int64_t run(const std::vector<ScoreSource> &sources, const std::vector<Ranking> 
 int64_t topk_mask(const std::vector<ScoreSource> &sources, const std::vector<Ranking> &rankings) {
   const bool scaled = any_exponent(sources);
   if (any_double(sources)) {
-    return scaled ? run<uint64_t, double, true>(sources, rankings) : run<uint64_t, double, false>(sources, rankings);
+    return scaled ? run<double, true>(sources, rankings) : run<double, false>(sources, rankings);
   }
-  return scaled ? run<uint64_t, float, true>(sources, rankings) : run<uint32_t, float, false>(sources, rankings);
+  return scaled ? run<float, true>(sources, rankings) : run<float, false>(sources, rankings);
 }
 
 double kth_largest(const std::vector<ScoreSource> &sources, int64_t k, int64_t *nan) {
   const Ranking ranking{0, static_cast<int64_t>(sources.size()), k};
   if (any_double(sources)) {
-    return value_of(Selector<uint64_t, double, false>(sources, ranking, true).kth(nan));
+    return value_of(Selector<double, false>(sources, ranking, true).kth(nan));
   }
-  return value_of(Selector<uint32_t, float, false>(sources, ranking, true).kth(nan));
+  return value_of(Selector<float, false>(sources, ranking, true).kth(nan));
 }
 
 }  // namespace paikern

@@ -2,6 +2,6 @@
 
 namespace paikern {
 
-const TopkInner kTopkAvx512 = {make_keys, compare_keys};
+const TopkInner kTopkAvx512 = PAIKERN_TOPK_INNER;
 
 }  // namespace paikern

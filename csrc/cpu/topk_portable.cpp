@@ -2,6 +2,6 @@
 
 namespace paikern {
 
-const TopkInner kTopkPortable = {make_keys, compare_keys};
+const TopkInner kTopkPortable = PAIKERN_TOPK_INNER;
 
 }  // namespace paikern

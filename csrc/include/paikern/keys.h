@@ -1,4 +1,5 @@
-// Scores as unsigned integers that sort the same way. One definition for every device.
+// Scores as unsigned integers that sort the same way. One definition for every device. Integer operations only, so that
+// a thread that flushes subnormals to zero (torch.set_flush_denormal) ranks like any other.
 #pragma once
 
 #include <cstdint>
@@ -6,18 +7,18 @@
 
 namespace paikern {
 
-// Any order of signed floats: -inf < ... < -0 == +0 < ... < +inf.
+// The order of floats: -inf < ... < -0 == +0 < ... < +inf.
 inline uint32_t ordered_key(float value) {
-  value += 0.0f;  // -0 becomes +0
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
+  if (bits == 0x80000000u) bits = 0;  // -0 becomes +0
   return bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
 }
 
 inline uint64_t ordered_key(double value) {
-  value += 0.0;
   uint64_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
+  if (bits == 0x8000000000000000u) bits = 0;
   return bits ^ (static_cast<uint64_t>(static_cast<int64_t>(bits) >> 63) | 0x8000000000000000u);
 }
 
@@ -35,36 +36,50 @@ inline double value_of(uint64_t key) {
   return value;
 }
 
-// Scores >= 0 of layers with different powers of two: the exponent is added to the bits, which is exact once
-// subnormals are normalised. `offset` is (exponent - lowest exponent of all layers) << 23. Below everything: 0, zero:
-// 1, infinity: the largest key, whatever its layer.
-inline uint64_t scaled_key(float value, int64_t offset) {
+// Keys of value * 2**shift, shift >= 0: the power of two is added to the exponent bits, which is exact once subnormals
+// are normalised, and needs room above the 32 or 64 bits of the value. Zero is the middle key, negative values mirror
+// positive ones, infinities are the outermost keys whatever their shift.
+using ScaledKey32 = uint64_t;
+using ScaledKey64 = unsigned __int128;
+
+inline ScaledKey32 scaled_key(float value, int64_t shift) {
+  constexpr int64_t kOne = int64_t{1} << 23, kInfinity = int64_t{1} << 62;
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
-  if (bits == 0 || bits == 0x80000000u) return 1;
-  if (bits & 0x80000000u) return 0;
-  if (bits == 0x7f800000u) return UINT64_MAX;
-  int64_t key = bits;
-  if (bits < 0x00800000u) {
-    const int shift = __builtin_clz(bits) - 8;
-    key = (static_cast<int64_t>(1 - shift) * (int64_t{1} << 23)) + ((bits << shift) & 0x7fffffu);
+  const bool negative = (bits >> 31) != 0;
+  bits &= 0x7fffffffu;
+  int64_t rank = 0;
+  if (bits == 0x7f800000u) {
+    rank = kInfinity;
+  } else if (bits != 0) {
+    rank = bits;
+    if (bits < 0x00800000u) {
+      const int up = __builtin_clz(bits) - 8;
+      rank = (1 - up) * kOne + ((bits << up) & 0x7fffffu);
+    }
+    rank += (shift + 23) * kOne + 1;  // the smallest subnormal, unshifted, gets a positive rank
   }
-  return static_cast<uint64_t>(key + offset + (int64_t{23} << 23) + 2);
+  return static_cast<uint64_t>(negative ? -rank : rank) + 0x8000000000000000u;
 }
 
-inline uint64_t scaled_key(double value, int64_t offset) {  // offset is (exponent difference) << 52
+inline ScaledKey64 scaled_key(double value, int64_t shift) {
+  constexpr __int128 kOne = __int128{1} << 52, kInfinity = __int128{1} << 126;
   uint64_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
-  if ((bits << 1) == 0) return 1;
-  if (bits >> 63) return 0;
-  if (bits == 0x7ff0000000000000u) return UINT64_MAX;
-  int64_t key = static_cast<int64_t>(bits);
-  if (bits < 0x0010000000000000u) {
-    const int shift = __builtin_clzll(bits) - 11;
-    key =
-        static_cast<int64_t>(1 - shift) * (int64_t{1} << 52) + static_cast<int64_t>((bits << shift) & 0xfffffffffffffu);
+  const bool negative = (bits >> 63) != 0;
+  bits &= 0x7fffffffffffffffu;
+  __int128 rank = 0;
+  if (bits == 0x7ff0000000000000u) {
+    rank = kInfinity;
+  } else if (bits != 0) {
+    rank = static_cast<__int128>(bits);
+    if (bits < 0x0010000000000000u) {
+      const int up = __builtin_clzll(bits) - 11;
+      rank = (1 - up) * kOne + static_cast<__int128>((bits << up) & 0xfffffffffffffu);
+    }
+    rank += (static_cast<__int128>(shift) + 53) * kOne + 1;
   }
-  return static_cast<uint64_t>(key + offset + (int64_t{53} << 52) + 2);
+  return static_cast<ScaledKey64>(negative ? -rank : rank) + (static_cast<ScaledKey64>(1) << 127);
 }
 
 }  // namespace paikern
