@@ -30,7 +30,7 @@ BLUE, ORANGE, _, _, RED, _ = COLORS
 _NAMED_ROWS = 64  # above that the names would be smaller than anyone reads
 _PICTURES = 8
 _PICTURE_WEIGHTS = 300_000  # a pixel a weight must still fit a screen
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
     "axes.labelsize": 9,
