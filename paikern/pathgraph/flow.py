@@ -106,10 +106,14 @@ class Flow:
         """Sweep forwards; returns `log R`, -inf where no path is left.
 
         `state` maps parameter and buffer names to tensors; `outputs` keeps each weight step's
-        output for the visitor. The published objective `J` is returned with "input_max".
+        output for the visitor. The published objective `J` is returned with "input_max". Weights
+        on the meta device can be counted (power 0), which is then done on the CPU.
         """
         self._state, self._masks = state, masks or {}
-        device = next((t.device for t in state.values()), torch.device("cpu"))
+        if self.semantics.power:
+            _refuse_meta(self.graph, state)
+        real = (t.device for t in state.values() if not t.is_meta)
+        device = next(real, torch.device("cpu"))
         values: dict[int, _Value] = {
             id_: (torch.ones(shape, dtype=self.dtype, device=device), 0)
             for id_, shape in self.graph.inputs.items()
@@ -273,6 +277,14 @@ class Flow:
         if by == 0:
             return t
         return ops.map_scale(t.clone(), by, floor=_FLOOR if self.counts else 0.0)
+
+
+def _refuse_meta(graph: PathGraph, state: State) -> None:
+    for step in graph.weights:
+        if state[step.parameter].is_meta:
+            raise ValueError(
+                f"{step.parameter} is on the meta device and holds no values; load the weights first"
+            )
 
 
 def _power_of_two(exponent: int) -> float:

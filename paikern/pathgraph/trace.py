@@ -10,6 +10,7 @@ paths is turned into steps by the table in `rules.py`.
 from __future__ import annotations
 
 import copy
+import functools
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -290,7 +291,7 @@ def _on_parameters(target: Any, name: str, args: Any, kwargs: Any, node: Any) ->
     if isinstance(value, (list, tuple)):
         return tuple(
             ParamValue(
-                lambda state, i=i: evaluate(state, i),
+                functools.partial(evaluate, pick=i),
                 tuple(part.shape),
                 **_row_parts(name, args, value, i),
             )

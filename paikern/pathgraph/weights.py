@@ -18,8 +18,14 @@ from paikern.pathgraph.steps import State, Weight
 
 
 def tensor(step: Weight, state: State, like: Tensor) -> Tensor:
-    """The stored weight, or the rows of it that this step uses."""
+    """The stored weight, or the rows of it that this step uses.
+
+    In place of a weight on the meta device stands memory of its shape that nobody writes or reads:
+    power 0 needs no more, and untouched pages cost nothing.
+    """
     w = state[step.parameter].detach()
+    if w.is_meta:
+        w = torch.empty_like(w, device=like.device)
     if step.rows is not None:
         w = w[step.rows[0] : step.rows[1]]
     return w.double() if like.dtype == torch.float64 else w

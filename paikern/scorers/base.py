@@ -14,7 +14,6 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
-
 from typing_extensions import dataclass_transform
 
 from paikern.pathgraph import Flow, PathGraph, Semantics, trace

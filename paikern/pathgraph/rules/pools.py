@@ -31,7 +31,7 @@ def _max_pool(tracer: Tracer, args: Any, kwargs: Any) -> Any:
 
 
 @rule("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d")
-def _adaptive_avg_pool(tracer: Tracer, args: Any, kwargs: Any) -> PathValue:
+def _adaptive_avg_pool(tracer: Tracer, args: Any, kwargs: Any) -> Any:
     x, n = args[0], int(tracer.op[-2])
     if tracer.out_shape == x.shape:
         return tracer.identity(x)
@@ -64,7 +64,7 @@ _LINEAR_REPLAYS = (
 _MAX_REPLAYS = "amax adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d max".split()
 
 
-def _replay_with(tracer: Tracer, args: Any, kwargs: Any) -> PathValue:
+def _replay_with(tracer: Tracer, args: Any, kwargs: Any) -> Any:
     """Run the ATen operation itself on the counts, with the other arguments as they were."""
     packet = getattr(torch.ops.aten, tracer.op.removeprefix("aten."))
     rest = pytree.tree_map(
