@@ -16,7 +16,7 @@ struct PathGeometry {
   int64_t channels;  // C: channels of the column map (its input)
   int64_t size[3];   // spatial size of the column map, leading dimensions 1 when fewer than 3
   int64_t kernel[3], stride[3], padding[3], dilation[3];
-  int64_t out[3];    // spatial size of the row map
+  int64_t out[3];  // spatial size of the row map
 
   int64_t taps() const { return kernel[0] * kernel[1] * kernel[2]; }
   int64_t group_rows() const { return rows / groups; }
@@ -41,10 +41,10 @@ void path_score(const PathGeometry &geometry, const WeightView &w, const float *
                 float *score);
 
 struct DpaiState {
-  float *s, *m, *v;           // m, v null for plain ascent
-  const uint8_t *mask;        // the mask that the maps were made with
-  const uint8_t *node_live;   // one byte an output unit of the layer
-  bool node_is_channel;       // true: nodes are the channels of the column map (transposed roles)
+  float *s, *m, *v;          // m, v null for plain ascent
+  const uint8_t *mask;       // the mask that the maps were made with
+  const uint8_t *node_live;  // one byte an output unit of the layer
+  bool node_is_channel;      // true: nodes are the channels of the column map (transposed roles)
 };
 
 // The fused DPaI update; q = g x^T of the two maps of `geometry`.

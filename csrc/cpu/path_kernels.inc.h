@@ -235,15 +235,14 @@ void score(const WeightView &w, int64_t start, int64_t count, const float *q, fl
 
 }  // namespace
 
-#include "path_matvec.inc.h"
-
 #include "dpai_row.inc.h"
+#include "path_matvec.inc.h"
 
 namespace {
 
 constexpr paikern::PathKernels make_path_kernels(const char *name) {
-  return {name,      kLanes, kTileRows,   kTileColumns,   decode, pack_columns, pack_transposed, multiply,
-          list_kept, gather, matvec_rows, matvec_columns, score,  dpai_row};
+  return {name,     kLanes,    kTileRows, kTileColumns, decode,         pack_columns, pack_transposed,
+          multiply, list_kept, gather,    matvec_rows,  matvec_columns, score,        dpai_row};
 }
 
 }  // namespace

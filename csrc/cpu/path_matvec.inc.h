@@ -10,8 +10,8 @@ namespace {
 constexpr int kGroup = 4 * kLanes;  // weights a step: one mask word of 64 bits on AVX-512
 
 template <int Power, bool Masked, int Batch, class W>
-inline void matvec_row(const W *w, const WeightView &view, int64_t start, int64_t columns, const float *x,
-                       float *out, int64_t ldo) {
+inline void matvec_row(const W *w, const WeightView &view, int64_t start, int64_t columns, const float *x, float *out,
+                       int64_t ldo) {
   const int64_t bytes = (view.numel + 7) / 8;
   constexpr int kSums = Batch == 1 ? 4 : 2;
   vf sum[Batch][kSums];

@@ -54,9 +54,8 @@ void for_outer_tiles(const PathGeometry &geometry, const float *x, const float *
   const int64_t blocks = divide_up(columns, width);
   width = divide_up(divide_up(columns, blocks), taps) * taps;
   const int64_t ld = round_up(width, kernels.tile_columns);
-  const int64_t strip = positions > kPositions
-                            ? 256
-                            : round_up(std::clamp<int64_t>(kTileFloats / ld, 1, 256), kernels.tile_rows);
+  const int64_t strip =
+      positions > kPositions ? 256 : round_up(std::clamp<int64_t>(kTileFloats / ld, 1, 256), kernels.tile_rows);
   int64_t range = round_up(rows, kernels.tile_rows);
   while (geometry.groups * blocks * divide_up(rows, range) < 2 * threads && range > 2 * kernels.tile_rows) {
     range = round_up(range / 2, kernels.tile_rows);

@@ -58,7 +58,7 @@ inline float to_float(Fp16 value) {
 #if defined(__AVX512F__)
 
 constexpr int kLanes = 16;
-constexpr int kTileRows = 8;     // 8 x 3 accumulators, 3 columns of B, 1 broadcast: 28 of 32 registers
+constexpr int kTileRows = 8;  // 8 x 3 accumulators, 3 columns of B, 1 broadcast: 28 of 32 registers
 constexpr int kTileVectors = 3;
 using vf = __m512;
 using vm = __mmask16;
@@ -81,8 +81,8 @@ inline vf v_select(vm m, vf a, vf b) { return _mm512_mask_mov_ps(b, m, a); }
 inline vm v_nonzero(vf a) { return _mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_NEQ_UQ); }
 inline vm v_isnan(vf a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
 inline vf v_sign_of(vf s, vf q) {  // sign(s) * q with sign(0) = 0
-  const __m512i flipped = _mm512_xor_si512(
-      _mm512_castps_si512(q), _mm512_and_si512(_mm512_castps_si512(s), _mm512_set1_epi32(INT32_MIN)));
+  const __m512i flipped =
+      _mm512_xor_si512(_mm512_castps_si512(q), _mm512_and_si512(_mm512_castps_si512(s), _mm512_set1_epi32(INT32_MIN)));
   return _mm512_maskz_mov_ps(v_nonzero(s), _mm512_castsi512_ps(flipped));
 }
 inline vf v_weight(const float *p) { return _mm512_loadu_ps(p); }
@@ -90,9 +90,7 @@ inline vf v_weight(const Bf16 *p) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
-inline vf v_weight(const Fp16 *p) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
-}
+inline vf v_weight(const Fp16 *p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p))); }
 
 // Stores the lanes set in `bits` side by side and returns how many; whole vectors are written.
 inline int v_compress(uint32_t bits, const int32_t *key, vf value, int32_t *keys, float *values) {
@@ -167,9 +165,7 @@ inline vf v_weight(const Bf16 *p) {
   const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
   return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
-inline vf v_weight(const Fp16 *p) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
-}
+inline vf v_weight(const Fp16 *p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))); }
 
 inline void v_transpose(vf *r) {
   vf t[8], u[8];
@@ -216,9 +212,7 @@ inline vm v_mask(uint32_t bits) {
   const int32_t b = static_cast<int32_t>(bits);
   return -(vm{b, b >> 1, b >> 2, b >> 3} & 1);
 }
-inline uint32_t v_bits(vm m) {
-  return static_cast<uint32_t>((m[0] & 1) | (m[1] & 2) | (m[2] & 4) | (m[3] & 8));
-}
+inline uint32_t v_bits(vm m) { return static_cast<uint32_t>((m[0] & 1) | (m[1] & 2) | (m[2] & 4) | (m[3] & 8)); }
 inline vf v_keep(vm m, vf a) { return (vf)(m & (vm)a); }
 inline vf v_select(vm m, vf a, vf b) { return (vf)((m & (vm)a) | (~m & (vm)b)); }
 inline vm v_nonzero(vf a) { return a != v_zero(); }

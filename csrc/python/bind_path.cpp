@@ -62,7 +62,9 @@ DpaiState read_state(uintptr_t s, uintptr_t m, uintptr_t v, uintptr_t mask, uint
           node_is_channel};
 }
 
-py::tuple counts_tuple(const DpaiCounts &counts) { return py::make_tuple(counts.weights, counts.kernels, static_cast<int64_t>(counts.finite)); }
+py::tuple counts_tuple(const DpaiCounts &counts) {
+  return py::make_tuple(counts.weights, counts.kernels, static_cast<int64_t>(counts.finite));
+}
 
 }  // namespace
 

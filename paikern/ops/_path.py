@@ -84,7 +84,7 @@ def conv_size(
     groups: int,
 ) -> tuple[int, ...]:
     """The output size `[N, O, *out]` of a convolution of an input of `size`, all of it checked."""
-    return _conv_size(
+    return _cached_conv_shape(
         name,
         tuple(weight.shape),
         tuple(size),
@@ -95,16 +95,16 @@ def conv_size(
     )
 
 
-@functools.lru_cache(maxsize=4096)
-def _conv_size(
+def conv_shape(
     name: str,
     weight: tuple[int, ...],
     size: tuple[int, ...],
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    dilation: tuple[int, ...],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
     groups: int,
 ) -> tuple[int, ...]:
+    """`conv_size` of shapes, which may be symbolic."""
     axes = len(weight) - 2
     if axes not in (1, 2, 3):
         raise ValueError(
@@ -139,6 +139,9 @@ def _conv_size(
             f"dilation {list(dilation)} is larger than the map {size[2:]}"
         )
     return (size[0], weight[0], *out)
+
+
+_cached_conv_shape = functools.lru_cache(maxsize=4096)(conv_shape)
 
 
 def check_conv_map(name: str, argument: str, value: Tensor, size: tuple[int, ...]) -> None:

@@ -12,6 +12,7 @@ from paikern.ops._library import autograd, define, fake
 from paikern.ops._path import (
     check_float,
     check_weight,
+    conv_shape,
     conv_size,
     result_dtype,
     run,
@@ -36,7 +37,8 @@ def _shape(
     power: int,
     mask: Tensor | None,
 ) -> Tensor:
-    size = conv_size("path_conv_forward", weight, x.shape, stride, padding, dilation, groups)
+    shapes = tuple(weight.shape), tuple(x.shape)
+    size = conv_shape("path_conv_forward", *shapes, stride, padding, dilation, groups)
     return x.new_empty(size, dtype=result_dtype(weight, power, x))
 
 
