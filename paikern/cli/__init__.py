@@ -6,16 +6,15 @@ but 0 comes with one line on stderr; a traceback only with `--debug`.
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import TextIO
 
-from paikern.cli.console import Console
+from paikern.cli.console import Console, log_lines
 from paikern.cli.parser import build_parser
 from paikern.errors import PaikernError, PaikernWarning
 
@@ -43,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.rest = rest
     console = Console(quiet=getattr(args, "quiet", False))
     debug = getattr(args, "debug", False)
-    with _warnings_as_lines(console, debug), _log_lines(console):
+    with _warnings_as_lines(console, debug), log_lines(console):
         try:
             code: int = args.run(args, console)
             sys.stdout.flush()
@@ -89,22 +88,3 @@ def _warnings_as_lines(console: Console, debug: bool) -> Iterator[None]:
         warnings.simplefilter("always", PaikernWarning)
         warnings.showwarning = show
         yield
-
-
-@contextmanager
-def _log_lines(console: Console) -> Iterator[None]:
-    """Progress arrives as log records where stderr is no terminal."""
-
-    class Lines(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            console.progress(record.getMessage())
-
-    logger: Any = logging.getLogger("paikern")
-    handler, level = Lines(), logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)

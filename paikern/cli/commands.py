@@ -27,7 +27,7 @@ from paikern.loading import load_model
 from paikern.masks import MaskSet, load_masks
 from paikern.report import Column, Table, layer_table, provenance_table, summarize
 from paikern.report.tables import log_text, percent
-from paikern.scorers.base import Scorer, make_scorer, scorer_class
+from paikern.scorers.base import Scorer, TrainedScorer, make_scorer, scorer_class
 
 Arguments = argparse.Namespace
 
@@ -146,7 +146,7 @@ def methods(args: Arguments, console: Console) -> int:
     cells = [
         (
             row["name"],
-            str(row["rounds"]),
+            "-" if issubclass(scorer_class(row["name"]), TrainedScorer) else str(row["rounds"]),
             row["scope"],
             ", ".join(row["variants"]),
             "needed" if row["needs_inputs"] else "-",
@@ -311,16 +311,16 @@ Check = tuple[str, bool | None, str]
 def _count_check(masks: MaskSet) -> Check:
     """Whether as many weights are kept as the recorded sparsity asks for."""
     name = "number of kept weights"
-    about = masks.metadata
-    asked, arguments = about.get("sparsity"), about.get("arguments")
+    arguments = masks.metadata.get("arguments")
+    asked: Any = masks.metadata.get("sparsity")
+    detail = f"{masks.kept:,} of {masks.total:,}"
     exact = isinstance(arguments, dict) and (
         arguments.get("variant") == "paper" and arguments.get("selection") == "exact"
     )
-    number = isinstance(asked, (int, float)) and not isinstance(asked, bool)
-    if not exact or not number or not 0 <= asked < 1:
-        return name, None, f"{masks.kept:,} of {masks.total:,}; no exact count was asked for"
+    # A file may hold anything, True among it, which Python takes for a number.
+    if not exact or type(asked) not in (int, float) or not 0 <= asked < 1:
+        return name, None, f"{detail}; no exact count was asked for"
     expected = budget.keep_count(masks.total, float(asked))
-    detail = f"{masks.kept:,} of {masks.total:,}"
     if masks.kept != expected:
         detail += f", but sparsity {asked} keeps {expected:,}"
     return name, masks.kept == expected, detail

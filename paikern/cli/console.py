@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from paikern.report.files import to_json
@@ -47,6 +50,25 @@ class Console:
 
     def error(self, text: str) -> None:
         _stderr(f"paikern: {printable(text)}")
+
+
+@contextmanager
+def log_lines(console: Console) -> Iterator[None]:
+    """Show the package's log records: progress comes as these where stderr is no terminal."""
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            console.progress(record.getMessage())
+
+    logger = logging.getLogger("paikern")
+    handler, level = Lines(), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _stderr(text: str) -> None:

@@ -66,11 +66,9 @@ def build_parser() -> argparse.ArgumentParser:
     ):
         sub = _command(every, name, run, text)
         _output_options(sub)
-    bench = _command(
-        every, "bench", commands.bench, "compare with the pure-PyTorch references (source tree)"
-    )
-    bench.set_defaults(passes_on=True)
-    bench.add_argument("--debug", action="store_true", help="show tracebacks")
+    text = "compare with the pure-PyTorch references (source tree)"
+    bench = every.add_parser("bench", help=text, add_help=False)  # --help is the benchmark's own
+    bench.set_defaults(run=commands.bench, passes_on=True)
     return parser
 
 

@@ -123,7 +123,7 @@ def _density_panel(axes: Axes, density: np.ndarray, hollow: bool = False) -> Non
     rows = np.arange(len(density))
     alive = density > 0
     if hollow:
-        hole = {"ms": 7.5, "mfc": "none", "mec": ORANGE, "mew": 1.0}
+        hole: Any = {"ms": 7.5, "mfc": "none", "mec": ORANGE, "mew": 1.0}
         axes.plot(density[alive], rows[alive], "o", label="on a path", **hole)
         return
     axes.set_xscale("log")
@@ -237,11 +237,11 @@ def mask_figure(masks: MaskSet) -> Figure | None:
         return None
     pictures = [masks[name].flatten(1).cpu().numpy() for name in names]  # [out, in * kernel]
     width, gap = 8.6, 0.3  # inches; the gap holds a title
-    sizes = [_picture_size(*p.shape, width) for p in pictures]
+    sizes = [_picture_size(p.shape[0], p.shape[1], width) for p in pictures]
     total = sum(height for _, height in sizes) + gap * len(names) + 0.05
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(width, total))
-        colors = ListedColormap([(0.5, 0.55, 0.6, 0.13), BLUE])
+        colors = ListedColormap(["#808c9921", BLUE])
         top = total
         for name, picture, (wide, high) in zip(names, pictures, sizes, strict=True):
             top -= gap + high
