@@ -55,11 +55,22 @@ def find_masks(folder: Path, methods: Sequence[str]) -> dict[str, MaskSet]:
     return found
 
 
+def channels_last(data: Split) -> Split:
+    """Return the split with its images in channels-last layout."""
+    layout = torch.channels_last
+    return data._replace(
+        train_x=data.train_x.contiguous(memory_format=layout),
+        test_x=data.test_x.contiguous(memory_format=layout),
+    )
+
+
 def train(
     masks: MaskSet | None, data: Split, *, channels: int, epochs: int, seed: int, bar: tqdm[Any]
 ) -> float:
     """Train one network from weights of `seed`; return its accuracy on the test images."""
     model = zoo.create(MODEL, seed=seed, num_classes=10, in_channels=channels)
+    # 74 ms a step against 95 ms in the default layout (one thread of a Zen 5 core, torch 2.13).
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(
         model.parameters(), lr=LEARNING_RATE, momentum=0.9, weight_decay=WEIGHT_DECAY, nesterov=True
     )
@@ -128,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train everything, print the table, write `train_demo.json`, append to `summary.txt`."""
     parser = argparse.ArgumentParser(prog="python -m bench.train_demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out"))
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     given = parser.parse_args(arguments)
@@ -137,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         channels = {m.shapes["conv1.weight"][1] for m in masks.values()}
         if len(channels) != 1:
             raise ValueError(f"masks in {given.out} are of networks with {channels} input channels")
-        data = load(IMAGE_SIZE, channels.pop())
+        data = channels_last(load(IMAGE_SIZE, channels.pop()))
     except (FileNotFoundError, ValueError) as error:
         print(f"train_demo: {error}", file=sys.stderr)
         return 2
@@ -185,17 +196,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "rows": rows,
     }
     write(given.out / "train_demo.json", json.dumps(content, indent=2) + "\n")
-    append_table(given.out / "summary.txt", table)
+    append(given.out / "summary.txt", plain_text(table), heading="Training")
+    append(given.out / "summary.md", markdown(table), heading="## Training")
     return 0
 
 
-def append_table(path: Path, table: Table) -> None:
-    """Append the table to the summary, in place of the one of an earlier training."""
-    marker = "\nTraining\n"
-    text = path.read_text().partition(marker)[0] if path.exists() else ""
-    console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(table)
-    write(path, text + marker + console.export_text())
+def plain_text(table: Table) -> str:
+    """Return the table as it looks on a terminal, without colours."""
+    with open(os.devnull, "w") as nowhere:
+        console = Console(width=100, record=True, file=nowhere)
+        console.print(table)
+        return console.export_text()
+
+
+def markdown(table: Table) -> str:
+    """Return the table in Markdown, numbers to the right."""
+    columns = [list(column.cells) for column in table.columns]
+    header = " | ".join(str(column.header) for column in table.columns)
+    rule = " | ".join("---:" if c.justify == "right" else "---" for c in table.columns)
+    body = [" | ".join(map(str, cells)) for cells in zip(*columns, strict=True)]
+    lines = [f"| {line} |" for line in (header, rule, *body)]
+    return "\n".join([str(table.title), "", *lines, ""])
+
+
+def append(path: Path, text: str, *, heading: str) -> None:
+    """Append a part to the summary, in place of the one that an earlier training left."""
+    before = path.read_text().partition(f"\n{heading}\n")[0] if path.exists() else ""
+    write(path, f"{before}\n{heading}\n\n{text}")
 
 
 def write(path: Path, text: str) -> None:
