@@ -172,8 +172,8 @@ def run_figure(histories: Mapping[str, Any]) -> Figure | None:
     """
     runs = {label: _numbers(history) for label, history in histories.items()}
     counted = " or ".join(dict.fromkeys(_unit(history) for history in histories.values()))
-    keys = list(dict.fromkeys(key for run in runs.values() for key in run if key != "x"))
-    keys = [k for k in keys if any(len(run.get(k, ())) > 1 for run in runs.values())][:6]
+    keys = list(dict.fromkeys(key for _, run in runs.values() for key in run))
+    keys = [k for k in keys if any(len(run.get(k, ())) > 1 for _, run in runs.values())][:6]
     if not keys:
         return None
     columns = min(2, len(keys))
@@ -182,10 +182,10 @@ def run_figure(histories: Mapping[str, Any]) -> Figure | None:
         figure = Figure(figsize=(8.6, 2.15 * count + 0.2), layout="constrained")
         panels = figure.subplots(count, columns, squeeze=False).ravel()
         for axes, key in zip(panels, keys, strict=False):
-            for index, (label, run) in enumerate(runs.items()):
+            for index, (label, (x, run)) in enumerate(runs.items()):
                 if key in run:
                     color = COLORS[index % len(COLORS)]
-                    axes.plot(run["x"], run[key], color=color, lw=1.5, label=printable(label))
+                    axes.plot(x, run[key], color=color, lw=1.5, label=printable(label))
             axes.set_title(_LABELS.get(key, printable(key)))
             axes.set_xlabel(counted)
             axes.grid(axis="y")
@@ -196,19 +196,16 @@ def run_figure(histories: Mapping[str, Any]) -> Figure | None:
     return figure
 
 
-def _numbers(history: Any) -> dict[str, np.ndarray]:
-    """Key -> one float an entry, NaN where it is missing; "x" counts steps or rounds."""
-    if not isinstance(history, list):
-        return {}
-    entries = [entry for entry in history if isinstance(entry, Mapping)]
-    if not entries:
-        return {}
-    keys = [key for key in entries[0] if isinstance(key, str)]
+def _numbers(history: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The step or round of each entry, and key -> one float an entry, NaN where it is missing."""
+    entries = history if isinstance(history, list) else []
+    entries = [entry for entry in entries if isinstance(entry, Mapping)]
+    keys = [key for key in entries[0] if isinstance(key, str)] if entries else []
     found = {key: np.array([_number(entry.get(key)) for entry in entries]) for key in keys}
     x = found.pop("step", found.pop("round", None))
-    found = {key: values for key, values in found.items() if np.isfinite(values).any()}
-    found["x"] = np.arange(1.0, len(entries) + 1) if x is None or not np.isfinite(x).all() else x
-    return found
+    if x is None or not np.isfinite(x).all():
+        x = np.arange(1.0, len(entries) + 1)
+    return x, {key: values for key, values in found.items() if np.isfinite(values).any()}
 
 
 def _unit(history: Any) -> str:
