@@ -128,7 +128,7 @@ def path_oracle(
 
     sample = example_input[:1]
     ones = torch.ones_like(sample, dtype=torch.float64) if sample.is_floating_point() else sample
-    with PathSemantics(norm):
+    with PathSemantics(norm, ones):
         output = first_tensor(work(ones))
     total = (output if cotangent is None else output * cotangent.double()).sum()
     for handle in handles:

@@ -43,6 +43,9 @@ IDENTITIES = (
     Tensor.tanh,
 )
 
+#: The sign of a path does not count: `-x` in a rotary embedding is `x`.
+NEGATIONS = (torch.neg, Tensor.neg, Tensor.__neg__)
+
 PRODUCTS = (torch.mul, Tensor.mul, Tensor.__mul__)
 
 #: Values this close (relative) tie in a max pool: float64 sums of more than 2**53 paths differ by
@@ -57,19 +60,21 @@ class PathSemantics(TorchFunctionMode):
     BatchNorm and |gamma| for the others, no centering and no offset.
     """
 
-    def __init__(self, norm: str) -> None:
+    def __init__(self, norm: str, network_input: Tensor) -> None:
         super().__init__()
         if norm not in ("identity", "scale"):
             raise ValueError(f"norm must be 'identity' or 'scale', got {norm!r}")
         self.norm = norm
+        self.input_storage = network_input.untyped_storage().data_ptr()
         self.rules: dict[Any, Callable[..., Any]] = dict.fromkeys(IDENTITIES, _identity)
+        self.rules |= dict.fromkeys(NEGATIONS, _negation)
         self.rules |= dict.fromkeys(PRODUCTS, _product)
         self.rules |= {
             F.batch_norm: self._batch_norm,
             F.layer_norm: self._last_dim_norm,
             F.rms_norm: self._last_dim_norm,
             F.group_norm: self._group_norm,
-            F.embedding: _embedding,
+            F.embedding: self._embedding,
             F.scaled_dot_product_attention: scaled_dot_product_attention,
             F.multi_head_attention_forward: multi_head_attention,
             torch.max_pool2d: max_pool2d,
@@ -104,6 +109,13 @@ class PathSemantics(TorchFunctionMode):
     ) -> Tensor:
         return x if self.norm == "identity" or weight is None else x * weight.abs()
 
+    def _embedding(self, tokens: Tensor, weight: Tensor, *_: Any, **__: Any) -> Tensor:
+        """`[*tokens.shape, dim]`: ones for the model's input, no paths for positions."""
+        size = (*tokens.shape, weight.shape[1])
+        if tokens.untyped_storage().data_ptr() == self.input_storage:
+            return torch.ones(size, dtype=weight.dtype)
+        return torch.zeros(size, dtype=weight.dtype)
+
 
 def _per_channel(x: Tensor, scale: Tensor) -> Tensor:
     return x * scale.view(-1, *(1,) * (x.dim() - 2))
@@ -113,15 +125,21 @@ def _identity(x: Tensor, *_: Any, **__: Any) -> Tensor:
     return x
 
 
+def _has_paths(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.requires_grad
+
+
+def _negation(x: Tensor) -> Tensor:
+    return x if x.requires_grad else -x
+
+
 def _product(x: Any, y: Any, **_: Any) -> Tensor:
-    """A gate adds the paths of both sides; a factor without paths is a constant."""
-    both = isinstance(x, Tensor) and isinstance(y, Tensor) and x.requires_grad and y.requires_grad
-    return x + y if both else x * y
-
-
-def _embedding(tokens: Tensor, weight: Tensor, *_: Any, **__: Any) -> Tensor:
-    """An embedding output is an input of ones, `[*tokens.shape, dim]`."""
-    return torch.ones(*tokens.shape, weight.shape[1], dtype=weight.dtype)
+    """A gate adds the paths of both sides; a factor without paths scales by its magnitude."""
+    if _has_paths(x) and _has_paths(y):
+        return x + y
+    if _has_paths(x) or _has_paths(y):
+        return abs(x) * y if _has_paths(y) else x * abs(y)
+    return x * y
 
 
 def _uniform(queries: int, keys: int, causal: bool) -> Tensor:

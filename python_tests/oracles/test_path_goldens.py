@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from paikern import zoo
 from python_tests.oracles import goldens, path_oracle, prunable, synflow_oracle, topology_oracle
 from python_tests.oracles.brute_force import brute_force
+from python_tests.oracles.rules import scaled_dot_product_attention
 from python_tests.oracles.synflow import flow_scores, keep_exactly, kept_by_round
 
 ONES3 = torch.ones(1, 3)
@@ -230,12 +231,38 @@ def test_synflow_rounds_are_monotone_and_exact() -> None:
     assert len(last.kept) == 4
 
 
-@pytest.mark.parametrize("name", ["vit_b_16", "gpt2"])
+SMALL = {"layers": 2, "dim": 16, "heads": 2}
+TRANSFORMERS = {
+    "vit_b_16": {**SMALL, "image_size": 32},
+    "gpt2": {**SMALL, "vocabulary": 50, "sequence": 6},
+    "llama-tiny": {"sequence": 6},
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
 def test_every_matrix_of_a_transformer_carries_paths(name: str) -> None:
-    small = {"layers": 2, "dim": 16, "heads": 2}
-    extra = {"vit_b_16": {"image_size": 32}, "gpt2": {"vocabulary": 50, "sequence": 6}}
-    model = zoo.create(name, seed=0, **small, **extra[name])
+    model = zoo.create(name, seed=0, **TRANSFORMERS[name])
     flow = path_oracle(model, zoo.example_input(model), p_net=1, norm="scale")
     assert len(flow.layers) >= 8
     for layer in flow.layers.values():
         assert bool((layer.gradient > 0).all())
+
+
+def test_causal_attention_counts_by_hand() -> None:
+    """Two tokens, one feature: token 0 sees itself, token 1 the mean of both."""
+    q, k, v = (torch.tensor(pair)[None, None, :, None] for pair in ([1.0, 2.0], [10, 30], [5, 7]))
+    out = scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
+    assert out.flatten().tolist() == [1 + 10 + 5, 2 + 20 + 6]
+
+
+def test_constants_count_by_magnitude_and_gates_add() -> None:
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.gate = nn.Linear(3, 2, bias=False), nn.Linear(3, 2, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            table = -torch.tensor([0.5, 2.0])
+            return self.up(x) * nn.functional.silu(self.gate(x)) * table
+
+    assert path_oracle(Gate(), ONES3).total == (3 + 3) * 0.5 + (3 + 3) * 2.0
