@@ -27,11 +27,12 @@
 namespace paikern {
 namespace {
 
-constexpr int64_t kChunk = 1 << 16;     // scores of one unit of work, a multiple of 64
-constexpr int64_t kSample = 1 << 16;    // a band of about 2.5 % of the scores at k = N / 2
-constexpr int64_t kDirect = 1 << 11;    // up to here everything is a candidate
-constexpr int64_t kParallel = 1 << 16;  // below this a thread costs more than it brings
-constexpr int kDigit = 11;              // radix of the histograms: 2048 counters stay in L1
+constexpr int64_t kChunk = 1 << 16;       // scores of one unit of work, a multiple of 64
+constexpr int64_t kSample = 1 << 16;      // a band of about 2.5 % of the scores at k = N / 2
+constexpr int64_t kLeastSample = 1 << 9;  // 12 us for a layer of 2304 weights where 2048 samples took 34
+constexpr int64_t kDirect = 1 << 11;      // up to here everything is a candidate
+constexpr int64_t kParallel = 1 << 16;    // below this a thread costs more than it brings
+constexpr int kDigit = 11;                // radix of the histograms: 2048 counters stay in L1
 
 struct Chunk {
   const ScoreSource *source;
@@ -137,7 +138,7 @@ class Selector {
   // A range of keys around rank k that holds it with near certainty, from one score of each stretch of `stride`. Which
   // one is hashed: a fixed place would meet the same column of every row, or the same side of a pattern in the mask.
   void sample_band(Key *low, Key *high) const {
-    const int64_t sample = std::clamp<int64_t>(total_ / 64, kDirect, kSample);
+    const int64_t sample = std::clamp<int64_t>(total_ / 64, kLeastSample, kSample);
     const int64_t stride = std::max<int64_t>(1, total_ / sample);
     std::vector<Key> keys;
     keys.reserve(static_cast<size_t>(total_ / stride + 1));
