@@ -101,7 +101,7 @@ def path_oracle(
         masks: parameter name -> bool or 0/1 tensor; layers left out are dense.
         weights: parameter name -> tensor used in place of the model's own weight.
         p_net: exponent of |W|; 0 counts paths and never reads the weights.
-        norm: "identity" or "scale", see `rules.PathSemantics`.
+        norm: "identity", or "scale" (a positive scale to the power of `p_net`, see `rules`).
         keep_bias: add |bias| instead of dropping biases.
         cotangent: c, broadcast to the output; ones by default.
     """
@@ -128,7 +128,7 @@ def path_oracle(
 
     sample = example_input[:1]
     ones = torch.ones_like(sample, dtype=torch.float64) if sample.is_floating_point() else sample
-    with PathSemantics(norm, ones):
+    with PathSemantics(norm, ones, p_net):
         output = first_tensor(work(ones))
     total = (output if cotangent is None else output * cotangent.double()).sum()
     for handle in handles:

@@ -57,14 +57,16 @@ class PathSemantics(TorchFunctionMode):
     """Inside this mode norms, activations, attention, gates and embeddings follow the path rules.
 
     `norm` is "identity", or "scale": a positive factor a channel, |gamma| / sqrt(|var| + eps) for
-    BatchNorm and |gamma| for the others, no centering and no offset.
+    BatchNorm and |gamma| for the others, raised to `exponent` like the weights; no centering and
+    no offset. `network_input` tells token embeddings from position embeddings.
     """
 
-    def __init__(self, norm: str, network_input: Tensor) -> None:
+    def __init__(self, norm: str, network_input: Tensor, exponent: int) -> None:
         super().__init__()
         if norm not in ("identity", "scale"):
             raise ValueError(f"norm must be 'identity' or 'scale', got {norm!r}")
         self.norm = norm
+        self.exponent = exponent
         self.input_storage = network_input.untyped_storage().data_ptr()
         self.rules: dict[Any, Callable[..., Any]] = dict.fromkeys(IDENTITIES, _identity)
         self.rules |= dict.fromkeys(NEGATIONS, _negation)
@@ -99,15 +101,19 @@ class PathSemantics(TorchFunctionMode):
         if self.norm == "identity" or running_var is None:
             return x
         scale = (running_var.abs() + eps).rsqrt()  # [C]
-        return _per_channel(x, scale if weight is None else weight.abs() * scale)
+        return _per_channel(x, (scale if weight is None else weight.abs() * scale) ** self.exponent)
 
     def _group_norm(self, x: Tensor, groups: int, weight: Tensor | None = None, *_: Any) -> Tensor:
-        return x if self.norm == "identity" or weight is None else _per_channel(x, weight.abs())
+        return (
+            x
+            if self.norm == "identity" or weight is None
+            else _per_channel(x, weight.abs() ** self.exponent)
+        )
 
     def _last_dim_norm(
         self, x: Tensor, shape: Any, weight: Tensor | None = None, *_: Any, **__: Any
     ) -> Tensor:
-        return x if self.norm == "identity" or weight is None else x * weight.abs()
+        return x if self.norm == "identity" or weight is None else x * weight.abs() ** self.exponent
 
     def _embedding(self, tokens: Tensor, weight: Tensor, *_: Any, **__: Any) -> Tensor:
         """`[*tokens.shape, dim]`: ones for the model's input, no paths for positions."""

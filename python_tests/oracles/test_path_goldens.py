@@ -161,6 +161,8 @@ def test_batch_norm_scale_is_positive_and_has_no_offset() -> None:
     norm.running_var = torch.tensor([4.0 - 1e-5, 1.0 - 1e-5])
     flow = path_oracle(model, torch.zeros(1, 1, 1, 1), p_net=1, norm="scale")
     assert flow.total == pytest.approx(2.0 * 1.5 + 2.0 * 0.5, rel=1e-6)
+    squared = path_oracle(model, torch.zeros(1, 1, 1, 1), p_net=2, norm="scale")
+    assert squared.total == pytest.approx(4.0 * 1.5**2 + 4.0 * 0.5**2, rel=1e-6)
     assert path_oracle(model, torch.zeros(1, 1, 1, 1), p_net=1).total == 4.0
 
 
