@@ -16,50 +16,75 @@ ROOT = Path(__file__).resolve().parent
 
 
 class CMakeBuild(build_ext):
-    """Configure, build and install `_C` (and `_cuda`) into the package folder."""
+    """Configure once; build and install `_C`, and `_cuda` where there is a compiler for it."""
+
+    def run(self) -> None:
+        self.cuda, self.nvcc = _cuda_choice()
+        if shutil.which("cmake") is None:
+            raise SystemExit("paikern: cmake was not found; install it, or `pip install cmake`")
+        try:
+            self.folder = self._configure(self.cuda)
+        except subprocess.CalledProcessError:
+            if self.cuda != "AUTO":
+                raise SystemExit("paikern: CMake failed; its message is above") from None
+            print("paikern: nvcc does not work, going on without it", file=sys.stderr)
+            self.folder = self._configure("OFF")
+        super().run()
 
     def build_extension(self, ext: Extension) -> None:
+        module = ext.name.rpartition(".")[2]
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        cuda = os.environ.get("PAIKERN_CUDA", "AUTO").upper()
-        if cuda not in ("AUTO", "ON", "OFF"):
-            raise SystemExit(f"PAIKERN_CUDA must be AUTO, ON or OFF, got {cuda!r}")
-        if cuda != "OFF" and not find_nvcc():
-            if cuda == "ON":
-                raise SystemExit(
-                    "PAIKERN_CUDA=ON but no nvcc was found; set CUDACXX or PAIKERN_CUDA=OFF"
-                )
-            cuda = "OFF"
+        if module == "_cuda":
+            # One left by an earlier build with other switches would be taken for new.
+            in_tree = [ROOT / "paikern"] if self.inplace or self.editable_mode else []
+            for stale in (path for folder in [target, *in_tree] for path in folder.glob("_cuda.*")):
+                stale.unlink()
+            if not (self.folder / "with_cuda").exists():
+                return
         try:
-            self._build(target, cuda)
+            jobs = str(os.cpu_count() or 1)
+            build = ["cmake", "--build", str(self.folder), "--target", module, "--parallel", jobs]
+            subprocess.check_call(build)
+            install = ["cmake", "--install", str(self.folder), "--component", module]
+            subprocess.check_call([*install, "--prefix", str(target)])
         except subprocess.CalledProcessError:
-            if cuda != "AUTO":
+            if module == "_C" or self.cuda == "ON":
                 raise SystemExit(
                     "paikern: the native build failed; the compiler's message is above"
                 ) from None
             print("paikern: the CUDA module did not build, going on without it", file=sys.stderr)
-            self._build(target, "OFF")
 
-    def _build(self, target: Path, cuda: str) -> None:
+    def _configure(self, cuda: str) -> Path:
+        """Run CMake; returns the build folder, which holds `with_cuda` if `_cuda` can be built."""
         import pybind11
 
         options = [f"-DPAIKERN_CUDA={cuda}", f"-DPython_EXECUTABLE={sys.executable}"]
         if archs := os.environ.get("PAIKERN_CUDA_ARCHS"):
             options.append(f"-DPAIKERN_CUDA_ARCHS={archs}")
-        # pip builds in the tree: a folder for each set of options keeps a stale CMake cache from
-        # answering for another one. Where an isolated build finds its tools changes every time, so
-        # that is passed anew and no part of the key.
-        key = hashlib.sha256("\n".join([*options, sys.version]).encode()).hexdigest()[:12]
-        build = ROOT / "build" / f"cmake-{key}"
-        options += [
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            f"-DCMAKE_INSTALL_PREFIX={target}",
-        ]
+        # pip builds in the tree: a folder for each set of options and compilers keeps a stale CMake
+        # cache from answering for another one. Where an isolated build finds its tools changes
+        # every time, so that is passed anew and no part of the key.
+        compilers = [os.environ.get("CXX", ""), self.nvcc or ""]
+        key = hashlib.sha256("\n".join([*options, *compilers, sys.version]).encode()).hexdigest()
+        folder = ROOT / "build" / f"cmake-{key[:12]}"
+        options += ["-DCMAKE_BUILD_TYPE=Release", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
         if ninja := shutil.which("ninja"):
             options += ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-        run = subprocess.check_call
-        run(["cmake", "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release", *options])
-        run(["cmake", "--build", str(build), "--parallel", str(os.cpu_count() or 1)])
-        run(["cmake", "--install", str(build)])
+        environment = {**os.environ, **({"CUDACXX": self.nvcc} if self.nvcc else {})}
+        command = ["cmake", "-S", str(ROOT), "-B", str(folder), *options]
+        subprocess.check_call(command, env=environment)
+        return folder
+
+
+def _cuda_choice() -> tuple[str, str | None]:
+    """PAIKERN_CUDA and the nvcc it leads to; AUTO without one is OFF."""
+    cuda = os.environ.get("PAIKERN_CUDA", "AUTO").upper()
+    if cuda not in ("AUTO", "ON", "OFF"):
+        raise SystemExit(f"PAIKERN_CUDA must be AUTO, ON or OFF, got {cuda!r}")
+    nvcc = find_nvcc() if cuda != "OFF" else None
+    if cuda == "ON" and nvcc is None:
+        raise SystemExit("PAIKERN_CUDA=ON but no nvcc was found; set CUDACXX or PAIKERN_CUDA=OFF")
+    return (cuda if nvcc else "OFF"), nvcc
 
 
 def find_nvcc() -> str | None:
@@ -71,7 +96,10 @@ def find_nvcc() -> str | None:
 
 
 setup(
-    ext_modules=[Extension("paikern._C", sources=[])],
+    ext_modules=[
+        Extension("paikern._C", sources=[]),
+        Extension("paikern._cuda", sources=[], optional=True),
+    ],
     cmdclass={"build_ext": CMakeBuild},
     # cmake from the PATH where there is one, else as a package.
     setup_requires=[] if shutil.which("cmake") else ["cmake>=3.18"],

@@ -48,7 +48,14 @@ __all__ = [
     "unpack_mask",
 ]
 
-_FLOAT64 = ("apply_mask_", "kth_largest", "pack_mask", "topk_mask", "unpack_mask")
+_FLOAT64 = (
+    "apply_mask_",
+    "kth_largest",
+    "pack_mask",
+    "topk_mask",
+    "topk_mask_factored",
+    "unpack_mask",
+)
 _SCORE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
@@ -142,4 +149,3 @@ def kth_largest(scores: Sequence[Tensor], k: int) -> Tensor:
     value, nan = _C.kth_largest(rows, k)
     refuse_nan("kth_largest", nan)
     return torch.tensor(value, dtype=torch.float64)
-

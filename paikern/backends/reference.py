@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,29 +69,41 @@ def apply_mask_(tensor: Tensor, packed: Tensor) -> None:
     tensor.masked_fill_(~unpack_mask(packed, tensor.shape), 0)
 
 
-def _order(tensor: Tensor, exponent: int, absolute: bool) -> Tensor:
-    """Keys that sort like value * 2**exponent; -0 is +0. float64 holds any fp32 exponent."""
+class _Order(NamedTuple):
+    """`level` then `mantissa` sort like value * 2**exponent, whatever the exponent."""
+
+    level: Tensor
+    mantissa: Tensor
+
+
+def _order(tensor: Tensor, exponent: int = 0, absolute: bool = False) -> _Order:
     values = tensor.detach().reshape(-1).double()
     if absolute:
         values = values.abs()
-    return torch.where(values > 0, torch.ldexp(values, torch.tensor(exponent)), values) + 0.0
+    mantissa, power = torch.frexp(values)  # 0.5 <= |mantissa| < 1
+    level = torch.sign(values).long() * (power.long() + exponent + 2**40)
+    infinite = torch.isinf(values)
+    level[infinite] = torch.sign(values[infinite]).long() * 2**62
+    return _Order(level, torch.where(infinite, 0.0, mantissa + 0.0))  # -0 becomes +0
 
 
-def _ranked(keys: Tensor) -> Tensor:
-    """Indices by key descending, lower index first on ties."""
-    return torch.sort(keys, descending=True, stable=True).indices
+def _ranked(order: _Order) -> Tensor:
+    """Indices, the highest first, lower index first on ties."""
+    by_mantissa = torch.sort(order.mantissa, descending=True, stable=True).indices
+    by_level = torch.sort(order.level[by_mantissa], descending=True, stable=True).indices
+    return by_mantissa[by_level]
 
 
-def _keep(keys: list[Tensor], k: Sequence[int]) -> list[Tensor]:
-    if len(k) == 1 and len(keys) != 1:
-        flat = torch.cat(keys) if keys else torch.empty(0)
-        chosen = torch.zeros(flat.numel(), dtype=torch.bool, device=flat.device)
-        chosen[_ranked(flat)[: k[0]]] = True
-        return [pack_mask(part) for part in chosen.split([key.numel() for key in keys])]
+def _keep(orders: list[_Order], k: Sequence[int]) -> list[Tensor]:
+    if len(k) == 1 and len(orders) != 1:
+        both = _Order(torch.cat([o.level for o in orders]), torch.cat([o.mantissa for o in orders]))
+        chosen = torch.zeros(both.level.numel(), dtype=torch.bool, device=both.level.device)
+        chosen[_ranked(both)[: k[0]]] = True
+        return [pack_mask(part) for part in chosen.split([o.level.numel() for o in orders])]
     masks = []
-    for key, count in zip(keys, k, strict=True):
-        chosen = torch.zeros(key.numel(), dtype=torch.bool, device=key.device)
-        chosen[_ranked(key)[:count]] = True
+    for order, count in zip(orders, k, strict=True):
+        chosen = torch.zeros(order.level.numel(), dtype=torch.bool, device=order.level.device)
+        chosen[_ranked(order)[:count]] = True
         masks.append(pack_mask(chosen))
     return masks
 
@@ -104,8 +117,7 @@ def topk_mask(
 ) -> list[Tensor]:
     refuse_nan("topk_mask", _first_nan(scores))
     shifts = exponents or [0] * len(scores)
-    keys = [_order(s, e, absolute) for s, e in zip(scores, shifts, strict=True)]
-    return _keep(keys, k)
+    return _keep([_order(s, e, absolute) for s, e in zip(scores, shifts, strict=True)], k)
 
 
 def topk_mask_factored(
@@ -118,12 +130,11 @@ def topk_mask_factored(
     power: int,
 ) -> list[Tensor]:
     scores = [factored_score(w, ai, gi, power) for w, ai, gi in zip(weights, a, g, strict=True)]
-    refuse_nan("topk_mask_factored", _first_nan(scores))
     for score, packed in zip(scores, masks, strict=True):
         if packed.numel():
-            score.masked_fill_(~unpack_mask(packed, score.shape), -1.0)
-    keys = [_order(s, e, False) for s, e in zip(scores, exponents, strict=True)]
-    return _keep(keys, k)
+            score.masked_fill_(~unpack_mask(packed, score.shape), -math.inf)
+    refuse_nan("topk_mask_factored", _first_nan(scores))
+    return _keep([_order(s, e) for s, e in zip(scores, exponents, strict=True)], k)
 
 
 def factored_score(weight: Tensor, a: Tensor, g: Tensor, power: int) -> Tensor:
@@ -135,4 +146,4 @@ def factored_score(weight: Tensor, a: Tensor, g: Tensor, power: int) -> Tensor:
 def kth_largest(scores: Sequence[Tensor], k: int) -> Tensor:
     refuse_nan("kth_largest", _first_nan(scores))
     flat = torch.cat([s.detach().reshape(-1).double() for s in scores])
-    return torch.sort(flat, descending=True).values[k - 1]
+    return torch.sort(flat, descending=True).values[k - 1] + 0.0  # -0 becomes +0

@@ -1,7 +1,7 @@
 """Which backend runs an operation, and what `pk.backends()` says about each.
 
-A backend is a module with functions named after the operations. The order of preference on a
-device is the order of `_PREFERENCE`; `PAIKERN_BACKEND` or `backend=` forces one by name.
+A backend is a module with functions named after the operations. Each serves some kinds of device;
+the order of preference is that of `_LOADERS`. `PAIKERN_BACKEND` or `backend=` forces one by name.
 """
 
 from __future__ import annotations
@@ -12,32 +12,72 @@ import os
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from paikern.backends import reference
 from paikern.errors import BackendError
 
-# None: ask the environment at every call. Within `using` the answer is settled, "" for automatic.
 _forced: ContextVar[str | None] = ContextVar("paikern_backend", default=None)
+_ISAS = ("portable", "avx2", "avx512")
 
 
-def _load_cpu() -> tuple[ModuleType | None, str]:
+class Backend(NamedTuple):
+    """A backend, usable if it has a module; `reason` says why or why not."""
+
+    module: ModuleType | None
+    devices: tuple[str, ...]
+    reason: str
+
+
+def _load_cpu() -> Backend:
+    asked = os.environ.get("PAIKERN_CPU_ISA")
+    if asked and asked not in _ISAS:
+        raise BackendError(f"PAIKERN_CPU_ISA must be one of {', '.join(_ISAS)}, got {asked!r}")
     try:
         from paikern.backends import cpu
     except ImportError as error:
-        return None, (
+        return Backend(
+            None,
+            ("cpu",),
             f"the native module paikern._C could not be imported ({error}); "
-            "run `pip install .` in the source folder, not only from within it"
+            "run `pip install .` in the source folder, not only from within it",
         )
-    return cpu, f"native kernels, {cpu.isa()}"
+    return Backend(cpu, ("cpu",), f"native kernels, {cpu.isa()}")
 
 
-_cpu, _cpu_reason = _load_cpu()
-_MODULES: dict[str, ModuleType | None] = {"cpu": _cpu, "reference": reference}
-_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
+def _load_cuda() -> Backend:
+    try:
+        from paikern.backends import cuda
+    except ImportError as error:
+        return Backend(
+            None,
+            ("cuda",),
+            f"the module paikern._cuda could not be imported ({error}); it is built where nvcc is "
+            "found, see PAIKERN_CUDA",
+        )
+    count, why = cuda.device_count()
+    if count == 0:
+        return Backend(None, ("cuda",), f"no GPU: {why or 'CUDA finds no device'}")
+    if not torch.cuda.is_available():
+        return Backend(None, ("cuda",), "PyTorch cannot use the GPU here; install its CUDA build")
+    return Backend(cuda, ("cuda",), f"native kernels for masks, {count} GPU")
+
+
+def _load_reference() -> Backend:
+    from paikern.backends import reference
+
+    return Backend(reference, ("cpu", "cuda"), "pure PyTorch, every dtype, slow")
+
+
+_LOADERS = {"cpu": _load_cpu, "cuda": _load_cuda, "reference": _load_reference}
+
+
+@functools.cache
+def load(name: str) -> Backend:
+    """A backend by name, imported when first asked for: CUDA is not touched before it is needed."""
+    return _LOADERS[name]()
 
 
 def backends() -> list[dict[str, Any]]:
@@ -49,18 +89,14 @@ def backends() -> list[dict[str, Any]]:
         'reference'
     """
     return [
-        {"name": "cpu", "devices": "cpu", "usable": _cpu is not None, "reason": _cpu_reason},
         {
-            "name": "reference",
-            "devices": "cpu, cuda",
-            "usable": True,
-            "reason": "pure PyTorch, every dtype, slow",
-        },
+            "name": name,
+            "devices": ", ".join(load(name).devices),
+            "usable": load(name).module is not None,
+            "reason": load(name).reason,
+        }
+        for name in _LOADERS
     ]
-
-
-def names() -> tuple[str, ...]:
-    return tuple(_MODULES)
 
 
 @contextlib.contextmanager
@@ -82,18 +118,28 @@ def using(name: str | None) -> Iterator[None]:
 
 
 def _check(name: str, source: str) -> None:
-    if name not in _MODULES:
-        raise BackendError(f"{source}: unknown backend {name!r}; available: {', '.join(_MODULES)}")
-    if _MODULES[name] is None:
-        reason = next(row["reason"] for row in backends() if row["name"] == name)
-        raise BackendError(f"{source}: {name!r} is not usable here: {reason}")
+    if name not in _LOADERS:
+        raise BackendError(f"{source}: unknown backend {name!r}; available: {', '.join(_LOADERS)}")
+    if load(name).module is None:
+        raise BackendError(f"{source}: {name!r} is not usable here: {load(name).reason}")
 
 
 def choose(operation: str, args: tuple[Any, ...]) -> Callable[..., Any]:
-    """The function that runs `operation` on these arguments, see `resolve`."""
-    tensor = _first_tensor(args)
-    device = tensor.device.type if tensor is not None else "cpu"
-    return resolve(operation, device, wide(args))
+    """The function that runs `operation` on these arguments, see `resolve`.
+
+    Raises:
+        ValueError: tensors on different devices, whose addresses no kernel may mix.
+    """
+    device, float64 = None, False
+    for tensor in _tensors(args):
+        if device is None:
+            device = tensor.device
+        elif tensor.device != device:
+            raise ValueError(
+                f"{operation}: tensors are on {device} and {tensor.device}; move them to one device"
+            )
+        float64 |= tensor.dtype == torch.float64
+    return resolve(operation, device.type if device is not None else "cpu", float64)
 
 
 def resolve(operation: str, device: str, float64: bool) -> Callable[..., Any]:
@@ -115,29 +161,24 @@ def _asked() -> str:
 def _resolve(operation: str, device: str, float64: bool, forced: str) -> Callable[..., Any]:
     if forced:
         _check(forced, "PAIKERN_BACKEND")
-        order: tuple[str, ...] = (forced,)
-    else:
-        order = _PREFERENCE.get(device, ("reference",))
-    for name in order:
-        module = _MODULES[name]
-        function = getattr(module, operation, None) if module is not None else None
+    for name in (forced,) if forced else _LOADERS:
+        # Only the reference goes by torch's own operations and so runs wherever they do.
+        if device not in load(name).devices and name != "reference":
+            continue
+        module = load(name).module
+        function = getattr(module, operation, None)
         takes = getattr(module, "takes", None)
-        if function is not None and (forced or takes is None or takes(operation, float64)):
+        if function is not None and (takes is None or takes(operation, float64)):
             return function
     raise BackendError(
-        f"{operation}: no backend of {order} runs it on {device}; use backend='reference'"
+        f"{operation}: backend {forced!r} has no kernel for {'float64' if float64 else 'these'} "
+        f"tensors on {device}; use backend='reference'"
     )
 
 
-def _first_tensor(args: tuple[Any, ...]) -> Tensor | None:
+def _tensors(args: tuple[Any, ...]) -> Iterator[Tensor]:
     for argument in args:
         if isinstance(argument, Tensor):
-            return argument
-        if isinstance(argument, (list, tuple)) and argument and isinstance(argument[0], Tensor):
-            return argument[0]
-    return None
-
-
-def wide(args: tuple[Any, ...]) -> bool:
-    """Whether a float64 tensor takes part: the native path kernels leave those to the reference."""
-    return any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in args)
+            yield argument
+        elif isinstance(argument, (list, tuple)):
+            yield from (item for item in argument if isinstance(item, Tensor))

@@ -40,4 +40,7 @@ def apply_mask_(tensor: Tensor, packed: Tensor) -> Tensor:
     check_packed("apply_mask_", packed, tensor.numel())
     with torch.no_grad():
         torch.ops.paikern.apply_mask_(tensor, packed)
+    if not torch.compiler.is_compiling():
+        # So that a backward pass that saved the old values fails, as after torch's own writes.
+        torch.autograd.graph.increment_version(tensor)
     return tensor

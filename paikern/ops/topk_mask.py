@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -41,8 +42,8 @@ def topk_mask(
         scores: a tensor or a list, float32, float16, bfloat16 or float64, any shapes. Signed
             values are compared.
         k: one number: that many over all tensors together. A list: that many in each.
-        exponents: tensor l counts as `scores[l] * 2**exponents[l]`, exactly. Scores must be >= 0
-            then, except that a negative score ranks below all others.
+        exponents: tensor l counts as `scores[l] * 2**exponents[l]`, exactly: nothing overflows or
+            is rounded. A negative score ranks below all others, whatever the exponents.
         absolute: compare magnitudes.
         names: of the tensors, for errors.
 
@@ -61,6 +62,7 @@ def topk_mask(
     tensors = check_scores("topk_mask", scores)
     counts = check_counts("topk_mask", k, [t.numel() for t in tensors])
     shifts = check_exponents("topk_mask", exponents, len(tensors))
+    check_names("topk_mask", names, len(tensors))
     if not tensors:
         return []
     with named_nan(names):
@@ -79,16 +81,17 @@ def check_scores(operation: str, scores: Tensor | Sequence[Tensor]) -> list[Tens
 
 def check_counts(operation: str, k: int | Sequence[int], sizes: Sequence[int]) -> list[int]:
     """One count over everything, or one for each tensor."""
-    if isinstance(k, int):
-        if not 0 <= k <= sum(sizes):
-            raise ValueError(f"{operation}: k must be in [0, {sum(sizes)}], got {k}")
-        return [k]
+    if hasattr(k, "__index__"):  # NumPy's integers too
+        total, kept = sum(sizes), operator.index(k)
+        if not 0 <= kept <= total:
+            raise ValueError(f"{operation}: k must be in [0, {total}], got {kept}")
+        return [kept]
     if len(k) != len(sizes):
         raise ValueError(f"{operation}: {len(k)} values of k for {len(sizes)} tensors")
     for index, (count, size) in enumerate(zip(k, sizes, strict=True)):
         if not 0 <= count <= size:
             raise ValueError(f"{operation}: k[{index}] must be in [0, {size}], got {count}")
-    return list(k)
+    return [operator.index(count) for count in k]
 
 
 def check_exponents(operation: str, exponents: Sequence[int] | None, count: int) -> list[int]:
@@ -98,6 +101,11 @@ def check_exponents(operation: str, exponents: Sequence[int] | None, count: int)
     if shifts and max(shifts) - min(shifts) > 1_000_000:
         raise ValueError(f"{operation}: exponents differ by more than 1000000: {shifts}")
     return shifts
+
+
+def check_names(operation: str, names: Sequence[str] | None, count: int) -> None:
+    if names is not None and len(names) != count:
+        raise ValueError(f"{operation}: {len(names)} names for {count} tensors")
 
 
 @contextlib.contextmanager

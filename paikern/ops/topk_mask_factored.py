@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from paikern.ops._library import define, fake
-from paikern.ops.topk_mask import check_counts, check_exponents, check_scores, named_nan
+from paikern.ops.topk_mask import (
+    check_counts,
+    check_exponents,
+    check_names,
+    check_scores,
+    named_nan,
+)
 from paikern.ops.unpack_mask import check_packed
 
 define(
@@ -48,14 +54,19 @@ def topk_mask_factored(
 
     Args:
         weights: `[out, in]` each, float32, float16 or bfloat16.
-        a: `[in]` each, >= 0. g: `[out]` each, >= 0.
-        exponents: one integer each.
+        a: `[in]` each, g: `[out]` each; used in float32.
+        exponents: one integer each, see `topk_mask`.
         k, names: as in `topk_mask`.
         power: 1 or 2.
-        masks: packed masks of the candidates, or None each: other weights rank below everything.
+        masks: packed masks of the candidates, or None each: other weights rank below everything,
+            tied, and NaN among them does not count.
 
     Returns:
         One packed mask for each weight.
+
+    Raises:
+        ValueError: shapes, lists or k that do not fit.
+        NonFiniteScoreError: a candidate's score is NaN (infinity times 0), named.
 
     Source: SynFlow, Tanaka et al. 2020 (arXiv:2006.05467), equation 2, for linear layers.
 
@@ -84,6 +95,7 @@ def topk_mask_factored(
             check_packed("topk_mask_factored", m, w.numel())
     counts = check_counts("topk_mask_factored", k, [w.numel() for w in held])
     shifts = check_exponents("topk_mask_factored", exponents, len(held))
+    check_names("topk_mask_factored", names, len(held))
     if not held:
         return []
     none = torch.empty(0, dtype=torch.uint8, device=held[0].device)

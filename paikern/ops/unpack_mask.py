@@ -36,6 +36,8 @@ def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
         >>> unpack_mask(torch.tensor([5], dtype=torch.uint8), (3,))
         tensor([ True, False,  True])
     """
+    if any(size < 0 for size in shape):
+        raise ValueError(f"unpack_mask: sizes must be >= 0, got shape {tuple(shape)}")
     check_packed("unpack_mask", packed, math.prod(shape))
     return torch.ops.paikern.unpack_mask(packed, list(shape))
 
