@@ -154,7 +154,7 @@ def score(
     Example:
         >>> import torch, paikern as pk
         >>> net = pk.zoo.create("mlp", sizes=(3, 2))
-        >>> pk.score(net, "magnitude").dense("layers.0.weight").shape
+        >>> pk.score(net, "magnitude").dense("layers.1.weight").shape
         torch.Size([2, 3])
     """
     sparsity = method_options.pop("sparsity", None)
@@ -353,7 +353,8 @@ def _ranked(scores: Scores | None, scope: str) -> dict[str, Tensor] | None:
     """Dense scores for the one scope that ranks them to make budgets."""
     if scope != "lamp" or scores is None:
         return None
-    return {name: scores.dense(name, torch.float64) for name in scores}
+    top = scores.exponent  # LAMP compares within a layer, so any common factor will do
+    return {name: scores.dense(name, torch.float64, relative_to=top) for name in scores}
 
 
 def _masks(

@@ -88,12 +88,26 @@ class Scores(Mapping[str, Score]):
         """Number of scored weights."""
         return sum(torch.Size(shape).numel() for shape in self.shapes.values())
 
-    def dense(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The scores of one parameter, exponent applied; float64 holds the widest range."""
+    @property
+    def exponent(self) -> int:
+        """The largest exponent of all layers."""
+        return max((score.exponent for score in self._entries.values()), default=0)
+
+    def dense(
+        self, name: str, dtype: torch.dtype = torch.float32, *, relative_to: int = 0
+    ) -> Tensor:
+        """The scores of one parameter, divided by `2**relative_to`.
+
+        Scores beyond the range of `dtype` become infinite or 0: path scores of deep networks pass
+        that of float32. Relative to `exponent` nothing that could be kept is lost.
+        """
         score = self._entries[name]
         entry = score.dense() if isinstance(score, Factored) else score
-        values = entry.values.to(dtype)
-        if entry.absolute:
-            values = values.abs()
-        scaled = values * 2.0**entry.exponent if entry.exponent else values
-        return scaled.reshape(self.shapes[name])
+        values = entry.values.abs() if entry.absolute else entry.values
+        rest = entry.exponent - relative_to
+        if rest:
+            values = values.double()
+        while rest:  # in parts: 0 times a power that overflows would be NaN
+            part = max(-1000, min(1000, rest))
+            values, rest = values * 2.0**part, rest - part
+        return values.to(dtype).reshape(self.shapes[name])

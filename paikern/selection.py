@@ -58,7 +58,8 @@ def select_packed(
 
 
 def _above_threshold(scores: Scores, k: int | list[int]) -> dict[str, Tensor]:
-    values = [scores.dense(name, torch.float64) for name in scores]
+    top = scores.exponent
+    values = [scores.dense(name, torch.float64, relative_to=top) for name in scores]
     if isinstance(k, int):
         flat = torch.cat([v.flatten() for v in values])
         masks = [v > _threshold(flat, k) for v in values]
