@@ -173,14 +173,22 @@ int64_t list_kept(const WeightView &w, int64_t start, int64_t count, const int32
   int64_t found = 0;
   with_weights(w, [&](auto power, const auto *data) {
     constexpr int kPower = decltype(power)::value;
-    for (int64_t i = 0; i < count; i += kLanes) {
-      const int left = static_cast<int>(count - i < kLanes ? count - i : kLanes);
-      uint32_t bits = (1u << left) - 1;
-      if (w.mask) bits &= static_cast<uint32_t>(mask_bits(w.mask, bytes, start + i, kLanes));
-      if (kPower != 0 && bits == 0) continue;  // leaves the weights of an empty group unread
-      const auto *p = kPower == 0 ? data : data + start + i;
-      const vf value = left == kLanes ? magnitude<kPower>(p) : magnitude_tail<kPower>(p, left);
-      found += v_compress(bits, key + i, value, keys + found, values + found);
+    const auto *src = kPower == 0 ? data : data + start;
+    for (int64_t i = 0; i < count; i += 64) {
+      const int left = static_cast<int>(count - i < 64 ? count - i : 64);
+      uint64_t bits = left == 64 ? ~uint64_t{0} : (uint64_t{1} << left) - 1;
+      if (w.mask) {
+        bits &= mask_bits(w.mask, bytes, start + i, 32) | mask_bits(w.mask, bytes, start + i + 32, 32) << 32;
+      }
+      // Only a whole empty word of weights is skipped: to branch on every vector costs more than to read them.
+      if (kPower != 0 && bits == 0) continue;
+      for (int j = 0; j < left; j += kLanes, bits >>= kLanes) {
+        const int lanes = left - j < kLanes ? left - j : kLanes;
+        const auto *p = kPower == 0 ? src : src + i + j;
+        const vf value = lanes == kLanes ? magnitude<kPower>(p) : magnitude_tail<kPower>(p, lanes);
+        const uint32_t group = static_cast<uint32_t>(bits) & static_cast<uint32_t>((uint64_t{1} << kLanes) - 1);
+        found += v_compress(group, key + i + j, value, keys + found, values + found);
+      }
     }
   });
   return found;

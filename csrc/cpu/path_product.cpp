@@ -2,7 +2,7 @@
 //
 // Two plans give the same bits, since both add one fused product at a time in ascending reduction
 // index:
-//   tiles   V decoded panel by panel (64 x 192 at most) against packed columns: dense and mildly
+//   tiles   V decoded panel by panel (128 x 192 at most) against packed columns: dense and mildly
 //   pruned weights gather  the kept weights of a row as (plane, value) pairs, sums in registers:
 //   cost follows what is kept
 // Bytes: W once per 480 positions, its bits likewise; scratch is one tile a thread and the planes
@@ -21,6 +21,9 @@ constexpr int64_t kPlaneFloats = int64_t{1} << 23;  // 32 MB of planes at a time
 // Below this density the gather plan is faster: 512 x 256 x 3 x 3 on 16 x 16 maps breaks even at
 // 0.45 on AVX-512.
 constexpr double kGatherDensity = 0.35;
+
+// Up to here four vectors a read of W beat transposing it into panels: 8192 x 8192, batch 16, 74 against 120 ms.
+constexpr int64_t kMatvecBatch = 16;
 
 void run(const Product &p, double density, int64_t planes) {
   // Gather lists hold 32-bit offsets; with few rows a group the tiles would be mostly padding.
@@ -58,8 +61,13 @@ void path_forward(const PathGeometry &g, const WeightView &w, const float *x, fl
 }
 
 void path_backward(const PathGeometry &g, const WeightView &w, const float *grad, float *x) {
-  if (g.linear() && g.batch <= 4) return matvec_columns(g.rows, g.channels, w, grad, g.batch, x);
-  const double density = mask_density(w);
+  const double density = g.linear() && g.batch <= 4 ? 1.0 : mask_density(w);
+  if (g.linear() && g.batch <= kMatvecBatch && density >= kGatherDensity) {
+    for (int64_t n = 0; n < g.batch; n += 4) {
+      matvec_columns(g.rows, g.channels, w, grad + n * g.rows, std::min<int64_t>(4, g.batch - n), x + n * g.channels);
+    }
+    return;
+  }
   const int64_t images = images_a_pass(g.batch, g.rows, g.out_pixels());
   for (int64_t n = 0; n < g.batch; n += images) {
     const int64_t batch = std::min(images, g.batch - n);

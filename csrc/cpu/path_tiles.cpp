@@ -1,4 +1,4 @@
-// The dense plan: panels of V, at most 64 x 192 and decoded as they are needed, against packed columns.
+// The dense plan: panels of V, at most 128 x 192 and decoded as they are needed, against packed columns.
 #include <omp.h>
 
 #include <algorithm>
@@ -9,10 +9,20 @@
 namespace paikern {
 namespace {
 
-constexpr int64_t kRowBlock = 64, kColumnBlock = 480;
+// The adjoint of a kernel of 1 reads `rows` weights side by side of each row of V: 256 make whole kilobytes.
+constexpr int64_t kRowBlock = 128, kWideRowBlock = 256, kColumnBlock = 480;
 
-// Rows r0 .. r0 + rows of V for k0 .. k0 + depth, as panels [panel][row][kDepth]; missing rows are
-// 0.
+// Asks for weights start .. start + count ahead of their use: a panel visits its rows in pieces of 768 bytes, too short
+// for the hardware to see the next one coming.
+void prefetch(const WeightView &w, int64_t start, int64_t count) {
+  if (w.power == 0) return;
+  const int64_t size = w.type == WeightType::kFloat32 ? 4 : 2;
+  const char *data = static_cast<const char *>(w.data);
+  const int64_t end = std::min(start + count, w.numel) * size;
+  for (int64_t byte = start * size; byte < end; byte += 64) __builtin_prefetch(data + byte, 0, 2);
+}
+
+// Rows r0 .. r0 + rows of V for k0 .. k0 + depth, as panels [panel][row][kDepth]; missing rows are 0.
 void pack_forward(const Product &p, const PathKernels &kernels, int64_t group, int64_t r0, int64_t rows, int64_t k0,
                   int64_t depth, float *a) {
   for (int64_t r = 0; r < round_up(rows, kernels.tile_rows); ++r, a += kDepth) {
@@ -20,27 +30,43 @@ void pack_forward(const Product &p, const PathKernels &kernels, int64_t group, i
       std::memset(a, 0, sizeof(float) * kDepth);
       continue;
     }
-    const int64_t row = group * p.rows + r0 + r;
-    kernels.decode(p.weights, row * p.depth() + k0, depth, a);
+    const int64_t start = (group * p.rows + r0 + r) * p.depth() + k0;
+    prefetch(p.weights, start + kDepth, std::min(kDepth, p.depth() - k0 - depth));
+    kernels.decode(p.weights, start, depth, a);
   }
 }
 
-// The same for the adjoint: row r is a column channel, k runs over (row of V, tap); panels
-// [panel][kDepth][row].
+// Column r of a line of `stride` weights a column -> row r of the panels, one reduction index.
+template <int Panel>
+void scatter_line(const float *source, int64_t stride, int64_t rows, float *target) {
+  int64_t r = 0;
+  for (; r + Panel <= rows; r += Panel, target += Panel * kDepth) {
+    for (int i = 0; i < Panel; ++i) target[i] = source[(r + i) * stride];
+  }
+  for (int i = 0; r + i < rows; ++i) target[i] = source[(r + i) * stride];
+}
+
+// The same for the adjoint: row r is a column channel, k runs over (row of V, tap); panels [panel][kDepth][row].
 void pack_backward(const Product &p, const PathKernels &kernels, int64_t group, int64_t c0, int64_t rows, int64_t k0,
                    int64_t depth, float *line, float *a) {
+  constexpr int64_t kAhead = 8;  // rows of V
   const int64_t all = p.geometry.taps(), count = p.tap_count(), width = p.geometry.depth();
   const int64_t panel = kernels.tile_rows, panels = divide_up(rows, panel);
-  if (rows % panel)
+  if (rows % panel) {
     std::memset(a + (panels - 1) * panel * kDepth, 0, sizeof(float) * static_cast<size_t>(panel * kDepth));
+  }
   for (int64_t k = k0; k < k0 + depth;) {
     const int64_t o = k / count, t0 = k % count, t1 = std::min(count, t0 + k0 + depth - k);
-    const int64_t row = group * p.geometry.group_rows() + o;
-    kernels.decode(p.weights, row * width + c0 * all, rows * all, line);
+    const int64_t start = (group * p.geometry.group_rows() + o) * width + c0 * all;
+    prefetch(p.weights, start + kAhead * width, rows * all);
+    kernels.decode(p.weights, start, rows * all, line);
     for (int64_t t = t0; t < t1; ++t, ++k) {
       const float *source = line + p.taps[static_cast<size_t>(t)].index;
-      float *target = a + (k - k0) * panel;
-      for (int64_t r = 0; r < rows; ++r) target[(r / panel) * panel * kDepth + r % panel] = source[r * all];
+      if (panel == 8) {
+        scatter_line<8>(source, all, rows, a + (k - k0) * panel);
+      } else {
+        scatter_line<4>(source, all, rows, a + (k - k0) * panel);
+      }
     }
   }
 }
@@ -53,7 +79,8 @@ struct Blocks {
 Blocks make_blocks(const Product &p, const PathKernels &kernels, int threads) {
   const int64_t width = round_up(p.lattice.positions, kernels.lanes);
   Blocks b{};
-  b.row_block = std::min(kRowBlock, round_up(p.rows, kernels.tile_rows));
+  const int64_t row_block = p.adjoint && p.geometry.taps() < 4 ? kWideRowBlock : kRowBlock;
+  b.row_block = std::min(row_block, round_up(p.rows, kernels.tile_rows));
   b.column_count = divide_up(width, kColumnBlock);
   b.column_block = round_up(divide_up(width, b.column_count), kernels.tile_columns);
   const auto tasks = [&] {
