@@ -16,24 +16,8 @@ from python_tests.cli.helpers import PRUNE
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """LeNet-300-100 at 90 %, with everything that `prune` writes."""
     out = tmp_path_factory.mktemp("run") / "out"
-    assert (
-        main(
-            [
-                "prune",
-                "--model",
-                "lenet300",
-                "--method",
-                "magnitude",
-                "--sparsity",
-                "0.9",
-                "--out",
-                str(out),
-                "--save-weights",
-                "--quiet",
-            ]
-        )
-        == 0
-    )
+    argv = [*PRUNE, "--sparsity", "0.9", "--out", str(out), "--save-weights", "--quiet"]
+    assert main(argv) == 0
     return out
 
 
