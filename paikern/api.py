@@ -354,7 +354,9 @@ def _ranked(scores: Scores | None, scope: str) -> dict[str, Tensor] | None:
     if scope != "lamp" or scores is None:
         return None
     top = scores.exponent  # LAMP compares within a layer, so any common factor will do
-    return {name: scores.dense(name, torch.float64, relative_to=top) for name in scores}
+    ranked = {name: scores.dense(name, torch.float64, relative_to=top) for name in scores}
+    # LAMP squares: a negative score, the mark of a weight that may not return, would rank high.
+    return {name: values.clamp(min=0) for name, values in ranked.items()}
 
 
 def _masks(

@@ -283,7 +283,8 @@ def _refuse_meta(graph: PathGraph, state: State) -> None:
     for step in graph.weights:
         if state[step.parameter].is_meta:
             raise ValueError(
-                f"{step.parameter} is on the meta device and holds no values; load the weights first"
+                f"{step.parameter} is on the meta device and holds no values; "
+                "load the weights first"
             )
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from paikern import ops
 from paikern.errors import PaikernError
 from paikern.pathgraph import Semantics, Visit, weights
-from paikern.pathgraph.steps import Weight
+from paikern.pathgraph.steps import Norm, Weight
 from paikern.scorers.base import Run, Scorer, register_scorer
 from paikern.scores import Dense, Factored, Score, Scores
 
@@ -56,6 +56,8 @@ class PathScorer(Scorer):
         p_net, _ = self.powers
         semantics = Semantics(p_net, self.norm, offsets=run.variant == "published")
         flow = run.flow(semantics)
+        if self.norm == "scale" and not run.masks:
+            _note_closed_norms(run)
         if flow.forward(run.state, run.masks) == -math.inf:
             raise PaikernError(
                 f"{self.name}: no path from the input to the output is left, so no weight scores "
@@ -157,6 +159,21 @@ def log1p_scaled(x: Tensor, exponent: int) -> Tensor:
     if exponent < 900:
         return torch.log1p(x * 2.0**exponent)
     return torch.where(x > 0, x.log() + exponent * math.log(2), 0.0)
+
+
+def _note_closed_norms(run: Run) -> None:
+    """Residual branches are often initialised to end in a norm of zeros; no path crosses it."""
+    closed = [
+        step.where
+        for step in run.graph.steps
+        if isinstance(step, Norm) and step.weight and not bool(step.weight(run.state).any())
+    ]
+    if closed:
+        more = f" and {len(closed) - 3} more" if len(closed) > 3 else ""
+        run.notes.append(
+            f"norms of zeros let no path through: {', '.join(closed[:3])}{more}; "
+            "norm='identity' leaves norms out"
+        )
 
 
 def _gather(held: Score | None, step: Weight, part: Score, shape: tuple[int, ...]) -> Dense:
