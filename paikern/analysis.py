@@ -1,6 +1,6 @@
 """Topology of a dense or masked network: log paths, effective nodes, kernels and parameters.
 
-Definitions (DPaI, arXiv 2024, sections on effective paths and nodes; `docs/analyze.md`). Weights
+Definitions (DPaI, Xiang et al., ICLR 2025, effective paths and nodes; `docs/analyze.md`). Weights
 are replaced by their masks, norms and activations by the identity, biases dropped, the input is
 ones. With incoming counts `Z`, outgoing counts `G` and `q = d log R / d M`:
 
@@ -29,7 +29,19 @@ from paikern.pathgraph.steps import Weight
 
 @dataclass(frozen=True)
 class LayerTopology:
-    """One prunable parameter. `nodes` and `kernels` are totals, `effective_*` those on a path."""
+    """One prunable parameter in a `Topology`.
+
+    `nodes` (output units) and `kernels` (pairs of output and input unit) are totals, `effective_*`
+    count those on a path. `dead_channels` are the output units that no path passes through.
+
+    Example:
+        >>> import torch, paikern as pk
+        >>> masks = pk.MaskSet.from_bool({"weight": torch.tensor([[1, 0, 1], [0, 0, 0]])})
+        >>> top = pk.analyze(torch.nn.Linear(3, 2), masks, example_inputs=torch.ones(1, 3))
+        >>> layer = top.layers[0]
+        >>> layer.effective_nodes, layer.nodes, layer.dead_channels, layer.effective_params
+        (1, 2, (1,), 2)
+    """
 
     name: str
     kind: str
@@ -50,12 +62,16 @@ class LayerTopology:
 
     @property
     def density(self) -> float:
+        """Fraction of the weights that is kept, on a path or not."""
         return self.kept / self.numel if self.numel else 0.0
 
 
 @dataclass(frozen=True)
 class Topology:
     """What `pk.analyze` returns: totals, and the same for each layer.
+
+    `log_paths` is the natural logarithm of the number of effective paths, -inf where none is left.
+    `layers` are in the order of the model.
 
     Example:
         >>> import torch, paikern as pk

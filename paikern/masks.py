@@ -354,7 +354,18 @@ class MaskSet(Mapping[str, Tensor]):
 def load_masks(
     path: str | os.PathLike[str], *, max_bytes: int = _maskfile.MAX_DATA_BYTES
 ) -> MaskSet:
-    """Read a mask file; see ``MaskSet.load``."""
+    """Read a mask file; see ``MaskSet.load``.
+
+    Raises:
+        MaskFormatError: missing, truncated, altered, oversized, or no mask file.
+
+    >>> import tempfile
+    >>> masks = MaskSet.from_bool({"fc.weight": torch.tensor([[True, False, True]])})
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     masks.save(f"{folder}/masks.safetensors")
+    ...     load_masks(f"{folder}/masks.safetensors") == masks
+    True
+    """
     return MaskSet.load(path, max_bytes=max_bytes)
 
 

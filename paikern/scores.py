@@ -15,8 +15,15 @@ from paikern import ops
 class Dense:
     """A score per weight: `values * 2**exponent`, or its magnitude with `absolute`.
 
-    With an exponent the scores are at least 0; a negative one marks a weight that may not be kept
-    before every other.
+    `values` has the shape of the parameter, any float dtype. Higher is kept; selection breaks ties
+    towards the lower index and refuses NaN. With an exponent the scores are at least 0; a negative
+    one marks a weight that ranks below all that are not.
+
+    Example:
+        >>> import torch, paikern as pk
+        >>> score = pk.Dense(torch.tensor([1.0, -3.0]), absolute=True)
+        >>> pk.select(pk.Scores({"w": score}, {"w": (2,)}), sparsity=0.5)["w"]
+        tensor([False,  True])
     """
 
     values: Tensor
@@ -28,8 +35,17 @@ class Dense:
 class Factored:
     """A rank-one score that never has to exist: `|weight|**power * a[i] * g[o] * 2**exponent`.
 
-    `weight` is `[out, in]` (views allowed), `a` is `[in]`, `g` is `[out]`; `mask` packs the
-    weights that may still be kept, or is None for all of them.
+    `weight` is `[out, in]` (views allowed), float32, float16 or bfloat16; `a` is `[in]` and `g` is
+    `[out]`, float32 and at least 0; `power` is 1 or 2. `mask` packs the weights that may still be
+    kept, or is None for all of them. Ties and NaN as in `Dense`.
+
+    Source: SynFlow, Tanaka et al. 2020 (arXiv:2006.05467), equation 2, for a linear layer.
+
+    Example:
+        >>> import torch, paikern as pk
+        >>> w, a, g = torch.tensor([[1.0, -3.0]]), torch.tensor([2.0, 1.0]), torch.tensor([4.0])
+        >>> pk.Factored(w, 1, a, g).dense().values
+        tensor([[ 8., 12.]])
     """
 
     weight: Tensor
@@ -40,6 +56,7 @@ class Factored:
     mask: Tensor | None = None
 
     def dense(self, pruned: float = 0.0) -> Dense:
+        """The score tensor, float32 `[out, in]`; `pruned` where the mask is 0."""
         values = ops.path_score(
             self.weight, self.a, self.g, power=self.power, mask=self.mask, pruned=pruned
         )

@@ -127,6 +127,9 @@ _T = TypeVar("_T", bound=type[Scorer])
 def register_scorer(name: str) -> Callable[[_T], _T]:
     """Make a scorer available as `pk.prune(model, name)`.
 
+    The decorated class derives from `paikern.scorers.Scorer` and implements `score(run)`; it is
+    made a dataclass, and its fields are the method's options. A name that exists is replaced.
+
     Example:
         >>> import torch, paikern as pk
         >>> from paikern.scorers import Dense, Scorer, Scores
