@@ -51,7 +51,7 @@ def blocks(page: Path, language: str) -> list[Block]:
 def run_block(block: Block, page: str, names: dict[str, Any]) -> None:
     if block.code.startswith(">>>"):
         test = doctest.DocTestParser().get_doctest(block.code, names, page, page, block.line)
-        runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+        runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
         report: list[str] = []
         runner.run(test, out=report.append, clear_globs=False)
         names.update(test.globs)
