@@ -86,10 +86,9 @@ def synflow(
     Scores that overflow float32 (ResNet-50 at 224) leave nothing: use `dtype=torch.float64` there.
     """
     work = copy.deepcopy(model).to(dtype).eval()
-    names = {id(layer): name for name, layer in prunable_layers(work).items()}
-    masked = {id_: MaskedLayer(layer) for id_, layer in _by_id(work).items()}
+    masked = {id(layer): MaskedLayer(layer) for layer in prunable_layers(work).values()}
+    layers = dict(zip(prunable_layers(work), masked.values(), strict=True))
     work = replace_modules(work, lambda module: masked.get(id(module)))
-    layers = {names[id_]: layer for id_, layer in masked.items()}
     ones = ones_like_input(example, dtype)
 
     total = sum(layer.weight.numel() for layer in layers.values())
@@ -99,7 +98,3 @@ def synflow(
         for name, layer in layers.items():
             layer.mask.copy_(masks[name])
     return masks
-
-
-def _by_id(model: nn.Module) -> dict[int, nn.Module]:
-    return {id(layer): layer for layer in prunable_layers(model).values()}
