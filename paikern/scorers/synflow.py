@@ -1,7 +1,7 @@
 """The SynFlow family: synaptic flow, its squared forms, and its logarithmic form.
 
 Source: Tanaka et al. 2020 (arXiv:2006.05467), algorithm 1 and equation 2 for SynFlow;
-Gebhart et al. 2021 (arXiv:2102.04259) for SynFlow-L2 and the path kernel; Cavagnero et al. 2023
+Gebhart et al. 2021 (arXiv:2101.10552) for SynFlow-L2 and the path kernel; Cavagnero et al. 2023
 (arXiv:2207.05135) for LogSynFlow. `docs/methods.md` holds the table of what each computes.
 
 All of them sweep a network of positive weights `V = |w|**p_net` with an input of ones, R being
