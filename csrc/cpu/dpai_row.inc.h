@@ -44,8 +44,8 @@ inline int64_t flag_large_kernels(const uint64_t *effective, uint64_t *flag, int
   return kernels;
 }
 
-// The same for kernels of at most 63 weights, one after the other without a branch on the bits: 4 cycles a kernel
-// where stepping from set bit to set bit took 40 for each kernel that had one.
+// The same for kernels of at most 63 weights, one after the other without a branch on the bits. Stepping from set bit
+// to set bit made the Adam step of VGG19 at density 0.1 cost 63 ms instead of 24.
 inline int64_t flag_small_kernels(const uint64_t *effective, uint64_t *flag, int64_t words, int64_t kernel,
                                   int64_t count) {
   const uint64_t all = (uint64_t{1} << kernel) - 1;

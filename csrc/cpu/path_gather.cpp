@@ -6,6 +6,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <cstring>
 
 #include "path_product.h"
 
@@ -14,23 +15,31 @@ namespace {
 
 constexpr int64_t kBlockEntries = 1 << 15, kWidth = 2048;
 
-// Lists that grow; readers and writers of whole vectors find room behind `count`.
+// Parallel lists that grow; writers of whole vectors find room behind `count`.
 struct KeptList {
-  std::vector<int32_t> keys;
-  std::vector<float> values;
+  Scratch<int32_t> keys{1024};
+  Scratch<float> values{1024};
 
-  void reserve(int64_t count) {
-    const size_t needed = static_cast<size_t>(count) + 16;
-    if (keys.size() >= needed) return;
-    keys.resize(2 * needed);
-    values.resize(2 * needed);
+  // Room for `count` entries, the first `used` kept.
+  void reserve(int64_t count, int64_t used) {
+    grow(keys, count + 16, used);
+    grow(values, count + 16, used);
+  }
+
+ private:
+  template <class T>
+  static void grow(Scratch<T> &list, int64_t count, int64_t used) {
+    if (list.size() >= count) return;
+    Scratch<T> larger(2 * count);
+    std::memcpy(larger.get(), list.get(), sizeof(T) * static_cast<size_t>(used));
+    list = std::move(larger);
   }
 };
 
 class RowLists {
  public:
   explicit RowLists(const Product &p) : p_(p) {
-    list_.reserve(p.depth());
+    list_.reserve(p.depth(), 0);
     offsets_.reserve(static_cast<size_t>(p.depth()) + 16);
     for (int64_t c = 0; c < p.geometry.group_channels(); ++c) {
       for (const Tap &tap : p.taps) offsets_.push_back(static_cast<int32_t>(p.offset(c, tap)));
@@ -42,11 +51,11 @@ class RowLists {
 
   int64_t select(int64_t group, int64_t row, int64_t) {
     const int64_t start = (group * p_.rows + row) * p_.depth();
-    return path_kernels().list_kept(p_.weights, start, p_.depth(), offsets_.data(), list_.keys.data(),
-                                    list_.values.data());
+    return path_kernels().list_kept(p_.weights, start, p_.depth(), offsets_.data(), list_.keys.get(),
+                                    list_.values.get());
   }
-  const int32_t *offsets() const { return list_.keys.data(); }
-  const float *values() const { return list_.values.data(); }
+  const int32_t *offsets() const { return list_.keys.get(); }
+  const float *values() const { return list_.values.get(); }
 
  private:
   const Product &p_;
@@ -66,20 +75,20 @@ class ColumnLists {
     int64_t found = 0;
     row_end_.clear();
     for (int64_t o = 0; o < rows; ++o) {
-      flat_.reserve(found + width);
+      flat_.reserve(found + width, found);
       found += path_kernels().list_kept(p_.weights, (group * rows + o) * depth + c0 * taps, width, index_.data(),
-                                        flat_.keys.data() + found, flat_.values.data() + found);
+                                        flat_.keys.get() + found, flat_.values.get() + found);
       row_end_.push_back(found);
     }
-    sorted_.reserve(found);
+    sorted_.reserve(found, 0);
     for (int64_t i = 0; i < found; ++i) ++begin_[bucket(i) + 2];
     for (size_t c = 2; c < begin_.size(); ++c) begin_[c] += begin_[c - 1];
     for (int64_t o = 0, i = 0; o < rows; ++o) {
       const int32_t row = static_cast<int32_t>(o * p_.plane_stride);
       for (; i < row_end_[static_cast<size_t>(o)]; ++i) {
-        const size_t at = static_cast<size_t>(begin_[bucket(i) + 1]++);
-        sorted_.keys[at] = row + shift_[static_cast<size_t>(flat_.keys[static_cast<size_t>(i)])];
-        sorted_.values[at] = flat_.values[static_cast<size_t>(i)];
+        const int64_t at = begin_[bucket(i) + 1]++;
+        sorted_.keys.get()[at] = row + shift_[static_cast<size_t>(flat_.keys.get()[i])];
+        sorted_.values.get()[at] = flat_.values.get()[i];
       }
     }
   }
@@ -89,8 +98,8 @@ class ColumnLists {
     at_ = begin_[c];
     return begin_[c + 1] - at_;
   }
-  const int32_t *offsets() const { return sorted_.keys.data() + at_; }
-  const float *values() const { return sorted_.values.data() + at_; }
+  const int32_t *offsets() const { return sorted_.keys.get() + at_; }
+  const float *values() const { return sorted_.values.get() + at_; }
 
  private:
   // Position in the block -> column and shift; taps that another phase handles go to one column more.
@@ -110,9 +119,7 @@ class ColumnLists {
     }
   }
 
-  size_t bucket(int64_t i) const {
-    return static_cast<size_t>(bucket_[static_cast<size_t>(flat_.keys[static_cast<size_t>(i)])]);
-  }
+  size_t bucket(int64_t i) const { return static_cast<size_t>(bucket_[static_cast<size_t>(flat_.keys.get()[i])]); }
 
   const Product &p_;
   KeptList flat_, sorted_;

@@ -1,8 +1,8 @@
 // Q = G X^T tile by tile: row strips of the weight times whole kernels of columns, handed over while they are in L2.
 //
-// Q is never stored. The columns of X are transposed once a task (the 16 x 16 register transposes cost 0.3 cycles a
-// float); a strip of G meets them in the same tile multiply as the forward pass. Sums run over positions in ascending
-// order, so a value does not depend on the tile or the thread that made it.
+// Q is never stored. The columns of X are transposed once a task (in 16 x 16 register blocks); a strip of G meets them
+// in the same tile multiply as the forward pass. Sums run over positions in ascending order, so a value does not depend
+// on the tile or the thread that made it.
 #pragma once
 
 #include <omp.h>

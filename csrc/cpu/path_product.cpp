@@ -18,17 +18,24 @@ namespace {
 
 constexpr int64_t kPlaneFloats = int64_t{1} << 23;  // 32 MB of planes at a time when the batch is large
 
-// Below this density the gather plan is faster: 512 x 256 x 3 x 3 on 16 x 16 maps breaks even at
-// 0.45 on AVX-512.
-constexpr double kGatherDensity = 0.35;
+// The density below which the gather plan is faster: cutting the lists is paid once a weight, so it grows with the
+// positions that a list serves; the adjoint also sorts them. Fitted to break-evens of 3 x 3 and linear weights on
+// AVX-512: 0.1 at 5 positions, 0.3 at 1056 forward; 0.06 and 0.2 for the adjoint.
+double gather_density(int64_t positions, bool adjoint) {
+  const double span = std::min(1.0, static_cast<double>(positions) / 256);
+  return adjoint ? 0.05 + 0.15 * span : 0.08 + 0.22 * span;
+}
 
-// Up to here four vectors a read of W beat transposing it into panels: 8192 x 8192, batch 16, 74 against 120 ms.
+// Up to here four vectors a read of W beat transposing it into panels: 8192 x 8192, batch 16, 87 against 205 ms.
+// Sparser weights are gathered (72 ms at density 0.02).
 constexpr int64_t kMatvecBatch = 16;
+constexpr double kMatvecDensity = 0.02;
 
 void run(const Product &p, double density, int64_t planes) {
   // Gather lists hold 32-bit offsets; with few rows a group the tiles would be mostly padding.
   const bool short_planes = planes < (int64_t{1} << 31);
-  if (short_planes && (density < kGatherDensity || p.rows < path_kernels().tile_rows / 2)) {
+  if (short_planes &&
+      (density < gather_density(p.lattice.positions, p.adjoint) || p.rows < path_kernels().tile_rows / 2)) {
     run_gather(p, density);
   } else {
     run_tiles(p);
@@ -62,7 +69,7 @@ void path_forward(const PathGeometry &g, const WeightView &w, const float *x, fl
 
 void path_backward(const PathGeometry &g, const WeightView &w, const float *grad, float *x) {
   const double density = g.linear() && g.batch <= 4 ? 1.0 : mask_density(w);
-  if (g.linear() && g.batch <= kMatvecBatch && density >= kGatherDensity) {
+  if (g.linear() && g.batch <= kMatvecBatch && density >= kMatvecDensity) {
     for (int64_t n = 0; n < g.batch; n += 4) {
       matvec_columns(g.rows, g.channels, w, grad + n * g.rows, std::min<int64_t>(4, g.batch - n), x + n * g.channels);
     }
