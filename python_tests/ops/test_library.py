@@ -1,0 +1,110 @@
+"""Every operation of `torch.ops.paikern`: opcheck, shapes on meta tensors, errors, compilation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from paikern import ops
+
+BITS = torch.tensor([0b10110101, 0b01], dtype=torch.uint8)
+WEIGHT, X, G = torch.linspace(-1, 1, 10).reshape(2, 5), torch.rand(3, 5), torch.rand(3, 2)
+CONV, MAP, OUT = torch.randn(1, 2, 1, 5), torch.rand(1, 2, 4, 6), torch.rand(1, 1, 4, 2)
+GEOMETRY = [1, 1], [0, 0], [1, 1], 1
+LIVE = torch.ones(2, dtype=torch.uint8)
+RULE = (0.99, 0.5, 0.1, 1)  # alpha, beta, lr, t
+
+
+def _state() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.rand(2, 5), torch.rand(2, 5)
+
+
+# One sample or more of every operation. A new operation without one fails the test below.
+SAMPLES: dict[str, list[tuple]] = {
+    "apply_mask_": [(torch.rand(2, 5), BITS), (torch.rand(5, 2).T.bfloat16(), BITS)],
+    "dpai_step_": [
+        (torch.randn(2, 5), BITS, X, G, LIVE, None, None, 1.0, *RULE, [], [], [], 1, False),
+        (torch.randn(2, 5), BITS, X, G, LIVE, *_state(), 1.0, *RULE, [], [], [], 1, False),
+    ],
+    "dpai_update_": [
+        (torch.randn(2, 5), torch.rand(2, 5), BITS, LIVE, *_state(), *RULE, 1, False),
+    ],
+    "kth_largest": [([WEIGHT, X], 7), ([WEIGHT.double()], 1)],
+    "pack_mask": [(WEIGHT > 0,), ((WEIGHT > 0).T,), (torch.empty(0, dtype=torch.bool),)],
+    "path_backward": [(WEIGHT, G, 1, BITS), (WEIGHT, G[0], 0, None)],
+    "path_conv_backward": [(CONV, OUT, [1, 2, 4, 6], *GEOMETRY, 1, BITS)],
+    "path_conv_forward": [(CONV, MAP, *GEOMETRY, 2, None)],
+    "path_conv_score": [(CONV, MAP, OUT, *GEOMETRY, 1, BITS, -1.0)],
+    "path_forward": [(WEIGHT, X, 2, BITS), (WEIGHT, X[0], 1, None)],
+    "path_score": [(WEIGHT, X, G, 1, BITS, -1.0)],
+    "topk_mask": [([WEIGHT, X], [7], [0, 3], True), ([WEIGHT, X.half()], [2, 3], [], False)],
+    "topk_mask_factored": [
+        ([WEIGHT, WEIGHT], [X[0], X[1]], [G[0], G[1]], [BITS, BITS[:0]], [0, 9], [4], 2),
+    ],
+    "unpack_mask": [(BITS, [2, 5]), (BITS, [])],
+}
+
+
+def registered() -> list[str]:
+    schemas = torch._C._jit_get_all_schemas()
+    return sorted(s.name.split("::")[1] for s in schemas if s.name.startswith("paikern::"))
+
+
+def test_every_operation_has_a_sample() -> None:
+    assert set(registered()) == set(SAMPLES)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_opcheck(name: str) -> None:
+    """Schema, autograd registration, shapes under fake tensors, tracing with dynamic shapes."""
+    for sample in SAMPLES[name]:
+        torch.library.opcheck(getattr(torch.ops.paikern, name), sample)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_shapes_and_dtypes_on_meta_tensors(name: str) -> None:
+    operation = getattr(torch.ops.paikern, name)
+
+    def to_meta(value: object) -> object:
+        if isinstance(value, list):
+            return [to_meta(item) for item in value]
+        return value.to("meta") if isinstance(value, torch.Tensor) else value
+
+    def described(result: object) -> list[tuple]:
+        results = result if isinstance(result, list) else [result]
+        return [(r.shape, r.dtype) for r in results if isinstance(r, torch.Tensor)]
+
+    for sample in SAMPLES[name]:
+        assert described(operation(*map(to_meta, sample))) == described(operation(*sample))
+
+
+COMPILED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "pack and unpack": lambda w: w * ops.unpack_mask(ops.pack_mask(w > 0), w.shape),
+    "apply": lambda w: ops.apply_mask_(w * 2, BITS) + 1,
+    "topk_mask": lambda w: ops.topk_mask([w, w + 1], 7)[0],
+    "topk_mask_factored": lambda w: ops.topk_mask_factored([w], [X[0]], [G[0]], [0], 4)[0],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiles_without_graph_breaks(name: str) -> None:
+    function = COMPILED[name]
+    compiled = torch.compile(function, fullgraph=True)
+    for weight in (WEIGHT.clone(), -WEIGHT):
+        assert torch.equal(compiled(weight), function(weight))
+
+
+def test_compiles_a_selection_under_aot_eager() -> None:
+    def pruned(weight: torch.Tensor) -> torch.Tensor:
+        packed = ops.topk_mask(weight.detach(), 3, absolute=True)[0]
+        return weight * ops.unpack_mask(packed, weight.shape)
+
+    compiled = torch.compile(pruned, fullgraph=True, backend="aot_eager")
+    ours, theirs = (WEIGHT.clone().requires_grad_() for _ in range(2))
+    pruned(ours).sum().backward()
+    compiled(theirs).sum().backward()
+    assert torch.equal(ours.grad, theirs.grad)
+    assert int(ours.grad.sum()) == 3
