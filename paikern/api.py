@@ -161,8 +161,7 @@ def score(
     scorer = _scorer(method, method_options)
     _check_choices(scorer, variant, "exact", "warn", None)
     run = _run(model, scorer, example_inputs, ignore, include, seed, variant)
-    if masks is not None:
-        run.masks = {name: masks.packed(name) for name in run.layers if name in masks}
+    run.masks = _packed(masks, run.model)
     with registry.using(backend):
         if isinstance(scorer, TrainedScorer):
             if sparsity is None:
@@ -226,9 +225,8 @@ def analyze(
     """
     inner = unwrap(model)
     layers = prunable_parameters(inner, ignore=ignore, include=include)
-    packed = {} if masks is None else {name: masks.packed(name) for name in masks}
     return topology(
-        trace(inner, example_inputs), _state(inner), packed,
+        trace(inner, example_inputs), _state(inner), _packed(masks, inner),
         {n: p.kind for n, p in layers.items()},
     )  # fmt: skip
 
@@ -294,6 +292,14 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
     state = {name: p.detach() for name, p in model.named_parameters()}
     state.update({name: b.detach() for name, b in model.named_buffers()})
     return state
+
+
+def _packed(masks: MaskSet | None, model: nn.Module) -> dict[str, Tensor]:
+    """The bits by name; MaskFormatError where they were made for another model."""
+    if masks is None:
+        return {}
+    masks.slots(model)
+    return {name: masks.packed(name) for name in masks}
 
 
 def _run(
