@@ -21,7 +21,7 @@ from paikern.progress import Progress, ProgressFunction
 from paikern.prunable import prunable_parameters, unwrap
 from paikern.scorers import Run, Scorer, Scores, TrainedScorer, make_scorer, scorer_names
 from paikern.scorers.base import VARIANTS, scorer_class
-from paikern.selection import ON_COLLAPSE, RULES, apply_collapse_rule, select_packed
+from paikern.selection import ON_COLLAPSE, RULES, apply_collapse_rule, listed, select_packed
 
 Filter = Sequence[Any] | None
 
@@ -32,7 +32,7 @@ def prune(
     *,
     sparsity: float | None = None,
     density: float | None = None,
-    amount: float | None = None,
+    amount: float | int | None = None,
     compression: float | None = None,
     example_inputs: Any = None,
     scope: str | None = None,
@@ -56,14 +56,15 @@ def prune(
             pruned; embeddings, norms and biases are not. The model is written to once, at the end.
         method: a name from `pk.methods()` or a scorer.
         sparsity: fraction removed of the prunable weights, in [0, 1). `density` (fraction kept),
-            `amount` (fraction removed) or `compression` (a factor: 10 keeps a tenth) instead.
+            `amount` (a fraction or, as an int, a number of weights removed) or `compression` (a
+            factor: 10 keeps a tenth) instead.
             Exactly `N - floor(sparsity * N)` weights are kept.
         example_inputs: one input for methods that trace the model: a tensor, a tuple, or a dict of
             keyword inputs. Only its shape matters, unless it holds integers (token ids).
         scope: "global", "local" (the same fraction of every layer), "erk" or "lamp"; default by
             method.
-        rounds, schedule: iterative methods: how often to score and prune, and along which curve
-            ("exponential", "linear", "cubic", "expinv").
+        rounds, schedule: how often to score and prune (100 for the SynFlow family, else 1), and
+            along which curve ("exponential", "linear", "cubic", "expinv").
         ignore, include: parameter or module names, "re:" patterns, module types.
         seed: of everything random.
         variant: "paper", or "published" for the behaviour of the authors' code.
@@ -94,12 +95,16 @@ def prune(
         (48, 192)
     """
     started = time.perf_counter()
-    fraction = budget.resolve_sparsity(
-        sparsity=sparsity, density=density, amount=amount, compression=compression
-    )
     scorer = _scorer(method, method_options)
     _check_choices(scorer, variant, selection, on_collapse, rounds)
     run = _run(model, scorer, example_inputs, ignore, include, seed, variant)
+    fraction = budget.resolve_sparsity(
+        sparsity=sparsity,
+        density=density,
+        amount=amount,
+        compression=compression,
+        total=sum(torch.Size(shape).numel() for shape in run.shapes.values()),
+    )
     with registry.using(backend):
         masks, history = _masks(
             run, scorer, fraction, scope, rounds, schedule, selection, on_collapse, progress
@@ -179,13 +184,22 @@ def select(
     *,
     sparsity: float | None = None,
     density: float | None = None,
-    amount: float | None = None,
+    amount: float | int | None = None,
     compression: float | None = None,
     scope: str = "global",
     on_collapse: str = "warn",
     rule: str = "exact",
 ) -> MaskSet:
     """Masks from scores: exactly k kept, ties to the lower global index.
+
+    Args:
+        scores: from `pk.score`, or made of `Dense` and `Factored` entries.
+        sparsity, density, amount, compression, scope, on_collapse: as in `prune`.
+        rule: "exact", or "published" for the threshold rule of the published codes.
+
+    Raises:
+        SparsityError: the sparsity is out of range or empties a layer with on_collapse="raise".
+        NonFiniteScoreError: NaN scores, named by parameter; infinities rank by value.
 
     Example:
         >>> import torch, paikern as pk
@@ -194,7 +208,11 @@ def select(
         3
     """
     fraction = budget.resolve_sparsity(
-        sparsity=sparsity, density=density, amount=amount, compression=compression
+        sparsity=sparsity,
+        density=density,
+        amount=amount,
+        compression=compression,
+        total=scores.total,
     )
     counts = budget.layer_budget(scores.shapes, fraction, scope, scores=_ranked(scores, scope))
     packed = select_packed(scores, counts, rule)
@@ -216,6 +234,18 @@ def analyze(
 
     `masks` defaults to the dense network; `MaskSet.from_model(model)` reads the zeros of a pruned
     one. Weights are never read, so the model may live on the meta device.
+
+    Args:
+        model: any model that `torch.export` can trace.
+        masks: the network to look at.
+        example_inputs: as in `prune`; required.
+        ignore, include: which layers to report; paths run through all of them.
+
+    Raises:
+        PathRuleError: the model holds an operation without a path rule.
+        ValueError: example_inputs do not fit.
+
+    Source: definitions of the DPaI paper, see `paikern.analysis`.
 
     Example:
         >>> import torch, paikern as pk
@@ -467,8 +497,8 @@ def _warn_empty(masks: MaskSet, on_collapse: str) -> None:
     empty = [name for name, kept in masks.kept_by_layer.items() if kept == 0]
     if empty and on_collapse == "warn":
         warnings.warn(
-            f"layer collapse: {', '.join(empty)} {'keeps' if len(empty) == 1 else 'keep'} no "
-            "weight; use more rounds, a lower sparsity, scope='erk', or on_collapse='floor'",
+            f"layer collapse: {listed(empty)} {'keeps' if len(empty) == 1 else 'keep'} no weight; "
+            "use more rounds, a lower sparsity, scope='erk', or on_collapse='floor'",
             PaikernWarning,
             stacklevel=4,
         )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from paikern import ops
-from paikern.errors import SparsityError
+from paikern.errors import PaikernWarning, SparsityError
 from paikern.scores import Factored, Scores
 
 RULES = ("exact", "published")
@@ -62,9 +63,21 @@ def _above_threshold(scores: Scores, k: int | list[int]) -> dict[str, Tensor]:
     values = [scores.dense(name, torch.float64, relative_to=top) for name in scores]
     if isinstance(k, int):
         flat = torch.cat([v.flatten() for v in values])
-        masks = [v > _threshold(flat, k) for v in values]
+        masks = [~(v <= _threshold(flat, k)) for v in values]
     else:
-        masks = [v > _threshold(v.flatten(), n) for v, n in zip(values, k, strict=True)]
+        masks = [~(v <= _threshold(v.flatten(), n)) for v, n in zip(values, k, strict=True)]
+    nan = [name for name, v in zip(scores, values, strict=True) if bool(torch.isnan(v).any())]
+    if nan:
+        warnings.warn(
+            f"selection='published' keeps NaN scores, as the published codes do: {', '.join(nan)}",
+            PaikernWarning,
+            stacklevel=2,
+        )
+    if not any(bool(m.any()) for m in masks):
+        raise SparsityError(
+            "selection='published' prunes every weight: all scores tie at the threshold; "
+            "use selection='exact'"
+        )
     return {name: ops.pack_mask(m) for name, m in zip(scores, masks, strict=True)}
 
 
@@ -77,6 +90,12 @@ def _threshold(flat: Tensor, kept: int) -> float:
 def empty_layers(packed: Mapping[str, Tensor]) -> list[str]:
     """Layers that keep no weight."""
     return [name for name, bits in packed.items() if bits.numel() and not bool(bits.any())]
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """Names for a message, cut where a large model would fill the screen."""
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
 def with_floor(
@@ -117,7 +136,7 @@ def apply_collapse_rule(
         return packed
     if on_collapse == "raise":
         raise SparsityError(
-            f"layer collapse: {', '.join(empty)} would keep no weight; use more rounds, a lower "
+            f"layer collapse: {listed(empty)} would keep no weight; use more rounds, a lower "
             "sparsity, scope='erk', or on_collapse='floor'"
         )
     return with_floor(scores, packed, k)

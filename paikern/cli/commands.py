@@ -320,7 +320,12 @@ def _count_check(masks: MaskSet) -> Check:
     # A file may hold anything, True among it, which Python takes for a number.
     if not exact or type(asked) not in (int, float) or not 0 <= asked < 1:
         return name, None, f"{detail}; no exact count was asked for"
-    expected = budget.keep_count(masks.total, float(asked))
+    scope = str(arguments.get("scope"))
+    if scope in ("local", "uniform"):  # rounded layer by layer
+        budgets = budget.layer_budget(masks.shapes, float(asked), scope)
+        expected = budgets if isinstance(budgets, int) else sum(budgets)
+    else:
+        expected = budget.keep_count(masks.total, float(asked))
     if masks.kept != expected:
         detail += f", but sparsity {asked} keeps {expected:,}"
     return name, masks.kept == expected, detail

@@ -100,6 +100,8 @@ class Flow:
         self._state: State = {}
         self.log_total = -math.inf
         self.total: tuple[float, int] = (0.0, 0)
+        self.first_dead: str | None = None
+        self._top = 0.0
 
     @torch.no_grad()
     def forward(self, state: State, masks: Masks | None = None, *, outputs: bool = False) -> float:
@@ -119,6 +121,7 @@ class Flow:
             for id_, shape in self.graph.inputs.items()
         }
         self._kept = []
+        self.first_dead = None  # for the message where no path is left at all
         log_maxima = 0.0
         for index, (step, inputs, output) in enumerate(self._plan.steps):
             given = [values[i] for i in inputs]
@@ -133,6 +136,9 @@ class Flow:
                 if not self.by_input_max:
                     y, shift = self._normalise(y, step, exponent)
                     exponent += shift
+                    maximum = self._top
+                if maximum <= 0 and self.first_dead is None:
+                    self.first_dead = step.parameter
                 if self.semantics.offsets and step.bias is not None:
                     y = y + self._bias(step, y, exponent)
                 self._kept.append((x, given[0][1], maximum, y if outputs else None))
@@ -260,7 +266,7 @@ class Flow:
 
     def _normalise(self, t: Tensor, step: Step, before: int) -> tuple[Tensor, int]:
         """Bring the maximum into [1, 2); returns the exact power of two taken out."""
-        top = ops.map_maximum(t)
+        self._top = top = ops.map_maximum(t)
         if not math.isfinite(top):
             raise NonFiniteScoreError(
                 f"path counts overflow or are NaN at {_place(step)}: its weights are not finite "

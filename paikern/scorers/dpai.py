@@ -47,11 +47,12 @@ class StepStatistics:
     nodes: int
     kernels: int
     params: int
+    published: bool = False
 
     def values(self) -> dict[str, float]:
-        """As shown by the progress bar and kept in the history."""
+        """As shown by the progress bar and kept in the history; J is no path count."""
         return {
-            "log_paths": self.objective,
+            "objective" if self.published else "log_paths": self.objective,
             "effective_nodes": self.nodes,
             "effective_kernels": self.kernels,
             "effective_params": self.params,
@@ -195,8 +196,9 @@ class DPaITrainer:
         objective = self._flow.forward(self.run.state, self.masks, outputs=True)
         if objective == -math.inf or math.isnan(objective):
             raise PaikernError(
-                f"dpai: dead network at step {self.steps + 1}: no path from the input to the "
-                "output is left under this budget; lower the sparsity or use another seed"
+                f"dpai: dead network at step {self.steps + 1}: no path gets past "
+                f"{self._flow.first_dead or 'the last layer'} under this budget; lower the "
+                "sparsity or use another seed"
             )
         self.steps += 1
         mantissa, top = self._flow.total
@@ -225,7 +227,7 @@ class DPaITrainer:
                 groups=self._uses[name][0].groups, transposed=transposed,
             )  # fmt: skip
             self._count(counts, live, *self._checked(name, found))
-        return StepStatistics(self.steps, objective, **counts)
+        return StepStatistics(self.steps, objective, **counts, published=self.published)
 
     def _update(self, v: Visit, scale: float, live: Tensor) -> tuple[int, int]:
         step, name = v.step, v.step.parameter

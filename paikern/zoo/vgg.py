@@ -12,7 +12,10 @@ _WIDTHS = (64, 128, 256, 512, 512)
 
 
 class VGG(nn.Module):
-    """Five stages of 3x3 convolutions, each ended by a 2x2 max-pool; mean pool; ``classifier``."""
+    """Five stages of 3x3 convolutions with 2x2 max-pools between them; mean pool; ``classifier``.
+
+    The last stage ends in the mean pool, as in the networks that the pruning papers count.
+    """
 
     def __init__(
         self,
@@ -25,14 +28,16 @@ class VGG(nn.Module):
     ) -> None:
         super().__init__()
         check_positive("vgg", num_classes=num_classes, in_channels=in_channels)
-        if image_size < 32:
+        if image_size < 16:
             raise ValueError(
-                f"vgg: image_size must be at least 32 (five halvings), got {image_size}"
+                f"vgg: image_size must be at least 16 (four halvings), got {image_size}"
             )
         self.input_spec = InputSpec((in_channels, image_size, image_size))
         layers: list[nn.Module] = []
         channels = in_channels
-        for depth, width in zip(depths, _WIDTHS, strict=True):
+        for stage, (depth, width) in enumerate(zip(depths, _WIDTHS, strict=True)):
+            if stage:
+                layers.append(nn.MaxPool2d(2))
             for _ in range(depth):
                 layers += [
                     nn.Conv2d(channels, width, 3, padding=1, bias=conv_bias),
@@ -40,14 +45,13 @@ class VGG(nn.Module):
                     nn.ReLU(),
                 ]
                 channels = width
-            layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)
-        self.avgpool = nn.AdaptiveAvgPool2d(1)  # the identity at 32 px
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(channels, num_classes)
         kaiming_init(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.features(x)  # [B, 512, image_size // 32, image_size // 32]
+        x = self.features(x)  # [B, 512, image_size // 16, image_size // 16]
         out: Tensor = self.classifier(self.avgpool(x).flatten(1))  # [B, num_classes]
         return out
 
