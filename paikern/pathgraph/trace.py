@@ -61,7 +61,7 @@ def trace(model: nn.Module, example_inputs: Any) -> PathGraph:
         >>> import torch
         >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
         >>> trace(net, torch.ones(1, 3))
-        PathGraph(2 steps, 2 weights)
+        PathGraph(3 steps, 2 weights)
     """
     args, kwargs = _one_sample(example_inputs)
     skeleton = _skeleton(model)
