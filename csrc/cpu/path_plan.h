@@ -16,8 +16,10 @@
 
 namespace paikern {
 
-// Work (multiply-adds or bytes) below which a parallel region costs more than it saves: about 5 us of one core.
-constexpr int64_t kParallelWork = int64_t{1} << 18;
+// Work (floats or vector multiply-adds) below which one thread does it: 0.1 to 0.2 ms. Smaller regions gain little on
+// an idle machine, and where other processes hold a core each one waits for it: a DPaI run of ResNet-20 took 30 s,
+// not 1.2.
+constexpr int64_t kParallelWork = int64_t{1} << 20;
 
 // Uninitialised memory on a cache line, kept by the thread for its next call: fresh pages cost more than the kernels of
 // a small layer (0.25 us each 4 KB, more in a virtual machine).

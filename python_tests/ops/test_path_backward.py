@@ -76,7 +76,7 @@ def test_path_backward_of_nothing(rows: int, columns: int, batch: int) -> None:
 def test_path_backward_has_the_same_bits_for_any_number_of_threads(
     batch: int, density: float
 ) -> None:
-    weight, g = torch.randn(700, 400), torch.rand(batch, 700)
+    weight, g = torch.randn(1600, 700), torch.rand(batch, 1600)
     _, packed = keep(weight, density)
     threads = torch.get_num_threads()
     try:

@@ -89,7 +89,7 @@ def test_path_forward_of_nothing(rows: int, columns: int, batch: int) -> None:
 def test_path_forward_has_the_same_bits_for_any_number_of_threads(
     batch: int, density: float
 ) -> None:
-    weight, x = torch.randn(400, 700), torch.rand(batch, 700)
+    weight, x = torch.randn(700, 1600), torch.rand(batch, 1600)
     _, packed = keep(weight, density)
     threads = torch.get_num_threads()
     try:
