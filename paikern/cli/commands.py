@@ -314,9 +314,9 @@ def _count_check(masks: MaskSet) -> Check:
     arguments = masks.metadata.get("arguments")
     asked: Any = masks.metadata.get("sparsity")
     detail = f"{masks.kept:,} of {masks.total:,}"
-    exact = isinstance(arguments, dict) and (
-        arguments.get("variant") == "paper" and arguments.get("selection") == "exact"
-    )
+    if not isinstance(arguments, dict):
+        arguments = {}
+    exact = arguments.get("variant") == "paper" and arguments.get("selection") == "exact"
     # A file may hold anything, True among it, which Python takes for a number.
     if not exact or type(asked) not in (int, float) or not 0 <= asked < 1:
         return name, None, f"{detail}; no exact count was asked for"

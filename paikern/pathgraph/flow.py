@@ -103,6 +103,11 @@ class Flow:
         self.first_dead: str | None = None
         self._top = 0.0
 
+    @property
+    def where_dead(self) -> str:
+        """The first layer that no path gets past, as part of a message."""
+        return f" (none gets past {self.first_dead})" if self.first_dead else ""
+
     @torch.no_grad()
     def forward(self, state: State, masks: Masks | None = None, *, outputs: bool = False) -> float:
         """Sweep forwards; returns `log R`, -inf where no path is left.

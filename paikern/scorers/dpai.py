@@ -196,9 +196,8 @@ class DPaITrainer:
         objective = self._flow.forward(self.run.state, self.masks, outputs=True)
         if objective == -math.inf or math.isnan(objective):
             raise PaikernError(
-                f"dpai: dead network at step {self.steps + 1}: no path gets past "
-                f"{self._flow.first_dead or 'the last layer'} under this budget; lower the "
-                "sparsity or use another seed"
+                f"dpai: dead network at step {self.steps + 1}: no path from the input to the "
+                f"output is left{self._flow.where_dead}; lower the sparsity or use another seed"
             )
         self.steps += 1
         mantissa, top = self._flow.total

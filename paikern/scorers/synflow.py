@@ -60,9 +60,9 @@ class PathScorer(Scorer):
             _note_closed_norms(run)
         if flow.forward(run.state, run.masks) == -math.inf:
             raise PaikernError(
-                f"{self.name}: no path gets past {flow.first_dead or 'the last layer'}, so no "
-                "weight scores above 0; use more rounds, a lower sparsity, on_collapse='floor', or "
-                "norm='identity' where norms are initialised to zero"
+                f"{self.name}: no path from the input to the output is left{flow.where_dead}, so "
+                "no weight scores above 0; use more rounds, a lower sparsity, "
+                "on_collapse='floor', or norm='identity' where norms are initialised to zero"
             )
         uses = run.graph.uses()
         found: dict[str, Score] = {}

@@ -243,7 +243,7 @@ def test_unknown_name_far_from_all_lists_them() -> None:
         ("mlp", {"sizes": (4,)}, "sizes needs an input and an output"),
         ("mlp", {"sizes": (4, 0)}, r"sizes\[1\] must be at least 1, got 0"),
         ("resnet20", {"num_classes": 0}, "num_classes must be at least 1, got 0"),
-        ("vgg16_bn", {"image_size": 16}, "image_size must be at least 32"),
+        ("vgg16_bn", {"image_size": 8}, "image_size must be at least 16"),
         ("vit_b_16", {"image_size": 30}, "multiple of patch"),
         ("vit_b_16", {"dim": 50}, "dim must be a multiple of heads"),
         ("gpt2", {"dim": 50}, "dim must be a multiple of heads"),
