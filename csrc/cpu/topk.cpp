@@ -23,16 +23,15 @@
 #include "paikern/keys.h"
 #include "topk_inner.h"
 #include "topk_load.h"
+#include "topk_sample.h"
 
 namespace paikern {
 namespace {
 
-constexpr int64_t kChunk = 1 << 16;       // scores of one unit of work, a multiple of 64
-constexpr int64_t kSample = 1 << 16;      // a band of about 2.5 % of the scores at k = N / 2
-constexpr int64_t kLeastSample = 1 << 9;  // 12 us for a layer of 2304 weights where 2048 samples took 34
-constexpr int64_t kDirect = 1 << 11;      // up to here everything is a candidate
-constexpr int64_t kParallel = 1 << 16;    // below this a thread costs more than it brings
-constexpr int kDigit = 11;                // radix of the histograms: 2048 counters stay in L1
+constexpr int64_t kChunk = 1 << 16;     // scores of one unit of work, a multiple of 64
+constexpr int64_t kDirect = 1 << 11;    // up to here everything is a candidate
+constexpr int64_t kParallel = 1 << 16;  // below this a thread costs more than it brings
+constexpr int kDigit = 11;              // radix of the histograms: 2048 counters stay in L1
 
 struct Chunk {
   const ScoreSource *source;
@@ -135,17 +134,14 @@ class Selector {
     }
   }
 
-  // A range of keys around rank k that holds it with near certainty, from one score of each stretch of `stride`. Which
-  // one is hashed: a fixed place would meet the same column of every row, or the same side of a pattern in the mask.
+  // A range of keys around rank k that holds it with near certainty, if the sample is like the whole.
   void sample_band(Key *low, Key *high) const {
-    const int64_t sample = std::clamp<int64_t>(total_ / 64, kLeastSample, kSample);
-    const int64_t stride = std::max<int64_t>(1, total_ / sample);
+    const TopkSample sample(total_);
     std::vector<Key> keys;
-    keys.reserve(static_cast<size_t>(total_ / stride + 1));
+    keys.reserve(static_cast<size_t>(total_ / sample.stride + 1));
     auto chunk = chunks_.begin();
-    for (int64_t j = 0; j * stride < total_; ++j) {
-      const uint64_t hash = (static_cast<uint64_t>(j) * 0x9e3779b97f4a7c15u) >> 33;
-      const int64_t at = j * stride + static_cast<int64_t>(hash) % stride;
+    for (int64_t stretch = 0; stretch * sample.stride < total_; ++stretch) {
+      const int64_t at = sample.position(stretch);
       if (at >= total_) break;
       while (at >= chunk->global + chunk->count) ++chunk;
       const Value value = load_one<Value>(inner_, *chunk->source, chunk->start + at - chunk->global);

@@ -8,6 +8,7 @@
 #include "check.h"
 #include "halves.h"
 #include "topk.h"
+#include "topk_sample.h"
 
 namespace check {
 namespace {
@@ -143,18 +144,42 @@ void check_ranking(const std::vector<Layer> &layers, const Ranking &ranking) {
   for (size_t i = 0; i < scores.size(); ++i) CHECK(scores[i].second == (static_cast<int64_t>(i) < ranking.k));
 }
 
+ScoreSource plain(const std::vector<float> &data, std::vector<uint8_t> &bits) {
+  return {data.data(), ScoreType::kFloat32, static_cast<int64_t>(data.size()), false, 0, nullptr, nullptr, 0, 1,
+          nullptr,     bits.data()};
+}
+
+// The sampled scores say nothing about the others: the guessed band misses the threshold, above it or below, and the
+// exact passes must take over.
+void misleading_sample(float sampled) {
+  std::vector<float> scores(140'000);
+  for (size_t i = 0; i < scores.size(); ++i) scores[i] = static_cast<float>(i * 7919 % scores.size());
+  const paikern::TopkSample sample(static_cast<int64_t>(scores.size()));
+  for (int64_t stretch = 0;; ++stretch) {
+    const int64_t at = sample.position(stretch);
+    if (at >= static_cast<int64_t>(scores.size())) break;
+    scores[static_cast<size_t>(at)] = sampled;
+  }
+  for (const int64_t k : {20'000, 70'000, 120'000}) {
+    std::vector<uint8_t> bits(scores.size() / 8);
+    CHECK(paikern::topk_mask({plain(scores, bits)}, {{0, 1, k}}) == -1);
+    std::vector<int64_t> order(scores.size());
+    std::iota(order.begin(), order.end(), 0);
+    const auto value = [&](int64_t i) { return scores[static_cast<size_t>(i)]; };
+    std::stable_sort(order.begin(), order.end(), [&](int64_t x, int64_t y) { return value(x) > value(y); });
+    for (size_t i = 0; i < order.size(); ++i) CHECK(bit(bits, order[i]) == (static_cast<int64_t>(i) < k));
+    int64_t nan = 0;
+    CHECK(paikern::kth_largest({plain(scores, bits)}, k, &nan) == value(order[static_cast<size_t>(k - 1)]));
+  }
+}
+
 void refuse_nan(Random &random) {
   std::vector<float> clean(5'000, 1.0f), nan(static_cast<size_t>(pick<int64_t>(random, {9, 5'000, 70'000})), 2.0f);
   nan[static_cast<size_t>(below(random, static_cast<int64_t>(nan.size())))] = NAN;
   std::vector<uint8_t> first(625), second((nan.size() + 7) / 8);
-  const auto source = [](std::vector<float> &data, std::vector<uint8_t> &bits) {
-    return ScoreSource{
-        data.data(), ScoreType::kFloat32, static_cast<int64_t>(data.size()), false, 0, nullptr, nullptr, 0, 1,
-        nullptr,     bits.data()};
-  };
   const int64_t total = static_cast<int64_t>(clean.size() + nan.size());
   for (const int64_t k : {int64_t{0}, int64_t{17}, total}) {
-    CHECK(paikern::topk_mask({source(clean, first), source(nan, second)}, {{0, 2, k}}) == 1);
+    CHECK(paikern::topk_mask({plain(clean, first), plain(nan, second)}, {{0, 2, k}}) == 1);
   }
 }
 
@@ -188,6 +213,7 @@ void topk(Random &random, int rounds) {
     }
   }
   refuse_nan(random);
+  for (const float sampled : {-1e9f, 1e9f}) misleading_sample(sampled);
 }
 
 }  // namespace check
