@@ -494,7 +494,7 @@ def _tell(run: Run, masks: MaskSet, on_collapse: str) -> None:
 
 
 def _warn_empty(masks: MaskSet, on_collapse: str) -> None:
-    empty = [name for name, kept in masks.kept_by_layer.items() if kept == 0]
+    empty = [n for n, kept in masks.kept_by_layer.items() if kept == 0 and masks.packed(n).numel()]
     if empty and on_collapse == "warn":
         warnings.warn(
             f"layer collapse: {listed(empty)} {'keeps' if len(empty) == 1 else 'keep'} no weight; "
