@@ -21,7 +21,7 @@ from paikern.errors import (
     SparsityError,
 )
 from python_tests.scorers.helpers import agreement
-from python_tests.small_runs import METHODS, TOTAL, Untouched, X, net, prune
+from python_tests.small_runs import METHODS, TOTAL, Net, Untouched, X, net, prune
 
 OPERATIONS: dict[str, Callable[[nn.Module], Any]] = {
     **{
