@@ -37,8 +37,9 @@ class CMakeBuild(build_ext):
         if module == "_cuda":
             # One left by an earlier build with other switches would be taken for new.
             in_tree = [ROOT / "paikern"] if self.inplace or self.editable_mode else []
-            for stale in (path for folder in [target, *in_tree] for path in folder.glob("_cuda.*")):
-                stale.unlink()
+            for folder in [target, *in_tree]:
+                for stale in folder.glob("_cuda.*.so"):
+                    stale.unlink()
             if not (self.folder / "with_cuda").exists():
                 return
         try:

@@ -85,7 +85,7 @@ def copied_source(folder: Path) -> Path:
         shutil.copy(ROOT / name, folder)
     (folder / "README.md").write_text("")
     (folder / "paikern").mkdir()
-    for name in ("__init__.py", "version.py", "py.typed", "_C.pyi"):
+    for name in ("__init__.py", "version.py", "py.typed", "_cuda.pyi"):
         shutil.copy(ROOT / "paikern" / name, folder / "paikern")
     for name in ("csrc/cpu", "csrc/python", "csrc/cuda"):
         (folder / name).mkdir(parents=True)
@@ -117,7 +117,7 @@ def wheel_names(source: Path, **variables: str) -> list[str]:
 def test_wheel_holds_the_modules_and_no_sources(tmp_path: Path) -> None:
     source = copied_source(tmp_path)
     names = wheel_names(source, PAIKERN_CUDA="AUTO", PAIKERN_CUDA_ARCHS="90-real")
-    assert "paikern/py.typed" in names
+    assert {"paikern/py.typed", "paikern/_cuda.pyi"} <= set(names)
     assert any(name.startswith("paikern/_C.") and name.endswith(".so") for name in names)
     assert not [name for name in names if "csrc" in name]
     cuda = [name for name in names if name.startswith("paikern/_cuda.")]
