@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Builds csrc/cpu without Python under AddressSanitizer + UndefinedBehaviorSanitizer and under ThreadSanitizer, and runs
 # the checks of this folder on every instruction set of the machine. Any report ends it with an error.
-#   CXX=g++ (or clang++)   BUILD=build/sanitize
+#   CXX=g++ (or clang++)
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 CXX=${CXX:-g++}
-BUILD=${BUILD:-build/sanitize}
+BUILD=$(mktemp -d)  # of its own, so that two runs do not meet
+trap 'rm -rf "$BUILD"' EXIT
 JOBS=$(nproc)
 
 # -O0: the kernels are deep templates, which sanitized builds optimise for minutes.
@@ -16,7 +17,7 @@ AVX512="$AVX2 -mavx512f -mavx512bw -mavx512dq -mavx512vl"
 ASAN="-fsanitize=address,undefined -fno-sanitize-recover=all"
 TSAN="-fsanitize=thread"
 
-compile() {  # sanitizer name, source -> object, unless nothing changed
+compile() {  # sanitizer name, source -> object
   local name=$1 source=$2 sanitize=$ASAN machine=""
   [ "$name" = tsan ] && sanitize=$TSAN
   case $source in
@@ -29,7 +30,6 @@ compile() {  # sanitizer name, source -> object, unless nothing changed
 export -f compile
 export CXX BUILD FLAGS AVX2 AVX512 ASAN TSAN
 
-rm -rf "$BUILD"
 mkdir -p "$BUILD/asan" "$BUILD/tsan"
 for source in $(ls -S csrc/cpu/*.cpp) csrc/testing/*.cpp; do
   echo "asan $source"
