@@ -193,6 +193,7 @@ def assert_long_run_agrees(
     assert log_paths(model, found, x) == pytest.approx(log_paths(model, expected, x), rel=0.01)
 
 
+@pytest.mark.filterwarnings(COLLAPSE)
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_hundred_rounds_on_resnet20(seed: int) -> None:
     model = zoo.create("resnet20", seed=seed)
