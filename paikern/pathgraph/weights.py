@@ -23,7 +23,7 @@ def tensor(step: Weight, state: State, like: Tensor) -> Tensor:
     In place of a weight on the meta device stands memory of its shape that nobody writes or reads:
     power 0 needs no more, and untouched pages cost nothing.
     """
-    w = state[step.parameter].detach()
+    w = state[step.parameter]
     if w.is_meta:
         w = torch.empty_like(w, device=like.device)
     if step.rows is not None:
