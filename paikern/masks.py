@@ -98,7 +98,8 @@ class MaskSet(Mapping[str, Tensor]):
     ) -> MaskSet:
         """The nonzero pattern of a model's prunable weights (NaN counts as nonzero).
 
-        Where ``torch.nn.utils.prune`` left a ``weight_mask`` buffer, that is the mask.
+        Where ``torch.nn.utils.prune`` or ``paikern.torch_prune`` left a ``weight_mask`` buffer, that
+        is the mask.
 
         Raises:
             ValueError: nothing to prune, or a weight on the meta device.
@@ -303,12 +304,16 @@ class MaskSet(Mapping[str, Tensor]):
     def to_torch_prune(self, model: nn.Module) -> None:
         """Hand the masks to ``torch.nn.utils.prune``: ``weight_orig`` and ``weight_mask`` appear.
 
-        Every layer that shares a tied weight gets the mask.
+        Every layer that shares a tied weight gets the mask. Where ``paikern.torch_prune`` has pruned
+        a layer already, it prunes further.
 
         Raises:
             MaskFormatError: the masks belong to another model.
             ValueError: a parametrized weight, which torch's pruning cannot take.
         """
+        from paikern import torch_prune as packed_prune  # most programs do not need it
+        from paikern.torch_prune.buffers import MaskedBuffers
+
         found = self.slots(model)
         masks: dict[tuple[object, ...], Tensor] = {}
         for name, slot in found.items():
@@ -323,9 +328,9 @@ class MaskSet(Mapping[str, Tensor]):
             place = (id(slot.owner), slot.attribute)
             if mask is not None and place not in done:
                 done.add(place)
-                torch_prune.custom_from_mask(
-                    slot.owner, slot.attribute, mask.to(slot.tensor.device)
-                )
+                packed = isinstance(slot.owner._buffers, MaskedBuffers)
+                prune = packed_prune if packed else torch_prune
+                prune.custom_from_mask(slot.owner, slot.attribute, mask.to(slot.tensor.device))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file: packed bits, and shapes and provenance in the header.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import prune as torch_prune
+from torch.nn.utils.parametrize import is_parametrized
 
 from paikern import ops
 from paikern.torch_prune.buffers import MaskedBuffers, PackedMask, install, pack, uninstall
@@ -53,7 +54,12 @@ class BasePruningMethod(torch_prune.BasePruningMethod):
         if isinstance(buffers, MaskedBuffers) and makes_product(self):
             buffers.parameters = module._parameters
             buffers.refresh(name)
-            if name in buffers:
+            if is_parametrized(module, name):
+                raise ValueError(
+                    f"{name} of {type(module).__name__} was parametrized after it was pruned, and "
+                    f"does not depend on {name}_orig now; parametrize {name}_orig instead"
+                )
+            if buffers.makes(name) and name not in module._parameters:
                 return
         # A replica or a wrapper that keeps parameters elsewhere, or a method with a product of its
         # own: the module holds the tensor, as with torch's pruning.

@@ -18,19 +18,57 @@ from torch import Tensor, nn
 from paikern import ops
 from paikern.torch_prune.masked import masked
 
-__all__ = ["MaskedBuffers", "PackedMask", "install", "pack", "uninstall"]
+__all__ = ["MaskTensor", "MaskedBuffers", "PackedMask", "install", "pack", "uninstall"]
+
+
+class MaskTensor(Tensor):
+    """A mask as its module hands it out. What is written to it reaches the bits.
+
+    Whatever is computed from it is a plain tensor. `data` and `detach()` are the tensor itself, for
+    people write to `weight_mask.data`, and another tensor would not be known to the module.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    holder: PackedMask
+
+    @property
+    def data(self) -> Tensor:
+        return self
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        self.holder.assign(value)
+        Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+        self.holder.lend(self)
+
+    def detach(self) -> Tensor:
+        return self
+
+    def plain(self) -> Tensor:
+        """A tensor of the ordinary class on the same memory."""
+        return Tensor.detach(self)
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return repr(self.plain())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        copied: Tensor = memo.setdefault(id(self), self.clone())
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.plain().__reduce_ex__(protocol)
 
 
 class PackedMask:
     """One mask: bits, and a dense tensor of them only while somebody holds it.
 
-    `dense()` lends a tensor out. Whoever has it may write to it, as to any buffer, so the bits are
-    taken from it again when they are asked for and when it goes away.
+    Whoever holds the tensor may write to it, as to any buffer, so the bits are taken from it again
+    when they are asked for and when it goes away.
 
     Args:
         bits: uint8 `[ceil(numel / 8)]`, see `pack_mask`. Shared, never written to.
         shape: of the weight.
-        dtype: of the tensor that is lent out.
+        dtype: of the tensor that is handed out.
 
     >>> mask = PackedMask(torch.tensor([5], dtype=torch.uint8), (3,), torch.float32)
     >>> mask.dense()
@@ -47,8 +85,8 @@ class PackedMask:
             with torch.inference_mode(False):
                 bits = bits.clone()
         self._bits = bits
-        # The lent tensor, and one of our own on the same memory, there when its callback runs.
-        self._lent: weakref.ReferenceType[Tensor] | None = None
+        # The tensor handed out, and one of our own on the same memory, there in its callback.
+        self._lent: weakref.ReferenceType[MaskTensor] | None = None
         self._alias: Tensor | None = None
         # A tensor that cannot be packed: of a tracer, or of a functorch transform.
         self._foreign: Tensor | None = None
@@ -68,10 +106,17 @@ class PackedMask:
         if lent is not None:
             return lent
         mask = ops.unpack_mask(self.bits, self.shape).to(self.dtype)
-        if _holds_numbers(mask):
-            self._alias = mask.detach()
-            self._lent = weakref.ref(mask, _Return(self))
-        return mask
+        if not _holds_numbers(mask):
+            return mask
+        tensor = Tensor._make_subclass(MaskTensor, mask)
+        self.lend(tensor)
+        return tensor
+
+    def lend(self, tensor: MaskTensor) -> None:
+        """Follow what is written to the tensor."""
+        tensor.holder = self
+        self._alias = tensor.plain()
+        self._lent = weakref.ref(tensor, _Return(self))
 
     def apply(self, weight: Tensor) -> Tensor:
         """The weight where the mask is set, +0 elsewhere; differentiable in the weight."""
@@ -97,15 +142,18 @@ class PackedMask:
         if self._lent is not None and mask is self._lent():  # a tracer puts back what it took
             self._foreign = None
             return
-        bits = pack(mask)
+        if torch._C._functorch.is_functorch_wrapped_tensor(mask):
+            self._foreign = mask
+            return
+        bits = pack(mask, checked=not self._bits.is_meta)  # memory of `to_empty` holds anything
         if not _holds_numbers(bits):
             self._foreign = mask
             return
         self._bits, self.dtype = bits, mask.dtype
         self._lent = self._alias = self._foreign = None
 
-    def returned(self, lent: weakref.ReferenceType[Tensor]) -> None:
-        """The tensor that was lent out is gone: keep what was written to it."""
+    def returned(self, lent: weakref.ReferenceType[MaskTensor]) -> None:
+        """The tensor that was handed out is gone: keep what was written to it."""
         if lent is self._lent:
             self._lent = None
             self._repack()
@@ -133,12 +181,12 @@ class PackedMask:
 
 
 class _Return:
-    """Callback of the lent tensor; holds the mask weakly, so that it does not keep it alive."""
+    """Callback of the tensor; holds the mask weakly, so that it does not keep it alive."""
 
     def __init__(self, mask: PackedMask) -> None:
         self._mask = weakref.ref(mask)
 
-    def __call__(self, lent: weakref.ReferenceType[Tensor]) -> None:
+    def __call__(self, lent: weakref.ReferenceType[MaskTensor]) -> None:
         mask = self._mask()
         if mask is not None:
             mask.returned(lent)
@@ -278,16 +326,20 @@ def uninstall(module: nn.Module) -> None:
             module.__dict__["_buffers"] = entries
 
 
-def pack(mask: Tensor) -> Tensor:
+def pack(mask: Tensor, *, checked: bool = True) -> Tensor:
     """The bits of a mask of ones and zeros, of any dtype.
+
+    Args:
+        mask: the mask.
+        checked: refuse other values; else what is not 0 counts as 1.
 
     Raises:
         ValueError: other values.
     """
     with torch.inference_mode(False), torch.no_grad():
         kept = mask != 0
-        readable = _holds_numbers(kept) and not kept.is_meta
-        if readable and mask.dtype != torch.bool and not kept.to(mask.dtype).equal(mask):
+        checked = checked and _holds_numbers(kept) and not kept.is_meta
+        if checked and mask.dtype != torch.bool and not kept.to(mask.dtype).equal(mask):
             raise ValueError("mask: holds values other than 0 and 1; pass mask != 0 for nonzeros")
         return ops.pack_mask(kept)
 
