@@ -3,381 +3,338 @@
 //   keep[i] = rank(score[i]) < k,  rank by (score descending, position ascending)
 //
 // Bytes moved: one read of the scores and one bit written per score, against a limit of just that. Steps:
-//   1. a strided sample gives a band of keys that holds the k-th key with near certainty (6 sigma);
+//   1. a band of scores that holds the k-th is guessed, from where it was last time or from a sample (topk_band.h);
 //   2. one pass writes the bit "above the band", counts those, and collects what lies in the band;
 //   3. the exact rank is found among the collected, ties to the lowest position, and their bits are set;
-//   4. if the rank missed the band or too much lies in it (ties, quantised data), radix histograms narrow the band
-//      to a single key, and a last pass counts ties per chunk before it writes them.
-// Work is cut into fixed chunks, and chunks are joined in order, so the result does not depend on threads.
+//   4. bounds of the band that many scores share are counted in that pass, not collected, and a second pass over part
+//      of the scores settles which of them stay;
+//   5. if the rank missed the band or too much lay in it, histograms give the threshold (topk_radix.h), and 2 and 4
+//      are done again with it.
 //
-// Both checks of step 4 are mandatory: without them a skewed sample would give a wrong mask in silence.
+// Both checks of step 5 are mandatory: without them a misleading sample would give a wrong mask in silence.
 #include "topk.h"
 
-#include <algorithm>
-#include <cmath>
-#include <functional>
-#include <limits>
-#include <type_traits>
-
-#include "isa.h"
-#include "paikern/keys.h"
-#include "topk_inner.h"
-#include "topk_load.h"
-#include "topk_sample.h"
+#include "topk_radix.h"
 
 namespace paikern {
 namespace {
 
-constexpr int64_t kChunk = 1 << 16;     // scores of one unit of work, a multiple of 64
-constexpr int64_t kDirect = 1 << 11;    // up to here everything is a candidate
-constexpr int64_t kParallel = 1 << 16;  // below this a thread costs more than it brings
-constexpr int kDigit = 11;              // radix of the histograms: 2048 counters stay in L1
+constexpr int64_t kDirect = 512;  // up to here everything is a candidate
+constexpr int64_t kNone = INT64_MAX;
 
-struct Chunk {
-  const ScoreSource *source;
-  int64_t start, count;
-  int64_t global;  // position of `start` over all sources
-  int64_t source_index;
-  int64_t shift;  // exponent of the source above the lowest of the ranking
+// What a pass found in one chunk.
+struct Piece {
+  int thread = 0;
+  int64_t begin = 0, count = 0;  // its candidates in the scratch of the thread
+  int64_t high = 0, low = 0;     // scores equal to the bounds
 };
 
-template <class Key>
-struct Candidate {
-  Key key;
-  int32_t at;  // position in its chunk
+// Everything a selection writes besides its result, kept by the calling thread: a small layer takes a few microseconds,
+// of which its dozen allocations would be one.
+template <class Value, class Key>
+struct Arena {
+  struct Candidates {
+    TopkBuffer<Value> values;
+    TopkBuffer<uint16_t> at;
+  };
+
+  std::vector<Candidates> candidates;  // one a thread
+  TopkBuffer<Key> sample, keys, work;
+  std::vector<Piece> pieces;
+  std::vector<TopkBand<Value>> bands;
+  std::vector<TopkCounts> counts;
+  std::vector<TopkFound<Value>> found;
+  std::vector<int64_t> before;
+
+  void shrink() {
+    for (auto &mine : candidates) {
+      mine.values.shrink();
+      mine.at.shrink();
+    }
+    for (auto *buffer : {&sample, &keys, &work}) buffer->shrink();
+    if (pieces.capacity() > (1 << 12)) std::vector<Piece>().swap(pieces);
+  }
 };
 
-// Every score has a local key, its order within its tensor, and a global one with the exponent of its tensor folded in.
-// Without exponents they are the same. The global key rises with the local one, so that a bound on global keys is a
-// bound on the local keys of each chunk: the hot loops see 32-bit keys either way.
 template <class Value, bool Scaled>
 class Selector {
  public:
-  using Local = std::conditional_t<std::is_same_v<Value, float>, uint32_t, uint64_t>;
-  using ScaledKey = std::conditional_t<std::is_same_v<Value, float>, ScaledKey32, ScaledKey64>;
-  using Key = std::conditional_t<Scaled, ScaledKey, Local>;
+  using Key = typename TopkKeys<Value, Scaled>::Key;
+  using Guess = TopkGuess<Key>;
+  using Band = TopkBand<Value>;
 
-  Selector(const std::vector<ScoreSource> &sources, const Ranking &ranking, bool threads) : k_(ranking.k) {
-    int64_t lowest = std::numeric_limits<int64_t>::max();
-    for (int64_t l = ranking.first; l < ranking.last; ++l) {
-      lowest = std::min(lowest, sources[static_cast<size_t>(l)].exponent);
-    }
-    for (int64_t l = ranking.first; l < ranking.last; ++l) {
-      const ScoreSource &s = sources[static_cast<size_t>(l)];
-      for (int64_t start = 0; start < s.numel; start += kChunk) {
-        chunks_.push_back({&s, start, std::min(kChunk, s.numel - start), total_ + start, l, s.exponent - lowest});
+  Selector(const std::vector<ScoreSource> &sources, const Ranking &ranking, bool threads, bool emit)
+      : chunks_(sources, ranking, threads),
+        k_(ranking.k),
+        memory_(Scaled ? nullptr : ranking.memory),
+        emit_(emit),
+        arena_(arena()),
+        loops_(topk_loops<Value>(topk_inner())) {}
+  ~Selector() { arena_.shrink(); }
+  Selector(const Selector &) = delete;
+  Selector &operator=(const Selector &) = delete;
+
+  // Writes the bits if `emit`, and the k-th key where 0 < k <= total; returns the first source with NaN or -1.
+  int64_t run(Key *kth) {
+    if (chunks_.total() == 0) return -1;
+    const SubnormalsCount guard;
+    if (k_ <= 0 || (emit_ && k_ >= chunks_.total())) return emit_constant(k_ > 0);
+    Guess guess{};
+    bool done = recall(&guess) && pass(guess) && settle(guess, kth);
+    if (!done && nan_ < 0) {
+      if (chunks_.total() <= kDirect) {
+        guess.open_low = guess.open_high = true;
+      } else {
+        const int64_t sampled = sample_keys<Value, Scaled>(chunks_, &arena_.sample);
+        if (sampled < 0) return find_nan();
+        guess = guess_from(arena_.sample.get(), sampled, k_, chunks_.total(), &arena_.work);
       }
-      total_ += s.numel;
+      const bool complete = pass(guess);
+      if (!complete) {
+        nan_ = find_nan();
+      } else if (nan_ < 0) {
+        done = settle(guess, kth) || (beside(&guess) && pass(guess) && settle(guess, kth));
+      }
     }
-    threads_ = threads && total_ > kParallel;
-  }
-
-  // Writes the bits; returns the first source with NaN or -1.
-  int64_t mask() {
-    if (k_ <= 0 || k_ >= total_) return emit_constant(k_ > 0);
-    const BandPass pass = band_pass();
-    if (pass.nan >= 0) return pass.nan;
-    if (pass.complete && pass.above <= k_ && k_ <= pass.above + pass.inside) {
-      settle(pass.found, k_ - pass.above);
-      return -1;
+    if (!done && nan_ < 0) {
+      guess = exactly(radix_kth<Value, Scaled>(chunks_, k_));
+      pass(guess);
+      settle(guess, kth);
     }
-    int64_t ties;
-    const Key threshold = radix(&ties);
-    emit_with_ties(threshold, ties);
-    return -1;
-  }
-
-  // The k-th largest key, 1-based.
-  Key kth(int64_t *nan) {
-    const BandPass pass = band_pass();
-    *nan = pass.nan;
-    if (pass.nan >= 0) return 0;
-    const int64_t need = k_ - pass.above;
-    if (pass.complete && need > 0 && need <= pass.inside) {
-      std::vector<Key> keys = keys_of(pass.found);
-      std::nth_element(keys.begin(), keys.begin() + (need - 1), keys.end(), std::greater<Key>());
-      return keys[static_cast<size_t>(need - 1)];
-    }
-    int64_t ties;
-    return radix(&ties);
+    if (nan_ < 0) remember(*kth);
+    return nan_;
   }
 
  private:
-  static Key global_key(Local local, int64_t shift) {
-    if constexpr (Scaled) {
-      return scaled_key(value_of(local), shift);
+  static Arena<Value, Key> &arena() {
+    static thread_local Arena<Value, Key> mine;
+    return mine;
+  }
+
+  static Guess exactly(Key key) {
+    Guess guess{};
+    guess.low = guess.high = key;
+    guess.tied_low = guess.tied_high = true;
+    return guess;
+  }
+
+  // The pass has shown on which side of the band the k-th key is: all of that side, if it is little.
+  bool beside(Guess *guess) const {
+    const int64_t below = chunks_.total() - above_ - high_ - inside_ - low_;
+    const bool over = k_ <= above_;
+    if ((over ? above_ : below) > room()) return false;
+    Guess next{};
+    if (over) {
+      next.low = guess->high;
+      next.tied_low = next.open_high = true;
     } else {
-      (void)shift;
-      return local;
+      next.high = guess->low;
+      next.tied_high = next.keep_high = next.open_low = true;
     }
+    *guess = next;
+    return true;
   }
 
-  // Local keys of a chunk, block by block: visit(keys, position in the chunk, count, whether one is NaN) -> go on?
-  template <class Visit>
-  void for_blocks(const Chunk &chunk, Visit visit) const {
-    Value values[kBlock];
-    Local keys[kBlock];
-    const ScoreSource &s = *chunk.source;
-    for (int64_t done = 0; done < chunk.count; done += kBlock) {
-      const int64_t n = std::min(kBlock, chunk.count - done);
-      const Value *from = load(inner_, s, chunk.start + done, n, values);
-      bool nan = false;
-      if constexpr (std::is_same_v<Value, float>) {
-        nan = inner_.keys(from, n, s.absolute, keys);
-      } else {
-        for (int64_t i = 0; i < n; ++i) {
-          nan |= from[i] != from[i];
-          keys[i] = ordered_key(from[i]);
-        }
-      }
-      if (!visit(keys, done, n, nan)) return;
-    }
+  // Candidates that a thread may take. A sixteenth, of large rankings a thirty-second, and all of small ones: more is
+  // cheaper done otherwise.
+  int64_t room() const {
+    const int64_t total = chunks_.total();
+    return std::min(total, std::max<int64_t>(4096, total >> (total < (1 << 22) ? 4 : 5)));
   }
 
-  // A range of keys around rank k that holds it with near certainty, if the sample is like the whole.
-  void sample_band(Key *low, Key *high) const {
-    const TopkSample sample(total_);
-    std::vector<Key> keys;
-    keys.reserve(static_cast<size_t>(total_ / sample.stride + 1));
-    auto chunk = chunks_.begin();
-    for (int64_t stretch = 0; stretch * sample.stride < total_; ++stretch) {
-      const int64_t at = sample.position(stretch);
-      if (at >= total_) break;
-      while (at >= chunk->global + chunk->count) ++chunk;
-      const Value value = load_one<Value>(inner_, *chunk->source, chunk->start + at - chunk->global);
-      keys.push_back(global_key(ordered_key(value), chunk->shift));
-    }
-    const double s = static_cast<double>(keys.size());
-    const double q = static_cast<double>(k_) / static_cast<double>(total_);
-    const double spread = 6.0 * std::sqrt(s * q * (1.0 - q)) + 2.0;
-    const auto rank = [&](double r) -> int64_t {
-      return std::clamp<int64_t>(static_cast<int64_t>(r), -1, static_cast<int64_t>(s));
-    };
-    const int64_t upper = rank(std::floor(s * q - spread)), lower = rank(std::ceil(s * q + spread));
-    const auto sorted_at = [&](int64_t r) {
-      std::nth_element(keys.begin(), keys.begin() + r, keys.end(), std::greater<Key>());
-      return keys[static_cast<size_t>(r)];
-    };
-    if (upper >= 0) *high = sorted_at(upper);
-    if (lower < static_cast<int64_t>(keys.size())) *low = sorted_at(lower);
-  }
-
-  struct Bounds {
-    Local low, high;  // low <= local key <= high exactly where low <= global key <= high; may be empty
-  };
-
-  Bounds local_bounds(const Chunk &chunk, Key low, Key high) const {
+  // The k-th score is where it was, give or take twice what it moved last time.
+  bool recall(Guess *guess) const {
     if constexpr (!Scaled) {
-      (void)chunk;
-      return {low, high};
-    } else {
-      // Keys of NaN lie outside and are refused anyway.
-      const Local first = ordered_key(-std::numeric_limits<Value>::infinity());
-      const Local last = ordered_key(std::numeric_limits<Value>::infinity());
-      // The first local key whose global key is at least (or above) the bound; last + 1 if there is none.
-      const auto search = [&](Key bound, bool beyond) {
-        Local left = first, right = last + 1;
-        while (left < right) {
-          const Local middle = left + (right - left) / 2;
-          const Key key = global_key(middle, chunk.shift);
-          if (key > bound || (key == bound && !beyond)) {
-            right = middle;
-          } else {
-            left = middle + 1;
-          }
-        }
-        return left;
-      };
-      return {search(low, false), static_cast<Local>(search(high, true) - 1)};
+      if (memory_ == nullptr || !std::isfinite(memory_[0]) || !std::isfinite(memory_[1])) return false;
+      if (chunks_.total() <= kDirect) return false;
+      const double reach = 2.0 * memory_[1] + 1e-6 * std::fabs(memory_[0]);
+      guess->low = static_cast<Key>(memory_[0] - reach);
+      guess->high = static_cast<Key>(memory_[0] + reach);
+      return guess->low == guess->low && guess->high == guess->high;
     }
+    return false;
   }
 
-  struct BandPass {
-    std::vector<std::vector<Candidate<Key>>> found;  // those in the band, by chunk, in order of position
-    int64_t above = 0, inside = 0;                   // how many lie above the band and in it
-    int64_t nan = -1;                                // first source with NaN
-    bool complete = true;                            // false: too many candidates, counts mean nothing
-  };
-
-  // One pass over all scores: bits of those above the band (if there is room for bits), keys of those in it.
-  BandPass band_pass() const {
-    Key low = 0, high = ~Key{0};
-    const bool narrow = total_ > kDirect;
-    if (narrow) sample_band(&low, &high);
-    const int64_t count = static_cast<int64_t>(chunks_.size());
-    // At most a sixteenth of the scores may be candidates, uneven chunks allowed for.
-    const int64_t limit = narrow ? total_ / 16 / count * 4 + 64 : total_;
-    BandPass pass;
-    pass.found.resize(chunks_.size());
-    int64_t above = 0, nan_source = kNone;
-    bool complete = true;
-#pragma omp parallel for schedule(static) if (threads_) reduction(min : nan_source) reduction(+ : above) \
-    reduction(&& : complete)
-    for (int64_t c = 0; c < count; ++c) {
-      const Chunk &chunk = chunks_[static_cast<size_t>(c)];
-      const Bounds bounds = local_bounds(chunk, low, high);
-      auto &mine = pass.found[static_cast<size_t>(c)];
-      for_blocks(chunk, [&](const Local *keys, int64_t done, int64_t n, bool nan) {
-        if (nan) nan_source = std::min(nan_source, chunk.source_index);
-        uint8_t unused[kBlock / 8], band[kBlock / 8];
-        uint8_t *bits = chunk.source->bits;
-        above += compare(keys, n, bounds, bits != nullptr ? bits + ((chunk.start + done) >> 3) : unused, band);
-        for (int64_t b = 0; b < (n + 7) >> 3; ++b) {
-          for (unsigned left = band[b]; left != 0; left &= left - 1) {
-            const int64_t i = 8 * b + __builtin_ctz(left);
-            mine.push_back({global_key(keys[i], chunk.shift), static_cast<int32_t>(done + i)});
-          }
-        }
-        complete = complete && static_cast<int64_t>(mine.size()) <= limit;
-        return complete;
-      });
-    }
-    for (const auto &mine : pass.found) pass.inside += static_cast<int64_t>(mine.size());
-    pass.above = above;
-    pass.complete = complete;
-    // A chunk with too many candidates was not read to its end, so NaN may hide there.
-    pass.nan = complete ? (nan_source == kNone ? -1 : nan_source) : find_nan();
-    return pass;
-  }
-
-  int64_t compare(const Local *keys, int64_t count, Bounds bounds, uint8_t *above, uint8_t *band) const {
-    if constexpr (std::is_same_v<Local, uint32_t>) {
-      return inner_.compare(keys, count, bounds.low, bounds.high, above, band);
-    } else {
-      int64_t total = 0;
-      for (int64_t i = 0; i < count; i += 8) {
-        unsigned over = 0, reached = 0;
-        for (int64_t j = 0; j < std::min<int64_t>(8, count - i); ++j) {
-          over |= static_cast<unsigned>(keys[i + j] > bounds.high) << j;
-          reached |= static_cast<unsigned>(keys[i + j] >= bounds.low) << j;
-        }
-        above[i >> 3] = static_cast<uint8_t>(over);
-        band[i >> 3] = static_cast<uint8_t>(reached & ~over);
-        total += __builtin_popcount(over);
+  void remember(Key kth) const {
+    if constexpr (!Scaled) {
+      if (memory_ != nullptr) {
+        memory_[1] = std::fabs(static_cast<double>(kth) - memory_[0]);
+        memory_[0] = static_cast<double>(kth);
       }
-      return total;
     }
+  }
+
+  const Band &band(int64_t c) const {
+    return arena_.bands[Scaled ? static_cast<size_t>(chunks_[c].source_index - chunks_[0].source_index) : 0];
+  }
+
+  // One for each source where exponents differ.
+  void make_bands(const Guess &guess) {
+    arena_.bands.clear();
+    int64_t last = -1;
+    for (int64_t c = 0; c < (Scaled ? chunks_.size() : 1); ++c) {
+      const Chunk &chunk = chunks_[c];
+      if (chunk.source_index == last) continue;
+      last = chunk.source_index;
+      arena_.bands.resize(static_cast<size_t>(last - chunks_[0].source_index) + 1);  // empty sources have no chunk
+      arena_.bands.back() = band_of<Value, Scaled>(guess, chunk.shift);
+    }
+  }
+
+  // Step 2. False: too many candidates, and what was counted means nothing; else nan_ says whether NaN was met.
+  bool pass(const Guess &guess) {
+    make_bands(guess);
+    const auto threads = static_cast<size_t>(chunks_.threads());
+    auto &scratch = arena_.candidates;
+    if (scratch.size() < threads) scratch.resize(threads);
+    arena_.pieces.assign(static_cast<size_t>(chunks_.size()), Piece());
+    arena_.counts.assign(threads, TopkCounts{0, 0, 0, false});
+    arena_.found.clear();
+    for (size_t t = 0; t < threads; ++t) {
+      arena_.found.push_back({scratch[t].values.reserve(room()), scratch[t].at.reserve(room()), 0, room()});
+    }
+    std::atomic<bool> complete{true};
+    std::atomic<int64_t> nan_source{kNone};
+    chunks_.each([&](int64_t c, int thread) {
+      if (!complete.load(std::memory_order_relaxed)) return;
+      const Chunk &chunk = chunks_[c];
+      const Band &limits = band(c);
+      auto &mine = arena_.found[static_cast<size_t>(thread)];
+      TopkCounts here{0, 0, 0, false};
+      Piece &piece = arena_.pieces[static_cast<size_t>(c)];
+      piece.thread = thread;
+      piece.begin = mine.count;
+      uint8_t unused[kChunk / 8];
+      uint8_t *bits = emit_ ? chunk.source->bits + (chunk.start >> 3) : unused;
+      if (!for_tiles<Value>(chunk, [&](const Value *values, int64_t at, int64_t n, bool absolute) {
+            return loops_.filter(values, n, absolute, limits, at, bits + (at >> 3), &mine, &here);
+          })) {
+        complete = false;
+      }
+      piece.count = mine.count - piece.begin;
+      piece.high = here.high;
+      piece.low = here.low;
+      auto &sum = arena_.counts[static_cast<size_t>(thread)];
+      sum.above += here.above;
+      sum.high += here.high;
+      sum.low += here.low;
+      if (here.nan) {
+        int64_t first = nan_source;
+        while (chunk.source_index < first && !nan_source.compare_exchange_weak(first, chunk.source_index)) {
+        }
+      }
+    });
+    above_ = high_ = low_ = inside_ = 0;
+    for (const auto &sum : arena_.counts) {
+      above_ += sum.above;
+      high_ += sum.high;
+      low_ += sum.low;
+    }
+    if (guess.keep_high) above_ -= high_;
+    for (const auto &mine : arena_.found) inside_ += mine.count;
+    nan_ = complete && nan_source != kNone ? nan_source.load() : -1;
+    return complete;
+  }
+
+  // Steps 3 and 4. False: the k-th key is not where it was looked for.
+  bool settle(const Guess &guess, Key *kth) {
+    if (nan_ >= 0 || k_ <= above_ || k_ > above_ + high_ + inside_ + low_) return false;
+    int64_t need = k_ - above_;
+    if (need <= high_) {
+      *kth = guess.high;
+      settle_ties(guess.high, need, &Piece::high, guess.keep_high);
+      return true;
+    }
+    if (high_ > 0 && !guess.keep_high) settle_ties(guess.high, high_, &Piece::high, false);
+    need -= high_;
+    if (need <= inside_) {
+      int64_t greater = 0;
+      *kth = nth_candidate(need, &greater);
+      keep_candidates(*kth, need - greater);
+    } else {
+      *kth = guess.low;
+      if (inside_ > 0) keep_candidates(guess.low, 0);
+      settle_ties(guess.low, need - inside_, &Piece::low, false);
+    }
+    return true;
+  }
+
+  // The rank-th of the candidates.
+  Key nth_candidate(int64_t rank, int64_t *greater) {
+    if (!Scaled && chunks_.threads() == 1) {  // they lie in order already
+      const auto *only = reinterpret_cast<const Key *>(arena_.candidates[0].values.get());
+      return nth_key(only, inside_, rank, &arena_.work, greater);
+    }
+    Key *keys = arena_.keys.reserve(inside_), *out = keys;
+    for (int64_t c = 0; c < chunks_.size(); ++c) {
+      const Piece &piece = arena_.pieces[static_cast<size_t>(c)];
+      const Value *values = arena_.candidates[static_cast<size_t>(piece.thread)].values.get() + piece.begin;
+      for (int64_t i = 0; i < piece.count; ++i) {
+        *out++ = TopkKeys<Value, Scaled>::key(values[i], chunks_[c].shift);
+      }
+    }
+    return nth_key(keys, inside_, rank, &arena_.work, greater);
+  }
+
+  // Sets the bits of the candidates above `kth` and of the first `ties` equal to it.
+  void keep_candidates(Key kth, int64_t ties) {
+    if (!emit_) return;
+    make_bands(exactly(kth));
+    const auto &scratch = arena_.candidates;
+    for (int64_t c = 0; c < chunks_.size(); ++c) {
+      const Piece &piece = arena_.pieces[static_cast<size_t>(c)];
+      const Value *values = scratch[static_cast<size_t>(piece.thread)].values.get() + piece.begin;
+      const uint16_t *at = scratch[static_cast<size_t>(piece.thread)].at.get() + piece.begin;
+      const Band &limits = band(c);
+      uint8_t *bits = chunks_[c].source->bits + (chunks_[c].start >> 3);
+      ties = loops_.keep(values, at, piece.count, limits.keep, limits.tie_high, ties, bits);
+    }
+  }
+
+  // Among the scores equal to `key`, counted by chunk in `equal`, keeps the first `kept`; `set`: all have their bits.
+  void settle_ties(Key key, int64_t kept, int64_t Piece::*equal, bool set) {
+    if (!emit_) return;
+    make_bands(exactly(key));
+    auto &before = arena_.before;
+    before.assign(arena_.pieces.size() + 1, 0);
+    for (size_t c = 0; c < arena_.pieces.size(); ++c) before[c + 1] = before[c] + arena_.pieces[c].*equal;
+    chunks_.each([&](int64_t c, int) {
+      const size_t at = static_cast<size_t>(c);
+      const int64_t tied = before[at + 1] - before[at];
+      int64_t left = std::clamp<int64_t>(kept - before[at], 0, tied);
+      const Chunk &chunk = chunks_[c];
+      uint8_t *bits = chunk.source->bits + (chunk.start >> 3);
+      if (left == (set ? tied : 0)) return;  // as the pass wrote them
+      for_tiles<Value>(chunk, [&](const Value *values, int64_t done, int64_t n, bool absolute) {
+        left = loops_.ties(values, n, absolute, band(c).tie_high, left, bits + (done >> 3));
+        return true;
+      });
+    });
   }
 
   int64_t find_nan() const {
-    int64_t nan_source = kNone;
-    const int64_t count = static_cast<int64_t>(chunks_.size());
-#pragma omp parallel for schedule(static) if (threads_) reduction(min : nan_source)
-    for (int64_t c = 0; c < count; ++c) {
-      const Chunk &chunk = chunks_[static_cast<size_t>(c)];
-      for_blocks(chunk, [&](const Local *, int64_t, int64_t, bool nan) {
-        if (nan) nan_source = std::min(nan_source, chunk.source_index);
-        return !nan;
-      });
-    }
-    return nan_source == kNone ? -1 : nan_source;
-  }
-
-  static std::vector<Key> keys_of(const std::vector<std::vector<Candidate<Key>>> &found) {
-    std::vector<Key> keys;
-    for (const auto &part : found) {
-      for (const auto &candidate : part) keys.push_back(candidate.key);
-    }
-    return keys;
-  }
-
-  // Set the bits of the best `need` candidates; those of one chunk are in order of position.
-  void settle(const std::vector<std::vector<Candidate<Key>>> &found, int64_t need) const {
-    if (need <= 0) return;
-    std::vector<Key> keys = keys_of(found);
-    std::nth_element(keys.begin(), keys.begin() + (need - 1), keys.end(), std::greater<Key>());
-    const Key threshold = keys[static_cast<size_t>(need - 1)];
-    int64_t ties = need - std::count_if(keys.begin(), keys.begin() + need, [&](Key key) { return key > threshold; });
-    for (size_t c = 0; c < found.size(); ++c) {
-      uint8_t *bits = chunks_[c].source->bits;
-      for (const auto &candidate : found[c]) {
-        if (candidate.key < threshold || (candidate.key == threshold && ties-- <= 0)) continue;
-        const int64_t at = chunks_[c].start + candidate.at;
-        bits[at >> 3] = static_cast<uint8_t>(bits[at >> 3] | (1u << (at & 7)));
-      }
-    }
-  }
-
-  // Most significant digit first: returns the k-th key, and how many keys equal to it are kept.
-  Key radix(int64_t *ties) const {
-    constexpr int kBits = static_cast<int>(sizeof(Key)) * 8;
-    const int64_t count = static_cast<int64_t>(chunks_.size());
-    Key prefix = 0;
-    int64_t need = k_;
-    for (int shift = kBits; shift > 0;) {
-      const int next = std::max(0, shift - kDigit);
-      const size_t last = (size_t{1} << (shift - next)) - 1;
-      std::vector<int64_t> histogram(last + 1, 0);
-#pragma omp parallel if (threads_)
-      {
-        std::vector<int64_t> mine(histogram.size(), 0);
-#pragma omp for schedule(static)
-        for (int64_t c = 0; c < count; ++c) {
-          const Chunk &chunk = chunks_[static_cast<size_t>(c)];
-          for_blocks(chunk, [&](const Local *keys, int64_t, int64_t n, bool) {
-            for (int64_t i = 0; i < n; ++i) {
-              const Key key = global_key(keys[i], chunk.shift);
-              if (shift == kBits || (key >> (shift % kBits)) == prefix) ++mine[static_cast<size_t>(key >> next) & last];
-            }
-            return true;
-          });
+    std::atomic<int64_t> nan_source{kNone};
+    chunks_.each([&](int64_t c, int) {
+      const Chunk &chunk = chunks_[c];
+      if (nan_source <= chunk.source_index) return;
+      for_tiles<Value>(chunk, [&](const Value *values, int64_t, int64_t n, bool) {
+        bool nan = false;
+        for (int64_t i = 0; i < n; ++i) nan |= values[i] != values[i];
+        if (!nan) return true;
+        int64_t first = nan_source;
+        while (chunk.source_index < first && !nan_source.compare_exchange_weak(first, chunk.source_index)) {
         }
-#pragma omp critical(paikern_topk_histogram)
-        for (size_t b = 0; b <= last; ++b) histogram[b] += mine[b];
-      }
-      size_t bin = last;
-      while (bin > 0 && histogram[bin] < need) need -= histogram[bin--];
-      prefix = static_cast<Key>((shift == kBits ? Key{0} : static_cast<Key>(prefix << (shift - next))) | bin);
-      shift = next;
-    }
-    *ties = need;
-    return prefix;
-  }
-
-  // Bits of all keys above the threshold, and of the first `ties` keys equal to it.
-  void emit_with_ties(Key threshold, int64_t ties) const {
-    const int64_t count = static_cast<int64_t>(chunks_.size());
-    std::vector<int64_t> before(chunks_.size() + 1, 0);  // keys equal to the threshold in earlier chunks
-#pragma omp parallel for schedule(static) if (threads_)
-    for (int64_t c = 0; c < count; ++c) {
-      const Chunk &chunk = chunks_[static_cast<size_t>(c)];
-      const Bounds bounds = local_bounds(chunk, threshold, threshold);
-      int64_t equal = 0;
-      for_blocks(chunk, [&](const Local *keys, int64_t done, int64_t n, bool) {
-        uint8_t tied[kBlock / 8];
-        compare(keys, n, bounds, chunk.source->bits + ((chunk.start + done) >> 3), tied);
-        for (int64_t b = 0; b < (n + 7) >> 3; ++b) equal += __builtin_popcount(tied[b]);
-        return true;
+        return false;
       });
-      before[static_cast<size_t>(c) + 1] = equal;
-    }
-    for (size_t c = 1; c < before.size(); ++c) before[c] += before[c - 1];
-#pragma omp parallel for schedule(static) if (threads_)
-    for (int64_t c = 0; c < count; ++c) {
-      const Chunk &chunk = chunks_[static_cast<size_t>(c)];
-      const Bounds bounds = local_bounds(chunk, threshold, threshold);
-      const size_t at = static_cast<size_t>(c);
-      int64_t left = std::min(ties, before[at + 1]) - before[at];  // ties of this chunk that are kept
-      if (left <= 0) continue;
-      for_blocks(chunk, [&](const Local *keys, int64_t done, int64_t n, bool) {
-        uint8_t above[kBlock / 8], tied[kBlock / 8];
-        compare(keys, n, bounds, above, tied);
-        uint8_t *bits = chunk.source->bits + ((chunk.start + done) >> 3);
-        for (int64_t b = 0; b < (n + 7) >> 3 && left > 0; ++b) {
-          unsigned kept = tied[b];
-          while (__builtin_popcount(kept) > left) kept &= ~(1u << (31 - __builtin_clz(kept)));
-          left -= __builtin_popcount(kept);
-          bits[b] = static_cast<uint8_t>(bits[b] | kept);
-        }
-        return left > 0;
-      });
-    }
+    });
+    return nan_source == kNone ? -1 : nan_source.load();
   }
 
   // k = 0 or k = N: nothing to rank, but NaN is still an error.
   int64_t emit_constant(bool keep) const {
     const int64_t nan = find_nan();
-    for (const Chunk &chunk : chunks_) {
+    for (int64_t c = 0; c < chunks_.size(); ++c) {
+      const Chunk &chunk = chunks_[c];
       uint8_t *bytes = chunk.source->bits + (chunk.start >> 3);
       const int64_t whole = chunk.count >> 3, rest = chunk.count & 7;
       std::fill(bytes, bytes + whole, static_cast<uint8_t>(keep ? 0xff : 0));
@@ -386,12 +343,14 @@ class Selector {
     return nan;
   }
 
-  static constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
-
-  std::vector<Chunk> chunks_;
-  int64_t total_ = 0, k_;
-  bool threads_;
-  const TopkInner &inner_ = topk_inner();
+  TopkChunks chunks_;
+  int64_t k_;
+  double *memory_;
+  bool emit_;
+  Arena<Value, Key> &arena_;
+  const TopkLoops<Value> &loops_;
+  int64_t above_ = 0, high_ = 0, inside_ = 0, low_ = 0;  // by order of the scores
+  int64_t nan_ = -1;
 };
 
 bool any_double(const std::vector<ScoreSource> &sources) {
@@ -413,12 +372,13 @@ int64_t run(const std::vector<ScoreSource> &sources, const std::vector<Ranking> 
     total += n;
   }
   // Many small layers: one a thread. A large one: threads inside it.
-  const bool across = rankings.size() > 1 && largest * 2 <= total && total > kParallel;
+  const bool across = rankings.size() > 1 && largest * 2 <= total && total >= kParallel;
   const int64_t count = static_cast<int64_t>(rankings.size());
 #pragma omp parallel for schedule(dynamic) if (across)
   for (int64_t r = 0; r < count; ++r) {
-    Selector<Value, Scaled> selector(sources, rankings[static_cast<size_t>(r)], !across);
-    nan[static_cast<size_t>(r)] = selector.mask();
+    typename TopkKeys<Value, Scaled>::Key kth{};
+    Selector<Value, Scaled> selector(sources, rankings[static_cast<size_t>(r)], !across, true);
+    nan[static_cast<size_t>(r)] = selector.run(&kth);
   }
   for (const int64_t found : nan) {
     if (found >= 0) return found;
@@ -426,7 +386,30 @@ int64_t run(const std::vector<ScoreSource> &sources, const std::vector<Ranking> 
   return -1;
 }
 
+template <class Value>
+double kth(const std::vector<ScoreSource> &sources, int64_t k, int64_t *nan) {
+  Value found{};
+  const Ranking ranking{0, static_cast<int64_t>(sources.size()), k};
+  *nan = Selector<Value, false>(sources, ranking, true, false).run(&found);
+  return found + Value{0};  // -0 and +0 are one score
+}
+
 }  // namespace
+
+ScoreLayout coalesce(const std::vector<int64_t> &sizes, const std::vector<int64_t> &strides) {
+  ScoreLayout layout;
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] == 1) continue;
+    if (!layout.sizes.empty() && layout.strides.back() == strides[d] * sizes[d]) {
+      layout.sizes.back() *= sizes[d];
+      layout.strides.back() = strides[d];
+    } else {
+      layout.sizes.push_back(sizes[d]);
+      layout.strides.push_back(strides[d]);
+    }
+  }
+  return layout;
+}
 
 int64_t topk_mask(const std::vector<ScoreSource> &sources, const std::vector<Ranking> &rankings) {
   const bool scaled = any_exponent(sources);
@@ -437,11 +420,7 @@ int64_t topk_mask(const std::vector<ScoreSource> &sources, const std::vector<Ran
 }
 
 double kth_largest(const std::vector<ScoreSource> &sources, int64_t k, int64_t *nan) {
-  const Ranking ranking{0, static_cast<int64_t>(sources.size()), k};
-  if (any_double(sources)) {
-    return value_of(Selector<double, false>(sources, ranking, true).kth(nan));
-  }
-  return value_of(Selector<float, false>(sources, ranking, true).kth(nan));
+  return any_double(sources) ? kth<double>(sources, k, nan) : kth<float>(sources, k, nan);
 }
 
 }  // namespace paikern

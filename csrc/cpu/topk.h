@@ -8,25 +8,51 @@ namespace paikern {
 
 enum class ScoreType : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 
-// Scores of one tensor. Dense: `data` holds numel values. Factored (a != null): data holds the weight [rows, columns]
-// and the score is ((|w|**power) * a[i]) * g[o]. Bits of `candidates` that are 0 rank below everything.
+// Dimensions of a tensor that is not contiguous, outermost first; strides count elements and may be 0.
+struct ScoreLayout {
+  std::vector<int64_t> sizes, strides;
+};
+
+// Without dimensions of one element, and with neighbours joined where they run on: as few as the tensor needs.
+ScoreLayout coalesce(const std::vector<int64_t> &sizes, const std::vector<int64_t> &strides);
+
+// Scores that are computed where they are needed: fill(start, count, out) gives scores [start, start + count), the same
+// bits whenever it is asked for them. `start` is a multiple of 64.
+class ScoreTiles {
+ public:
+  virtual ~ScoreTiles() = default;
+  virtual void fill(int64_t start, int64_t count, float *out) const = 0;
+};
+
+// Scores of one tensor, numbered row-major. Set fields beyond the first three for
+//   factored scores: `data` is the weight [rows, columns], the score ((|w|**power) * a[column]) * g[row] in float;
+//   product scores: |data * other| in float, `other` laid out and typed as it says;
+//   tiles: `data` is not used.
+// Bits of `candidates` that are 0 rank below everything.
 struct ScoreSource {
-  const void *data;
-  ScoreType type;
-  int64_t numel;
-  bool absolute;
-  int64_t exponent;  // values count as value * 2**exponent; then they must be >= 0 or "below everything"
-  const float *a;
-  const float *g;
-  int64_t columns;
-  int power;
-  const uint8_t *candidates;
-  uint8_t *bits;  // ceil(numel / 8) bytes, written whole
+  const void *data = nullptr;
+  ScoreType type = ScoreType::kFloat32;
+  int64_t numel = 0;
+  uint8_t *bits = nullptr;  // ceil(numel / 8) bytes, written whole
+  bool absolute = false;    // |score|
+  int64_t exponent = 0;     // values count as value * 2**exponent; then they must be >= 0 or "below everything"
+  const ScoreLayout *layout = nullptr;
+  const float *a = nullptr, *g = nullptr;
+  int64_t columns = 0;
+  int power = 1;
+  const void *other = nullptr;
+  ScoreType other_type = ScoreType::kFloat32;
+  const ScoreLayout *other_layout = nullptr;
+  const ScoreTiles *tiles = nullptr;
+  const uint8_t *candidates = nullptr;
 };
 
 // One ranking: keep k of sources[first .. last).
 struct Ranking {
   int64_t first, last, k;
+  // Where the k-th score was last time and how far it had moved (NaN: not known): the place to look for it first. The
+  // result is the same without. Not used where exponents differ.
+  double *memory = nullptr;
 };
 
 // Fills the bits of all sources. Returns the index of the first source that holds NaN, else -1 (bits mean nothing

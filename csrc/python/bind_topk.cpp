@@ -2,74 +2,126 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <tuple>
 
 #include "topk.h"
 
 namespace py = pybind11;
 using paikern::Ranking;
+using paikern::ScoreLayout;
 using paikern::ScoreSource;
 using paikern::ScoreType;
 
 namespace {
 
-// data, type, numel, exponent, bits
-using DenseRow = std::tuple<uintptr_t, int, int64_t, int64_t, uintptr_t>;
-// weight, type, rows, columns, exponent, a, g, candidates, bits
-using FactoredRow = std::tuple<uintptr_t, int, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
+// data, type, and (sizes, strides) where the tensor is not contiguous
+using View = std::tuple<uintptr_t, int, std::optional<std::pair<std::vector<int64_t>, std::vector<int64_t>>>>;
+// scores, numel, exponent, candidates, bits
+using DenseRow = std::tuple<View, int64_t, int64_t, uintptr_t, uintptr_t>;
+// weight, rows, columns, exponent, a, g, candidates, bits
+using FactoredRow = std::tuple<View, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
+// weight, gradient, numel, candidates, bits
+using ProductRow = std::tuple<View, View, int64_t, uintptr_t, uintptr_t>;
 
 template <class T>
 T *pointer(uintptr_t address) {
   return reinterpret_cast<T *>(address);
 }
 
-std::vector<ScoreSource> dense_sources(const std::vector<DenseRow> &rows, bool absolute) {
-  std::vector<ScoreSource> sources;
-  sources.reserve(rows.size());
-  for (const auto &[data, type, numel, exponent, bits] : rows) {
-    sources.push_back({pointer<const void>(data), static_cast<ScoreType>(type), numel, absolute, exponent, nullptr,
-                       nullptr, 0, 1, nullptr, pointer<uint8_t>(bits)});
+// Owns the layouts that its sources point at.
+class Sources {
+ public:
+  explicit Sources(size_t count) {
+    list.reserve(count);
+    layouts_.reserve(2 * count);
+  }
+
+  ScoreSource &add(int64_t numel, uintptr_t candidates, uintptr_t bits) {
+    ScoreSource &source = list.emplace_back();
+    source.numel = numel;
+    source.candidates = pointer<const uint8_t>(candidates);
+    source.bits = pointer<uint8_t>(bits);
+    return source;
+  }
+
+  void view(const View &from, const void **data, ScoreType *type, const ScoreLayout **layout) {
+    *data = pointer<const void>(std::get<0>(from));
+    *type = static_cast<ScoreType>(std::get<1>(from));
+    if (const auto &shape = std::get<2>(from)) {
+      layouts_.push_back(paikern::coalesce(shape->first, shape->second));
+      const ScoreLayout &made = layouts_.back();
+      const bool contiguous = made.sizes.empty() || (made.sizes.size() == 1 && made.strides[0] == 1);
+      *layout = contiguous ? nullptr : &made;
+    }
+  }
+
+  std::vector<ScoreSource> list;
+
+ private:
+  std::vector<ScoreLayout> layouts_;
+};
+
+Sources dense_sources(const std::vector<DenseRow> &rows, bool absolute) {
+  Sources sources(rows.size());
+  for (const auto &[scores, numel, exponent, candidates, bits] : rows) {
+    ScoreSource &source = sources.add(numel, candidates, bits);
+    sources.view(scores, &source.data, &source.type, &source.layout);
+    source.absolute = absolute;
+    source.exponent = exponent;
   }
   return sources;
 }
 
-std::vector<Ranking> rankings(const std::vector<int64_t> &k, size_t tensors) {
-  if (k.size() == 1 && tensors != 1) return {{0, static_cast<int64_t>(tensors), k[0]}};
-  std::vector<Ranking> each;
-  for (size_t l = 0; l < k.size(); ++l) {
-    each.push_back({static_cast<int64_t>(l), static_cast<int64_t>(l) + 1, k[l]});
+int64_t select(const Sources &sources, const std::vector<int64_t> &k, uintptr_t memory) {
+  std::vector<Ranking> rankings;
+  auto *remembered = pointer<double>(memory);
+  const auto tensors = static_cast<int64_t>(sources.list.size());
+  if (k.size() == 1 && tensors != 1) {
+    rankings.push_back({0, tensors, k[0], remembered});
+  } else {
+    for (int64_t l = 0; l < tensors; ++l) {
+      rankings.push_back({l, l + 1, k[static_cast<size_t>(l)], remembered ? remembered + 2 * l : nullptr});
+    }
   }
-  return each;
+  const py::gil_scoped_release release;
+  return paikern::topk_mask(sources.list, rankings);
 }
 
 }  // namespace
 
 void bind_topk(py::module_ &m) {
-  m.def("topk_mask", [](const std::vector<DenseRow> &rows, const std::vector<int64_t> &k, bool absolute) {
-    const auto sources = dense_sources(rows, absolute);
-    const auto groups = rankings(k, rows.size());
-    py::gil_scoped_release release;
-    return paikern::topk_mask(sources, groups);
+  m.def("topk_mask", [](const std::vector<DenseRow> &rows, const std::vector<int64_t> &k, bool absolute,
+                        uintptr_t memory) { return select(dense_sources(rows, absolute), k, memory); });
+  m.def("topk_mask_product", [](const std::vector<ProductRow> &rows, const std::vector<int64_t> &k) {
+    Sources sources(rows.size());
+    for (const auto &[weight, gradient, numel, candidates, bits] : rows) {
+      ScoreSource &source = sources.add(numel, candidates, bits);
+      sources.view(weight, &source.data, &source.type, &source.layout);
+      sources.view(gradient, &source.other, &source.other_type, &source.other_layout);
+    }
+    return select(sources, k, 0);
   });
   m.def("topk_mask_factored", [](const std::vector<FactoredRow> &rows, const std::vector<int64_t> &k, int power) {
-    std::vector<ScoreSource> sources;
-    sources.reserve(rows.size());
-    for (const auto &[weight, type, height, width, exponent, a, g, candidates, bits] : rows) {
-      sources.push_back({pointer<const void>(weight), static_cast<ScoreType>(type), height * width, false, exponent,
-                         pointer<const float>(a), pointer<const float>(g), width, power,
-                         pointer<const uint8_t>(candidates), pointer<uint8_t>(bits)});
+    Sources sources(rows.size());
+    for (const auto &[weight, height, width, exponent, a, g, candidates, bits] : rows) {
+      ScoreSource &source = sources.add(height * width, candidates, bits);
+      sources.view(weight, &source.data, &source.type, &source.layout);
+      source.exponent = exponent;
+      source.a = pointer<const float>(a);
+      source.g = pointer<const float>(g);
+      source.columns = width;
+      source.power = power;
     }
-    const auto groups = rankings(k, rows.size());
-    py::gil_scoped_release release;
-    return paikern::topk_mask(sources, groups);
+    return select(sources, k, 0);
   });
   m.def("kth_largest", [](const std::vector<DenseRow> &rows, int64_t k) {
-    const auto sources = dense_sources(rows, false);
+    const Sources sources = dense_sources(rows, false);
     int64_t nan = -1;
     double value;
     {
-      py::gil_scoped_release release;
-      value = paikern::kth_largest(sources, k, &nan);
+      const py::gil_scoped_release release;
+      value = paikern::kth_largest(sources.list, k, &nan);
     }
     return std::make_pair(value, nan);
   });

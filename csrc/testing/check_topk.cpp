@@ -8,7 +8,7 @@
 #include "check.h"
 #include "halves.h"
 #include "topk.h"
-#include "topk_sample.h"
+#include "topk_band.h"
 
 namespace check {
 namespace {
@@ -101,7 +101,6 @@ void make_factored(Random &random, Layer *layer, int64_t numel) {
 
 Layer make_layer(Random &random, bool exponents, bool factored) {
   Layer layer;
-  layer.source = {nullptr, ScoreType::kFloat32, 0, false, 0, nullptr, nullptr, 0, 1, nullptr, nullptr};
   const int64_t numel = pick<int64_t>(random, {0, 1, 7, 8, 9, 33, 600, 600, 5'000, 5'000, 70'000});
   if (factored) {
     make_factored(random, &layer, numel);
@@ -145,8 +144,11 @@ void check_ranking(const std::vector<Layer> &layers, const Ranking &ranking) {
 }
 
 ScoreSource plain(const std::vector<float> &data, std::vector<uint8_t> &bits) {
-  return {data.data(), ScoreType::kFloat32, static_cast<int64_t>(data.size()), false, 0, nullptr, nullptr, 0, 1,
-          nullptr,     bits.data()};
+  ScoreSource source;
+  source.data = data.data();
+  source.numel = static_cast<int64_t>(data.size());
+  source.bits = bits.data();
+  return source;
 }
 
 // The sampled scores say nothing about the others: the guessed band misses the threshold, above it or below, and the
@@ -156,9 +158,9 @@ void misleading_sample(float sampled) {
   for (size_t i = 0; i < scores.size(); ++i) scores[i] = static_cast<float>(i * 7919 % scores.size());
   const paikern::TopkSample sample(static_cast<int64_t>(scores.size()));
   for (int64_t stretch = 0;; ++stretch) {
-    const int64_t at = sample.position(stretch);
-    if (at >= static_cast<int64_t>(scores.size())) break;
-    scores[static_cast<size_t>(at)] = sampled;
+    const int64_t at = sample.position(stretch) / 32 * 32, end = std::min<int64_t>(at + 32, 140'000);
+    if (at >= end) break;
+    std::fill(scores.begin() + at, scores.begin() + end, sampled);
   }
   for (const int64_t k : {20'000, 70'000, 120'000}) {
     std::vector<uint8_t> bits(scores.size() / 8);

@@ -1,11 +1,12 @@
 """The CPU backend: tensors -> pointers -> `paikern._C`.
 
-Operations have checked their arguments; here they are made contiguous and their addresses taken.
+Operations have checked their arguments; here their addresses are taken.
 torch is imported first so that one OpenMP runtime serves both.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -45,6 +46,7 @@ __all__ = [
     "through_maximum_",
     "topk_mask",
     "topk_mask_factored",
+    "topk_mask_product",
     "unpack_mask",
 ]
 
@@ -54,6 +56,7 @@ _FLOAT64 = (
     "pack_mask",
     "topk_mask",
     "topk_mask_factored",
+    "topk_mask_product",
     "unpack_mask",
 )
 _SCORE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
@@ -93,21 +96,44 @@ def apply_mask_(tensor: Tensor, packed: Tensor) -> None:
     _C.apply_mask(tensor.data_ptr(), tensor.element_size(), tensor.numel(), packed.data_ptr())
 
 
-def _bits_for(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [torch.empty((t.numel() + 7) // 8, dtype=torch.uint8) for t in tensors]
-
-
 def topk_mask(
-    scores: Sequence[Tensor], k: Sequence[int], exponents: Sequence[int], absolute: bool
+    scores: Sequence[Tensor],
+    k: Sequence[int],
+    exponents: Sequence[int],
+    absolute: bool,
+    masks: Sequence[Tensor],
+    memory: Tensor | None,
 ) -> list[Tensor]:
-    held = [s.detach().contiguous() for s in scores]
-    bits = _bits_for(held)
-    shifts = exponents or [0] * len(held)
+    bits = [torch.empty((s.numel() + 7) >> 3, dtype=torch.uint8) for s in scores]
+    shifts = exponents or _zeros(len(scores))
+    held = [m.contiguous() for m in masks]
+    candidates = [m.data_ptr() for m in held] or _zeros(len(scores))
     rows = [
-        (s.data_ptr(), _SCORE_TYPES[s.dtype], s.numel(), e, b.data_ptr())
-        for s, e, b in zip(held, shifts, bits, strict=True)
+        (_view(s), s.numel(), e, c, b.data_ptr())
+        for s, e, c, b in zip(scores, shifts, candidates, bits, strict=True)
     ]
-    refuse_nan("topk_mask", _C.topk_mask(rows, list(k), absolute))
+    if memory is None:
+        refuse_nan("topk_mask", _C.topk_mask(rows, list(k), absolute, 0))
+        return bits
+    new = memory.clone()
+    refuse_nan("topk_mask", _C.topk_mask(rows, list(k), absolute, new.data_ptr()))
+    return [*bits, new]
+
+
+def topk_mask_product(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    k: Sequence[int],
+) -> list[Tensor]:
+    bits = [torch.empty((w.numel() + 7) >> 3, dtype=torch.uint8) for w in weights]
+    held = [m.contiguous() for m in masks]
+    candidates = [m.data_ptr() for m in held] or _zeros(len(weights))
+    rows = [
+        (_view(w), _view(g), w.numel(), c, b.data_ptr())
+        for w, g, c, b in zip(weights, gradients, candidates, bits, strict=True)
+    ]
+    refuse_nan("topk_mask_product", _C.topk_mask_product(rows, list(k)))
     return bits
 
 
@@ -120,32 +146,41 @@ def topk_mask_factored(
     k: Sequence[int],
     power: int,
 ) -> list[Tensor]:
-    held = [w.detach().contiguous() for w in weights]
     left = [t.float().contiguous() for t in a]
     right = [t.float().contiguous() for t in g]
-    candidates = [m.contiguous() for m in masks]
-    bits = _bits_for(held)
+    bits = [torch.empty((w.numel() + 7) >> 3, dtype=torch.uint8) for w in weights]
+    held = [m.contiguous() for m in masks]
+    candidates = [m.data_ptr() for m in held] or _zeros(len(weights))
     rows = [
         (
-            w.data_ptr(),
-            _SCORE_TYPES[w.dtype],
+            _view(w),
             w.shape[0],
             w.shape[1],
             e,
             x.data_ptr(),
             y.data_ptr(),
-            m.data_ptr() if m.numel() else 0,
+            c,
             b.data_ptr(),
         )
-        for w, x, y, m, e, b in zip(held, left, right, candidates, exponents, bits, strict=True)
+        for w, x, y, c, e, b in zip(weights, left, right, candidates, exponents, bits, strict=True)
     ]
     refuse_nan("topk_mask_factored", _C.topk_mask_factored(rows, list(k), power))
     return bits
 
 
 def kth_largest(scores: Sequence[Tensor], k: int) -> Tensor:
-    held = [s.detach().contiguous() for s in scores]
-    rows = [(s.data_ptr(), _SCORE_TYPES[s.dtype], s.numel(), 0, 0) for s in held]
+    rows = [(_view(s), s.numel(), 0, 0, 0) for s in scores]
     value, nan = _C.kth_largest(rows, k)
     refuse_nan("kth_largest", nan)
     return torch.tensor(value, dtype=torch.float64)
+
+
+def _view(tensor: Tensor) -> tuple[int, int, tuple[tuple[int, ...], tuple[int, ...]] | None]:
+    """Where a tensor lies, its type, and its layout unless it is contiguous. Never a copy."""
+    layout = None if tensor.is_contiguous() else (tuple(tensor.shape), tensor.stride())
+    return tensor.data_ptr(), _SCORE_TYPES[tensor.dtype], layout
+
+
+@functools.lru_cache
+def _zeros(count: int) -> tuple[int, ...]:
+    return (0,) * count

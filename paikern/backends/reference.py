@@ -48,6 +48,7 @@ __all__ = [
     "through_maximum_",
     "topk_mask",
     "topk_mask_factored",
+    "topk_mask_product",
     "unpack_mask",
 ]
 
@@ -76,10 +77,8 @@ class _Order(NamedTuple):
     mantissa: Tensor
 
 
-def _order(tensor: Tensor, exponent: int = 0, absolute: bool = False) -> _Order:
+def _order(tensor: Tensor, exponent: int = 0) -> _Order:
     values = tensor.detach().reshape(-1).double()
-    if absolute:
-        values = values.abs()
     mantissa, power = torch.frexp(values)  # 0.5 <= |mantissa| < 1
     level = torch.sign(values).long() * (power.long() + exponent + 2**40)
     infinite = torch.isinf(values)
@@ -112,12 +111,44 @@ def _first_nan(tensors: Sequence[Tensor]) -> int:
     return next((i for i, t in enumerate(tensors) if bool(torch.isnan(t).any())), -1)
 
 
+def _candidates(scores: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
+    """The scores with -infinity for those that a mask excludes."""
+    if not masks:
+        return list(scores)
+    return [
+        s if m.numel() == 0 else s.masked_fill(~unpack_mask(m, s.shape), -math.inf)
+        for s, m in zip(scores, masks, strict=True)
+    ]
+
+
 def topk_mask(
-    scores: Sequence[Tensor], k: Sequence[int], exponents: Sequence[int], absolute: bool
+    scores: Sequence[Tensor],
+    k: Sequence[int],
+    exponents: Sequence[int],
+    absolute: bool,
+    masks: Sequence[Tensor],
+    memory: Tensor | None,
 ) -> list[Tensor]:
-    refuse_nan("topk_mask", _first_nan(scores))
+    ranked = _candidates([s.detach().abs() if absolute else s.detach() for s in scores], masks)
+    refuse_nan("topk_mask", _first_nan(ranked))
     shifts = exponents or [0] * len(scores)
-    return _keep([_order(s, e, absolute) for s, e in zip(scores, shifts, strict=True)], k)
+    bits = _keep([_order(s, e) for s, e in zip(ranked, shifts, strict=True)], k)
+    return bits if memory is None else [*bits, memory.clone()]
+
+
+def topk_mask_product(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    k: Sequence[int],
+) -> list[Tensor]:
+    scores = [
+        (w.detach().float() * g.detach().float()).abs()
+        for w, g in zip(weights, gradients, strict=True)
+    ]
+    ranked = _candidates(scores, masks)
+    refuse_nan("topk_mask_product", _first_nan(ranked))
+    return _keep([_order(s) for s in ranked], k)
 
 
 def topk_mask_factored(
@@ -130,11 +161,9 @@ def topk_mask_factored(
     power: int,
 ) -> list[Tensor]:
     scores = [factored_score(w, ai, gi, power) for w, ai, gi in zip(weights, a, g, strict=True)]
-    for score, packed in zip(scores, masks, strict=True):
-        if packed.numel():
-            score.masked_fill_(~unpack_mask(packed, score.shape), -math.inf)
-    refuse_nan("topk_mask_factored", _first_nan(scores))
-    return _keep([_order(s, e) for s, e in zip(scores, exponents, strict=True)], k)
+    ranked = _candidates(scores, masks)
+    refuse_nan("topk_mask_factored", _first_nan(ranked))
+    return _keep([_order(s, e) for s, e in zip(ranked, exponents, strict=True)], k)
 
 
 def factored_score(weight: Tensor, a: Tensor, g: Tensor, power: int) -> Tensor:

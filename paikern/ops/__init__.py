@@ -13,6 +13,7 @@ from paikern.ops.path_forward import path_forward
 from paikern.ops.path_score import path_score
 from paikern.ops.topk_mask import topk_mask
 from paikern.ops.topk_mask_factored import topk_mask_factored
+from paikern.ops.topk_mask_product import topk_mask_product
 from paikern.ops.unpack_mask import unpack_mask
 
 __all__ = [
@@ -33,5 +34,6 @@ __all__ = [
     "through_maximum",
     "topk_mask",
     "topk_mask_factored",
+    "topk_mask_product",
     "unpack_mask",
 ]

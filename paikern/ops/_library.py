@@ -6,16 +6,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import Parameter
 
 from paikern.backends import registry
 
 NAMESPACE = "paikern"
 _library = torch.library.Library(NAMESPACE, "DEF")
 
+_ORDINARY = (Tensor, Parameter)
 # Where tensors may live. CUDA tensors reach the same lookup and find the backends usable there.
 _DEVICES = ("CPU", "CUDA")
 
@@ -35,6 +38,33 @@ def define(schema: str) -> None:
 
     for key in _DEVICES:
         _library.impl(name, kernel, key)
+
+
+def run(name: str, tensors: Sequence[Tensor], *args: Any) -> Any:
+    """Call an operation that has no derivative with `args`, `tensors` being those among them.
+
+    Where nothing can intercept it, the dispatcher is left out: handing 20 small tensors through it
+    took 25 us, as long as selecting from a quarter of them.
+    """
+    if not _intercepted():
+        float64 = False
+        for tensor in tensors:
+            if type(tensor) not in _ORDINARY or not tensor.is_cpu:
+                break
+            float64 |= tensor.dtype is torch.float64
+        else:
+            return registry.resolve(name, "cpu", float64)(*args)
+    return getattr(torch.ops.paikern, name)(*args)
+
+
+def _intercepted() -> bool:
+    """Whether tracing, a transform or a mode wants to see the call."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

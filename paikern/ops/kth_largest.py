@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from paikern.ops._library import define, fake
+from paikern.ops._library import define, fake, run
 from paikern.ops.topk_mask import check_scores, named_nan
 
 define("kth_largest(Tensor[] scores, int k) -> Tensor")
@@ -41,4 +41,4 @@ def kth_largest(scores: Tensor | Sequence[Tensor], k: int) -> float:
     if not 1 <= k <= total:
         raise ValueError(f"kth_largest: k must be in [1, {total}], got {k}")
     with named_nan(None):
-        return float(torch.ops.paikern.kth_largest(tensors, k))
+        return float(run("kth_largest", tensors, tensors, k))

@@ -11,18 +11,28 @@ from torch import Tensor
 
 from paikern.backends.errors import NanInTensorError
 from paikern.errors import NonFiniteScoreError
-from paikern.ops._library import define, fake
+from paikern.ops._library import define, fake, run
+from paikern.ops.unpack_mask import check_packed
 
-define("topk_mask(Tensor[] scores, int[] k, int[] exponents, bool absolute) -> Tensor[]")
+define(
+    "topk_mask(Tensor[] scores, int[] k, int[] exponents, bool absolute, Tensor[] masks, "
+    "Tensor? memory) -> Tensor[]"
+)
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @fake("topk_mask")
 def _shape(
-    scores: Sequence[Tensor], k: Sequence[int], exponents: Sequence[int], absolute: bool
+    scores: Sequence[Tensor],
+    k: Sequence[int],
+    exponents: Sequence[int],
+    absolute: bool,
+    masks: Sequence[Tensor],
+    memory: Tensor | None,
 ) -> list[Tensor]:
-    return [s.new_empty((s.numel() + 7) // 8, dtype=torch.uint8) for s in scores]
+    bits = [s.new_empty((s.numel() + 7) // 8, dtype=torch.uint8) for s in scores]
+    return bits if memory is None else [*bits, torch.empty_like(memory)]
 
 
 def topk_mask(
@@ -31,6 +41,8 @@ def topk_mask(
     *,
     exponents: Sequence[int] | None = None,
     absolute: bool = False,
+    masks: Sequence[Tensor | None] | None = None,
+    memory: Tensor | None = None,
     names: Sequence[str] | None = None,
 ) -> list[Tensor]:
     """Packed masks that keep exactly the k largest scores.
@@ -45,6 +57,12 @@ def topk_mask(
         exponents: tensor l counts as `scores[l] * 2**exponents[l]`, exactly: nothing overflows or
             is rounded. A negative score ranks below all others, whatever the exponents.
         absolute: compare magnitudes.
+        masks: packed masks of the candidates, or None each: other weights rank with -infinity, and
+            NaN among them does not count.
+        memory: float64 `[rankings, 2]` of NaN at first (one ranking, or one a tensor where k is a
+            list), given again in every round of an iterative method: where the threshold was and
+            how far it moved, which is where the next round looks first. It is updated in place.
+            The masks do not depend on it. Left alone where exponents differ.
         names: of the tensors, for errors.
 
     Returns:
@@ -62,11 +80,24 @@ def topk_mask(
     tensors = check_scores("topk_mask", scores)
     counts = check_counts("topk_mask", k, [t.numel() for t in tensors])
     shifts = check_exponents("topk_mask", exponents, len(tensors))
+    candidates = check_masks("topk_mask", masks, tensors)
     check_names("topk_mask", names, len(tensors))
+    if memory is not None and (
+        memory.shape != (len(counts), 2)
+        or memory.dtype != torch.float64
+        or not memory.is_contiguous()
+    ):
+        raise ValueError(
+            f"topk_mask: memory must be a contiguous float64 tensor of shape ({len(counts)}, 2), "
+            f"got {memory.dtype} {tuple(memory.shape)}"
+        )
     if not tensors:
         return []
     with named_nan(names):
-        return torch.ops.paikern.topk_mask(tensors, counts, shifts, absolute)
+        made = run("topk_mask", tensors, tensors, counts, shifts, absolute, candidates, memory)
+    if memory is not None:
+        memory.copy_(made.pop())
+    return made
 
 
 def check_scores(operation: str, scores: Tensor | Sequence[Tensor]) -> list[Tensor]:
@@ -101,6 +132,21 @@ def check_exponents(operation: str, exponents: Sequence[int] | None, count: int)
     if shifts and max(shifts) - min(shifts) > 1_000_000:
         raise ValueError(f"{operation}: exponents differ by more than 1000000: {shifts}")
     return shifts
+
+
+def check_masks(
+    operation: str, masks: Sequence[Tensor | None] | None, tensors: Sequence[Tensor]
+) -> list[Tensor]:
+    """The masks with an empty tensor for None; nothing where there is none at all."""
+    if masks is None or all(m is None for m in masks):
+        return []
+    if len(masks) != len(tensors):
+        raise ValueError(f"{operation}: {len(masks)} masks for {len(tensors)} tensors")
+    for mask, tensor in zip(masks, tensors, strict=True):
+        if mask is not None:
+            check_packed(operation, mask, tensor.numel())
+    none = torch.empty(0, dtype=torch.uint8, device=tensors[0].device)
+    return [none if m is None else m for m in masks]
 
 
 def check_names(operation: str, names: Sequence[str] | None, count: int) -> None:

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from paikern.ops._library import define, fake
+from paikern.ops._library import define, fake, run
 from paikern.ops.topk_mask import (
     check_counts,
     check_exponents,
+    check_masks,
     check_names,
     check_scores,
     named_nan,
 )
-from paikern.ops.unpack_mask import check_packed
 
 define(
     "topk_mask_factored(Tensor[] weights, Tensor[] a, Tensor[] g, Tensor[] masks, "
@@ -77,30 +77,34 @@ def topk_mask_factored(
         [tensor([2], dtype=torch.uint8)]
     """
     held = check_scores("topk_mask_factored", weights)
-    candidates = list(masks) if masks is not None else [None] * len(held)
     if power not in (1, 2):
         raise ValueError(f"topk_mask_factored: power must be 1 or 2, got {power}")
-    if not len(held) == len(a) == len(g) == len(candidates) == len(exponents):
+    if not len(held) == len(a) == len(g) == len(exponents):
         raise ValueError(
-            f"topk_mask_factored: {len(held)} weights, {len(a)} a, {len(g)} g, "
-            f"{len(candidates)} masks and {len(exponents)} exponents; give one of each a layer"
+            f"topk_mask_factored: {len(held)} weights, {len(a)} a, {len(g)} g and "
+            f"{len(exponents)} exponents; give one of each a layer"
         )
-    for index, (w, x, y, m) in enumerate(zip(held, a, g, candidates, strict=True)):
+    for index, (w, x, y) in enumerate(zip(held, a, g, strict=True)):
         if w.dim() != 2 or tuple(x.shape) != w.shape[1:] or tuple(y.shape) != w.shape[:1]:
             raise ValueError(
                 f"topk_mask_factored: layer {index} needs weight [out, in], a [in], g [out], got "
                 f"{tuple(w.shape)}, {tuple(x.shape)}, {tuple(y.shape)}"
             )
-        if m is not None:
-            check_packed("topk_mask_factored", m, w.numel())
+    candidates = check_masks("topk_mask_factored", masks, held)
     counts = check_counts("topk_mask_factored", k, [w.numel() for w in held])
     shifts = check_exponents("topk_mask_factored", exponents, len(held))
     check_names("topk_mask_factored", names, len(held))
     if not held:
         return []
-    none = torch.empty(0, dtype=torch.uint8, device=held[0].device)
     with named_nan(names):
-        return torch.ops.paikern.topk_mask_factored(
-            held, list(a), list(g), [none if m is None else m for m in candidates],
-            shifts, counts, power,
-        )  # fmt: skip
+        return run(
+            "topk_mask_factored",
+            [*held, *a, *g],
+            held,
+            list(a),
+            list(g),
+            candidates,
+            shifts,
+            counts,
+            power,
+        )

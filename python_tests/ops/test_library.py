@@ -39,7 +39,12 @@ SAMPLES: dict[str, list[tuple]] = {
     "path_conv_score": [(CONV, MAP, OUT, *GEOMETRY, 1, BITS, -1.0)],
     "path_forward": [(WEIGHT, X, 2, BITS), (WEIGHT, X[0], 1, None)],
     "path_score": [(WEIGHT, X, G, 1, BITS, -1.0)],
-    "topk_mask": [([WEIGHT, X], [7], [0, 3], True), ([WEIGHT, X.half()], [2, 3], [], False)],
+    "topk_mask": [
+        ([WEIGHT, X], [7], [0, 3], True, [], None),
+        ([WEIGHT, X.half()], [2, 3], [], False, [BITS, BITS[:0]], None),
+        ([WEIGHT], [2], [], False, [], torch.zeros(1, 2, dtype=torch.float64)),
+    ],
+    "topk_mask_product": [([WEIGHT, X], [WEIGHT + 1, X.half()], [BITS, BITS[:0]], [7])],
     "topk_mask_factored": [
         ([WEIGHT, WEIGHT], [X[0], X[1]], [G[0], G[1]], [BITS, BITS[:0]], [0, 9], [4], 2),
     ],

@@ -36,13 +36,10 @@ inline double value_of(uint64_t key) {
   return value;
 }
 
-// Keys of value * 2**shift, shift >= 0: the power of two is added to the exponent bits, which is exact once subnormals
-// are normalised, and needs room above the 32 or 64 bits of the value. Zero is the middle key, negative values mirror
-// positive ones, infinities are the outermost keys whatever their shift.
-using ScaledKey32 = uint64_t;
-using ScaledKey64 = unsigned __int128;
-
-inline ScaledKey32 scaled_key(float value, int64_t shift) {
+// The order of value * 2**shift, shift >= 0, as a signed integer: the power of two is added to the exponent bits, which
+// is exact once subnormals are normalised, and needs room above the 32 or 64 bits of the value. Zero has rank 0,
+// negative values mirror positive ones, infinities are the outermost whatever their shift.
+inline int64_t scaled_rank(float value, int64_t shift) {
   constexpr int64_t kOne = int64_t{1} << 23, kInfinity = int64_t{1} << 62;
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
@@ -59,10 +56,10 @@ inline ScaledKey32 scaled_key(float value, int64_t shift) {
     }
     rank += (shift + 23) * kOne + 1;  // the smallest subnormal, unshifted, gets a positive rank
   }
-  return static_cast<uint64_t>(negative ? -rank : rank) + 0x8000000000000000u;
+  return negative ? -rank : rank;
 }
 
-inline ScaledKey64 scaled_key(double value, int64_t shift) {
+inline __int128 scaled_rank(double value, int64_t shift) {
   constexpr __int128 kOne = __int128{1} << 52, kInfinity = __int128{1} << 126;
   uint64_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
@@ -79,7 +76,7 @@ inline ScaledKey64 scaled_key(double value, int64_t shift) {
     }
     rank += (static_cast<__int128>(shift) + 53) * kOne + 1;
   }
-  return static_cast<ScaledKey64>(negative ? -rank : rank) + (static_cast<ScaledKey64>(1) << 127);
+  return negative ? -rank : rank;
 }
 
 }  // namespace paikern
