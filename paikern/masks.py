@@ -98,8 +98,8 @@ class MaskSet(Mapping[str, Tensor]):
     ) -> MaskSet:
         """The nonzero pattern of a model's prunable weights (NaN counts as nonzero).
 
-        Where ``torch.nn.utils.prune`` or ``paikern.torch_prune`` left a ``weight_mask`` buffer, that
-        is the mask.
+        Where ``torch.nn.utils.prune`` or ``paikern.torch_prune`` left a ``weight_mask``, that is
+        the mask.
 
         Raises:
             ValueError: nothing to prune, or a weight on the meta device.
@@ -304,8 +304,8 @@ class MaskSet(Mapping[str, Tensor]):
     def to_torch_prune(self, model: nn.Module) -> None:
         """Hand the masks to ``torch.nn.utils.prune``: ``weight_orig`` and ``weight_mask`` appear.
 
-        Every layer that shares a tied weight gets the mask. Where ``paikern.torch_prune`` has pruned
-        a layer already, it prunes further.
+        Every layer that shares a tied weight gets the mask. A layer that is pruned already by
+        ``paikern.torch_prune`` is pruned further by it.
 
         Raises:
             MaskFormatError: the masks belong to another model.

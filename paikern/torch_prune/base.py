@@ -361,6 +361,8 @@ class Target:
                 uninstall(module)
                 module.register_parameter(name, self.original)
                 raise
+        if isinstance(module, nn.RNNBase):
+            module._init_flat_weights()  # its own list of what it computes with
         module.register_forward_pre_hook(hook)
         return hook
 

@@ -8,6 +8,7 @@ a weight and that `weight` is `weight_orig` where the bit is set.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
@@ -188,7 +189,7 @@ class _Return:
 
     def __call__(self, lent: weakref.ReferenceType[MaskTensor]) -> None:
         mask = self._mask()
-        if mask is not None:
+        if mask is not None and not sys.is_finalizing():  # the operations are gone before the masks
             mask.returned(lent)
 
 

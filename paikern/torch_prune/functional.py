@@ -155,13 +155,13 @@ def custom_from_mask(module: M, name: str, mask: Tensor | PackedMask) -> M:
     Args:
         module: holds the parameter; changed in place.
         name: of the parameter.
-        mask: ones and zeros, of the parameter's shape or one that broadcasts to it.
+        mask: ones and zeros, of the parameter's shape.
 
     Returns:
         `module`.
 
     Raises:
-        ValueError: values other than 0 and 1.
+        ValueError: values other than 0 and 1. AssertionError: another shape.
 
     >>> layer = custom_from_mask(nn.Linear(5, 3), "bias", torch.tensor([0, 1, 0]))
     >>> layer.bias_mask
@@ -230,7 +230,7 @@ def global_unstructured(
     Raises:
         TypeError: `parameters` or `importance_scores` of a wrong type, parameters on different
             devices, another `PRUNING_TYPE`, or a bad amount.
-        ValueError: more than is left, or out of range. RuntimeError: no parameters.
+        ValueError: more than is left, or out of range, or no parameters.
         AssertionError: scores of another shape.
         NonFiniteScoreError: NaN in what is left, naming the parameter.
 
@@ -277,7 +277,7 @@ def _unique_pairs(parameters: Iterable[tuple[nn.Module, str]]) -> list[Target]:
     """What is to be pruned, each once, on one device."""
     pairs = {(id(module), name): (module, name) for module, name in parameters}
     if not pairs:
-        raise RuntimeError("parameters: there are none; give (module, name) pairs")
+        raise ValueError("parameters: there are none; give (module, name) pairs")
     targets = [Target(module, name) for module, name in pairs.values()]
     devices = {target.original.device for target in targets}
     if len(devices) > 1:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
-from paikern import ops
 from paikern.torch_prune.amounts import _compute_norm, _validate_pruning_amount_init
 from paikern.torch_prune.base import BitsMethod
 from paikern.torch_prune.buffers import PackedMask, pack
@@ -158,10 +157,10 @@ class CustomFromMask(BitsMethod):
     """Removes what a given mask removes, beside what is removed already.
 
     Args:
-        mask: ones and zeros, of the weight's shape or one that broadcasts to it.
+        mask: ones and zeros, of the weight's shape.
 
     Raises:
-        ValueError: values other than 0 and 1.
+        ValueError: values other than 0 and 1. AssertionError: a weight of another shape.
     """
 
     PRUNING_TYPE = "global"
@@ -177,9 +176,11 @@ class CustomFromMask(BitsMethod):
         return self._held.copy().dense()
 
     def select_kept(self, t: Tensor, kept: Tensor | None, name: str) -> Tensor:
-        bits = self._held.bits.to(t.device)
         if self._held.shape != tuple(t.shape):
-            bits = ops.pack_mask(ops.unpack_mask(bits, self._held.shape).expand(t.shape))
+            raise AssertionError(
+                f"mask: {name} has shape {list(t.shape)}, the mask {list(self._held.shape)}"
+            )
+        bits = self._held.bits.to(t.device)
         return bits if kept is None else bits & kept
 
     @classmethod
