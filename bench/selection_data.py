@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -102,15 +102,20 @@ def kept_count(size: int, keep: float) -> int:
     return max(1, round(size * keep))
 
 
-def row(cell: dict[str, Any], ours: tuple[float, int], name: str, other: tuple[float, int]) -> Row:
-    """A row of the results: ours against one contender. Times come with their number of runs."""
-    return {
-        **cell,
-        "sparsity": 1.0 - cell["keep"],
-        "reference": name,
-        "seconds": ours[0],
-        "reference_seconds": other[0],
-        "ratio": other[0] / ours[0],
-        "runs": ours[1],
-        "reference_runs": other[1],
-    }
+def rows_of(
+    cell: Mapping[str, Any], pairs: Mapping[str, tuple[tuple[float, int], tuple[float, int]]]
+) -> list[Row]:
+    """Rows of the results: paikern's (seconds, samples) and each contender's, in the same turn."""
+    return [
+        {
+            **cell,
+            "sparsity": 1.0 - cell["keep"],
+            "reference": name,
+            "seconds": ours[0],
+            "reference_seconds": other[0],
+            "ratio": other[0] / ours[0],
+            "samples": ours[1],
+            "reference_samples": other[1],
+        }
+        for name, (ours, other) in pairs.items()
+    ]

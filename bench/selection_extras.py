@@ -12,7 +12,7 @@ from torch import Tensor
 from bench import selection_contenders as who
 from bench.references.nth_element import read_bytes
 from bench.selection_contenders import Contender, contenders_for, measure
-from bench.selection_data import BEYOND_INT32, kept_count, make_scores, repeated_scores, row
+from bench.selection_data import BEYOND_INT32, kept_count, make_scores, repeated_scores, rows_of
 from bench.timing import Row
 from paikern import ops, zoo
 from paikern.prunable import prunable_parameters
@@ -35,8 +35,7 @@ def timed(
     """Time paikern against the rivals, and return a row for each of these."""
     contenders = {who.OURS: Contender(ours)}
     contenders |= {name: Contender(action) for name, action in rivals.items()}
-    times = measure(contenders)
-    return [row(work, times[who.OURS], name, times[name]) for name in rivals]
+    return rows_of(work, measure(contenders))
 
 
 def kth(scores: Tensor, k: int) -> object:
@@ -91,8 +90,7 @@ def dtypes(threads: int) -> list[Row]:
         if dtype != torch.bfloat16:  # NumPy has no such type
             names.append(who.PARTITION)
         work = cell("topk_mask", SIZE, threads, dtype=str(dtype).removeprefix("torch."))
-        times = measure(contenders_for(scores, k, names))
-        rows += [row(work, times[who.OURS], name, times[name]) for name in names]
+        rows += rows_of(work, measure(contenders_for(scores, k, names)))
     return rows
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,7 +46,8 @@ def _plain(axes: Axes) -> None:
 
 
 def _times(axes: Axes, rows: Sequence[Row], threads: int) -> None:
-    ours = sorted({(row["size"], row["seconds"]) for row in rows})
+    sizes = sorted({row["size"] for row in rows})
+    ours = [(n, statistics.median(r["seconds"] for r in rows if r["size"] == n)) for n in sizes]
     for name, color in COLORS.items():
         points = sorted((r["size"], r["reference_seconds"]) for r in rows if r["reference"] == name)
         if name == who.OURS:

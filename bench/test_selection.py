@@ -21,7 +21,7 @@ from bench import selection_report
 from bench.references.nth_element import nth_element_, read_bytes
 from bench.run_selection import grid, main, rivals
 from bench.selection_contenders import Contender, contenders_for, measure, thresholds
-from bench.selection_data import DISTRIBUTIONS, KEEPS, SIZES, kept_count, make_scores, row
+from bench.selection_data import DISTRIBUTIONS, KEEPS, SIZES, kept_count, make_scores, rows_of
 from bench.timing import write_results
 
 SMALL = (10_000, 100_000, 1_000_000)
@@ -60,8 +60,8 @@ def test_time_of_keeping_a_tenth(benchmark: Any, size: int, name: str) -> None:
 @pytest.mark.parametrize("size", FLOORS)
 def test_distance_to_the_others(size: int) -> None:
     scores = make_scores("normal", size)
-    times = measure(contenders_for(scores, kept_count(size, 0.1), FLOORS[size]))
-    ratios = {name: times[name][0] / times[who.OURS][0] for name in FLOORS[size]}
+    pairs = measure(contenders_for(scores, kept_count(size, 0.1), FLOORS[size]))
+    ratios = {name: other.seconds / ours.seconds for name, (ours, other) in pairs.items()}
     assert all(ratios[name] >= least for name, least in FLOORS[size].items()), ratios
 
 
@@ -71,8 +71,8 @@ def test_never_slower_than_np_partition(name: str) -> None:
     scores = make_scores(name, 10_000_000)
     for keep in KEEPS:
         k = kept_count(scores.numel(), keep)
-        times = measure(contenders_for(scores, k, [who.PARTITION]))
-        assert times[who.OURS][0] <= times[who.PARTITION][0], (keep, times)
+        ours, other = measure(contenders_for(scores, k, [who.PARTITION]))[who.PARTITION]
+        assert ours.seconds <= other.seconds, keep
 
 
 @pytest.mark.parametrize("keep", KEEPS)
@@ -115,9 +115,9 @@ def test_a_contender_does_not_count_its_preparation() -> None:
     clock: list[str] = []
     contender = Contender(lambda held: clock.append(held), lambda: "prepared")
     other = Contender(lambda: None)
-    times = measure({"a": contender, "b": other}, spent=0.01)
+    pairs = measure({who.OURS: contender, "other": other}, spent=0.01)
     assert set(clock) == {"prepared"}
-    assert times["a"][1] == times["b"][1] >= 5
+    assert {median.samples for median in pairs["other"]} == {5}
     assert contender.loops > 1
 
 
@@ -135,9 +135,12 @@ def example_rows() -> list[dict[str, Any]]:
         "dtype": "float32", "layout": "contiguous",
     }  # fmt: skip
     rivals = {who.KTHVALUE: 2.0, who.TOPK: 1.0, who.PARTITION: 0.5, who.SUM: 0.025, who.READ: 0.02}
-    large = [row(cell, (0.04, 9), name, (seconds, 3)) for name, seconds in rivals.items()]
+    large = {name: ((0.04, 3), (seconds, 3)) for name, seconds in rivals.items()}
     small = {**cell, "size": 10**4, "distribution": "equal"}
-    return [*large, row(small, (2e-5, 31), who.PARTITION, (1e-5, 31))]
+    return [
+        *rows_of(cell, large),
+        *rows_of(small, {who.PARTITION: ((2e-5, 9), (1e-5, 9))}),
+    ]
 
 
 def test_the_page_says_what_the_results_file_says(tmp_path: Path) -> None:
