@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,8 +17,7 @@ from paikern.torch_prune.amounts import (
 
 __all__ = ["all_ones", "count", "keep_channels", "keep_largest", "keep_random"]
 
-_IN_PLACE = (torch.float32, torch.float16, torch.bfloat16)
-_FLOATS = (*_IN_PLACE, torch.float64)
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 Kept = Sequence[Tensor | None]
 
@@ -52,8 +50,7 @@ def keep_largest(
 ) -> list[Tensor]:
     """Remove `amount` of what is left: the smallest magnitudes over all tensors together.
 
-    Ties keep the lower index. Scores are read in place; only integers, complex numbers, and float64
-    that is pruned again are copied.
+    Ties keep the lower index. Scores are read in place, but for integers and complex numbers.
 
     Args:
         scores: tensors of any shapes.
@@ -70,15 +67,8 @@ def keep_largest(
     total = sum(count(bits, s.numel()) for s, bits in zip(scores, kept, strict=True))
     k = total - removed_of(amount, total)
     tensors = [_rankable(s.detach()) for s in scores]
-    if all(bits is None for bits in kept):
-        return ops.topk_mask(tensors, k, absolute=True, names=names)
-    if all(t.dtype in _IN_PLACE for t in tensors):
-        return _largest_among(tensors, kept, k, names)
-    dense = [
-        t.abs() if bits is None else t.abs().masked_fill_(~ops.unpack_mask(bits, t.shape), -1)
-        for t, bits in zip(tensors, kept, strict=True)
-    ]
-    return ops.topk_mask(dense, k, names=names)
+    masks = kept if any(bits is not None for bits in kept) else None
+    return ops.topk_mask(tensors, k, absolute=True, masks=masks, names=names)
 
 
 def keep_random(like: Sequence[Tensor], kept: Kept, amount: Any) -> list[Tensor]:
@@ -144,29 +134,6 @@ def keep_channels(
     shape[dim] = -1
     mask = channels.reshape(shape).expand(t.shape)
     return ops.pack_mask(mask if before is None else mask & before)
-
-
-def _largest_among(
-    tensors: Sequence[Tensor], kept: Kept, k: int, names: Sequence[str]
-) -> list[Tensor]:
-    # |w| * 1 * 1 is |w|, and this operation takes candidates: no copy of the weights is needed.
-    matrices = [_as_matrix(t) for t in tensors]
-    ones = torch.ones(max(max(m.shape) for m in matrices), device=tensors[0].device)
-    return ops.topk_mask_factored(
-        matrices,
-        [ones[: m.shape[1]] for m in matrices],
-        [ones[: m.shape[0]] for m in matrices],
-        [0] * len(matrices),
-        k,
-        masks=kept,
-        names=names,
-    )
-
-
-def _as_matrix(t: Tensor) -> Tensor:
-    """`[rows, columns]` on the same memory if that can be, neither of them long."""
-    columns = math.gcd(t.numel(), 4096) if t.dim() < 2 else math.prod(t.shape[1:])
-    return t.reshape(-1 if columns else t.shape[0], columns)
 
 
 def _rankable(t: Tensor) -> Tensor:

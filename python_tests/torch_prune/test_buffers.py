@@ -413,6 +413,7 @@ def test_meta_and_back() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that this build of torch can use")
 def test_to_cuda() -> None:
     module = layer(64, 96)
     expected = module.weight.detach().clone()
