@@ -74,7 +74,7 @@ def rivals(size: int, distribution: str, keep: float, most_threads: bool) -> tup
         if usual:
             return FEW
         return (who.TOPK, who.KTHVALUE, *FEW) if normal and most_threads else ()
-    return (who.NTH_ELEMENT, *FEW) if usual and normal else ()
+    return (who.PARTITION_IN_PLACE, who.NTH_ELEMENT, *FEW) if usual and normal else ()
 
 
 def meets(size: int, distribution: str, name: str) -> bool:
