@@ -23,7 +23,7 @@ def topk_mask_product(
     rows: Sequence[tuple[_View, _View, int, int, int]], k: Sequence[int]
 ) -> int: ...
 def topk_mask_factored(
-    rows: Sequence[tuple[_View, int, int, int, int, int, int, int]],
+    rows: Sequence[tuple[_View | PathGeometry, int, int, int, int, int, int, int]],
     k: Sequence[int],
     power: int,
 ) -> int: ...

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from paikern import ops
+from paikern.ops.topk_mask_factored import Conv
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,16 @@ class Dense:
 
 @dataclass(frozen=True)
 class Factored:
-    """A rank-one score that never has to exist: `|weight|**power * a[i] * g[o] * 2**exponent`.
+    """A score that never has to exist: `|weight|**power * (g^T a) * 2**exponent`.
 
-    `weight` is `[out, in]` (views allowed), float32, float16 or bfloat16; `a` is `[in]` and `g` is
-    `[out]`, float32 and at least 0; `power` is 1 or 2. `mask` packs the weights that may still be
-    kept, or is None for all of them. Ties and NaN as in `Dense`.
+    With vectors `a [in]` and `g [out]` it is rank one, `|weight|**power * a[i] * g[o]`; with maps
+    `[batch, in]` and `[batch, out]` a sum of those; with `conv` = (stride, padding, dilation,
+    groups) and maps `[batch, in, *size]`, `[batch, out, *size']` the weight gradient of that
+    convolution. `weight` is `[out, in]` or `[out, in / groups, *kernel]` (views allowed), float32,
+    float16 or bfloat16; `a` and `g` are float32 and at least 0; `power` is 1 or 2. `mask` packs the
+    weights that may still be kept, or is None for all of them. Ties and NaN as in `Dense`.
 
-    Source: SynFlow, Tanaka et al. 2020 (arXiv:2006.05467), equation 2, for a linear layer.
+    Source: SynFlow, Tanaka et al. 2020 (arXiv:2006.05467), equation 2.
 
     Example:
         >>> import torch, paikern as pk
@@ -54,12 +58,15 @@ class Factored:
     g: Tensor
     exponent: int = 0
     mask: Tensor | None = None
+    conv: Conv | None = None
 
     def dense(self, pruned: float = 0.0) -> Dense:
-        """The score tensor, float32 `[out, in]`; `pruned` where the mask is 0."""
-        values = ops.path_score(
-            self.weight, self.a, self.g, power=self.power, mask=self.mask, pruned=pruned
-        )
+        """The score tensor, float32 of the weight's shape; `pruned` where the mask is 0."""
+        rest = {"power": self.power, "mask": self.mask, "pruned": pruned}
+        if self.conv is None:
+            values = ops.path_score(self.weight, self.a, self.g, **rest)
+        else:
+            values = ops.path_conv_score(self.weight, self.a, self.g, *self.conv, **rest)
         return Dense(values, self.exponent)
 
 

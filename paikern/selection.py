@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -43,16 +44,24 @@ def select_packed(
             k,
             power=factored[0].power,
             masks=[e.mask for e in factored],
+            convs=[e.conv for e in factored],
             names=names,
         )
         return dict(zip(names, packed, strict=True))
-    dense = [e.dense(-1.0) if isinstance(e, Factored) else e for e in entries]
+    masks = [e.mask if isinstance(e, Factored) else None for e in entries]
+    dense = [e.dense() if isinstance(e, Factored) else e for e in entries]
     absolute = any(e.absolute for e in dense)
+    if absolute and not all(e.absolute or isinstance(s, Factored) for e, s in zip(dense, entries)):
+        dense = [
+            replace(e, values=e.values.abs(), absolute=False) if e.absolute else e for e in dense
+        ]
+        absolute = False
     packed = ops.topk_mask(
         [e.values for e in dense],
         k,
         exponents=[e.exponent for e in dense] if any(e.exponent for e in dense) else None,
         absolute=absolute,
+        masks=masks,
         names=names,
     )
     return dict(zip(names, packed, strict=True))

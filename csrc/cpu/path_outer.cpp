@@ -67,4 +67,23 @@ void OuterMaps::pack_columns(int64_t group, int64_t j0, int64_t count, int64_t q
   }
 }
 
+float OuterMaps::nearly(int64_t row, int64_t column) const {
+  float sum = 0.0f;
+  if (linear_) {
+    for (int64_t n = 0; n < positions_; ++n) sum += x_planes_.get()[n * ld_ + column] * g_[n * geometry_.rows + row];
+    return sum;
+  }
+  const int64_t group = row / geometry_.group_rows();
+  const float *x = x_planes_.get() + lead_ + group * x_group_ + offsets_[static_cast<size_t>(column)];
+  const float *g = g_planes_.get() + row * span_ + lead_;
+  float lane[16] = {};
+  int64_t q = 0;
+  for (; q + 16 <= positions_; q += 16) {
+    for (int64_t j = 0; j < 16; ++j) lane[j] += x[q + j] * g[q + j];
+  }
+  for (; q < positions_; ++q) lane[0] += x[q] * g[q];
+  for (const float part : lane) sum += part;
+  return sum;
+}
+
 }  // namespace paikern

@@ -16,12 +16,14 @@ struct ScoreLayout {
 // Without dimensions of one element, and with neighbours joined where they run on: as few as the tensor needs.
 ScoreLayout coalesce(const std::vector<int64_t> &sizes, const std::vector<int64_t> &strides);
 
-// Scores that are computed where they are needed: fill(start, count, out) gives scores [start, start + count), the same
-// bits whenever it is asked for them. `start` is a multiple of 64.
+// Scores that are computed where they are needed, in pieces of up to 2**16.
 class ScoreTiles {
  public:
   virtual ~ScoreTiles() = default;
+  // Scores [start, start + count), the same bits whenever the same piece is asked for. Called from several threads.
   virtual void fill(int64_t start, int64_t count, float *out) const = 0;
+  // About the same, for a few.
+  virtual void sample(int64_t start, int64_t count, float *out) const = 0;
 };
 
 // Scores of one tensor, numbered row-major. Set fields beyond the first three for

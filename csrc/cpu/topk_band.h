@@ -86,10 +86,11 @@ struct TopkSample {
   static constexpr int64_t kMost = 1 << 19;
 
   // Sampling costs about S, and what lies in the band about 11 N / sqrt(S): the best S goes with N**(2/3).
-  explicit TopkSample(int64_t total) {
+  // `cheap`: scores are only read.
+  explicit TopkSample(int64_t total, bool cheap = true) {
     const double n = static_cast<double>(total);
     const auto best = static_cast<int64_t>((total < (1 << 19) ? 1.5 : 3.0) * std::cbrt(n * n));
-    const int64_t runs = std::max<int64_t>(1, std::min({best, kMost, total / 2}) / kRun);
+    const int64_t runs = std::max<int64_t>(1, std::min({cheap ? best : best / 8, kMost, total / 2}) / kRun);
     stride = std::max<int64_t>(1, total / runs);
   }
 
@@ -106,7 +107,7 @@ struct TopkSample {
 // Returns how many, or -1 if NaN was met.
 template <class Value, bool Scaled, class Key>
 int64_t sample_keys(const TopkChunks &chunks, TopkBuffer<Key> *keys) {
-  const TopkSample sample(chunks.total());
+  const TopkSample sample(chunks.total(), !chunks.computed());
   const TopkInner &inner = topk_inner();
   Key *const first = keys->reserve((chunks.total() / sample.stride + 1) * TopkSample::kRun), *out = first;
   bool nan = false;
@@ -136,8 +137,16 @@ int64_t sample_keys(const TopkChunks &chunks, TopkBuffer<Key> *keys) {
       const ScoreSource &s = *runs[r].chunk->source;
       const int64_t count = std::min(TopkSample::kRun, s.numel - runs[r].start);
       Value buffer[kTile];
-      const Value *values = in_place<Value>(s) ? static_cast<const Value *>(s.data) + runs[r].start
-                                               : load(inner, s, runs[r].start, count, buffer);
+      const Value *values = buffer;
+      if (in_place<Value>(s)) {
+        values = static_cast<const Value *>(s.data) + runs[r].start;
+      } else if (s.tiles != nullptr) {
+        float scores[TopkSample::kRun];
+        s.tiles->sample(runs[r].start, count, scores);
+        std::copy_n(scores, count, buffer);
+      } else {
+        values = load(inner, s, runs[r].start, count, buffer);
+      }
       const bool absolute = absolute_later(s);
       const Value *last = values + count;
       nan |= std::count_if(values, last, [](Value v) { return v != v; }) != 0;

@@ -11,6 +11,7 @@
 #include <xmmintrin.h>
 #endif
 
+#include "path_plan.h"
 #include "topk.h"
 #include "topk_source.h"
 
@@ -57,13 +58,16 @@ class TopkChunks {
         chunks_.push_back({&s, start, std::min(kChunk, s.numel - start), total_ + start, l, s.exponent - lowest});
       }
       total_ += s.numel;
+      computed_ |= s.tiles != nullptr;
     }
-    threads_ = threads && total_ >= kParallel ? static_cast<int>(std::min<int64_t>(omp_get_max_threads(), size())) : 1;
+    const bool large = total_ >= kParallel || (computed_ && total_ >= kParallel / 16);
+    threads_ = threads && large ? static_cast<int>(std::min<int64_t>(omp_get_max_threads(), size())) : 1;
   }
 
   int64_t total() const { return total_; }
   int64_t size() const { return static_cast<int64_t>(chunks_.size()); }
   int threads() const { return threads_; }
+  bool computed() const { return computed_; }  // some scores cost more than a read
   const Chunk &operator[](int64_t c) const { return chunks_[static_cast<size_t>(c)]; }
   auto begin() const { return chunks_.begin(); }
 
@@ -89,6 +93,7 @@ class TopkChunks {
   std::vector<Chunk> chunks_;
   int64_t total_ = 0;
   int threads_;
+  bool computed_ = false;
 };
 
 // The scores of a chunk, in place or tile by tile: visit(values, position in the chunk, count, absolute) -> go on?
@@ -98,8 +103,22 @@ bool for_tiles(const Chunk &chunk, Visit visit) {
   if (in_place<Value>(s)) {
     return visit(static_cast<const Value *>(s.data) + chunk.start, int64_t{0}, chunk.count, s.absolute);
   }
-  const TopkInner &inner = topk_inner();
   Value buffer[kTile];
+  if (s.tiles != nullptr) {
+    const FloatBuffer scores(chunk.count);
+    s.tiles->fill(chunk.start, chunk.count, scores.get());
+    if constexpr (std::is_same_v<Value, float>) {
+      return visit(scores.get(), int64_t{0}, chunk.count, false);
+    } else {
+      for (int64_t done = 0; done < chunk.count; done += kTile) {
+        const int64_t n = std::min(kTile, chunk.count - done);
+        std::copy_n(scores.get() + done, n, buffer);
+        if (!visit(buffer, done, n, false)) return false;
+      }
+      return true;
+    }
+  }
+  const TopkInner &inner = topk_inner();
   for (int64_t done = 0; done < chunk.count; done += kTile) {
     const int64_t n = std::min(kTile, chunk.count - done);
     if (!visit(load(inner, s, chunk.start + done, n, buffer), done, n, absolute_later(s))) return false;

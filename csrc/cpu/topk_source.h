@@ -86,14 +86,9 @@ Value *magnitudes(const Value *from, int64_t count, Value *buffer) {
   return buffer;
 }
 
-// `count` <= kTile scores from position `start`, a multiple of 16, but for absolute_later.
+// `count` <= kTile scores from position `start`, a multiple of 16, but for absolute_later. Not for tiles.
 inline const float *load(const TopkInner &inner, const ScoreSource &s, int64_t start, int64_t count, float *buffer) {
-  const float *from = buffer;
-  if (s.tiles != nullptr) {
-    s.tiles->fill(start, count, buffer);
-  } else {
-    from = as_float(inner, s.data, s.type, s.layout, start, count, buffer);
-  }
+  const float *from = as_float(inner, s.data, s.type, s.layout, start, count, buffer);
   if (s.other != nullptr) {
     float second[kTile];
     inner.product(from, as_float(inner, s.other, s.other_type, s.other_layout, start, count, second), count, buffer);
@@ -122,7 +117,7 @@ inline const float *load(const TopkInner &inner, const ScoreSource &s, int64_t s
 
 // In double, for lists that hold a float64 tensor. Only dense scores are float64; the others are float everywhere.
 inline const double *load(const TopkInner &inner, const ScoreSource &s, int64_t start, int64_t count, double *buffer) {
-  if (s.type != ScoreType::kFloat64 || s.tiles != nullptr || s.other != nullptr || s.a != nullptr) {
+  if (s.type != ScoreType::kFloat64 || s.other != nullptr || s.a != nullptr) {
     float narrow[kTile];
     const float *from = load(inner, s, start, count, narrow);
     std::copy_n(from, count, buffer);

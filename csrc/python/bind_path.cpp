@@ -6,12 +6,14 @@
 #include <cstdint>
 #include <tuple>
 
+#include "geometry.h"
 #include "path.h"
 
 namespace py = pybind11;
 
 namespace {
 
+using paikern::python::Geometry;
 using paikern::DpaiCounts;
 using paikern::DpaiRule;
 using paikern::DpaiState;
@@ -42,11 +44,6 @@ WeightView weight_view(const PathGeometry &g, uintptr_t data, int type, int powe
   return {pointer<const void>(data), pointer<const uint8_t>(mask), g.rows * g.depth(), static_cast<WeightType>(type),
           power};
 }
-
-// Held by Python: what stays the same over all steps of one layer is read once.
-struct Geometry {
-  PathGeometry value;
-};
 
 DpaiRule read_rule(const std::array<double, 8> &v) {
   return {static_cast<float>(v[0]), static_cast<float>(v[1]), static_cast<float>(v[2]), static_cast<float>(v[3]),

@@ -2,9 +2,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <memory>
 #include <optional>
 #include <tuple>
+#include <variant>
 
+#include "geometry.h"
+#include "path_score_tiles.h"
 #include "topk.h"
 
 namespace py = pybind11;
@@ -21,6 +25,9 @@ using View = std::tuple<uintptr_t, int, std::optional<std::pair<std::vector<int6
 using DenseRow = std::tuple<View, int64_t, int64_t, uintptr_t, uintptr_t>;
 // weight, rows, columns, exponent, a, g, candidates, bits
 using FactoredRow = std::tuple<View, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
+// geometry, weight, its type, exponent, maps x and g, candidates, bits
+using MappedRow = std::tuple<const paikern::python::Geometry *, uintptr_t, int, int64_t, uintptr_t, uintptr_t, uintptr_t,
+                             uintptr_t>;
 // weight, gradient, numel, candidates, bits
 using ProductRow = std::tuple<View, View, int64_t, uintptr_t, uintptr_t>;
 
@@ -56,9 +63,20 @@ class Sources {
     }
   }
 
+  void tiles(ScoreSource &source, const MappedRow &row, int power) {
+    const auto &[geometry, weight, type, exponent, x, g, candidates, bits] = row;
+    const paikern::WeightView view{pointer<const void>(weight), pointer<const uint8_t>(candidates), source.numel,
+                                   static_cast<paikern::WeightType>(type), power};
+    tiles_.push_back(std::make_unique<paikern::PathScoreTiles>(geometry->value, view, pointer<const float>(x),
+                                                               pointer<const float>(g)));
+    source.tiles = tiles_.back().get();
+    source.exponent = exponent;
+  }
+
   std::vector<ScoreSource> list;
 
  private:
+  std::vector<std::unique_ptr<paikern::ScoreTiles>> tiles_;
   std::vector<ScoreLayout> layouts_;
 };
 
@@ -102,9 +120,16 @@ void bind_topk(py::module_ &m) {
     }
     return select(sources, k, 0);
   });
-  m.def("topk_mask_factored", [](const std::vector<FactoredRow> &rows, const std::vector<int64_t> &k, int power) {
+  m.def("topk_mask_factored", [](const std::vector<std::variant<FactoredRow, MappedRow>> &rows,
+                                 const std::vector<int64_t> &k, int power) {
     Sources sources(rows.size());
-    for (const auto &[weight, height, width, exponent, a, g, candidates, bits] : rows) {
+    for (const auto &row : rows) {
+      if (const auto *mapped = std::get_if<MappedRow>(&row)) {
+        const paikern::PathGeometry &geometry = std::get<0>(*mapped)->value;
+        sources.tiles(sources.add(geometry.rows * geometry.depth(), 0, std::get<7>(*mapped)), *mapped, power);
+        continue;
+      }
+      const auto &[weight, height, width, exponent, a, g, candidates, bits] = std::get<FactoredRow>(row);
       ScoreSource &source = sources.add(height * width, candidates, bits);
       sources.view(weight, &source.data, &source.type, &source.layout);
       source.exponent = exponent;

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from paikern.backends.cpu_path import (
     path_conv_score,
     path_forward,
     path_score,
+    score_geometry,
 )
 from paikern.backends.errors import refuse_nan
 
@@ -145,25 +147,34 @@ def topk_mask_factored(
     exponents: Sequence[int],
     k: Sequence[int],
     power: int,
+    convs: Sequence[int],
 ) -> list[Tensor]:
     left = [t.float().contiguous() for t in a]
     right = [t.float().contiguous() for t in g]
     bits = [torch.empty((w.numel() + 7) >> 3, dtype=torch.uint8) for w in weights]
-    held = [m.contiguous() for m in masks]
-    candidates = [m.data_ptr() for m in held] or _zeros(len(weights))
-    rows = [
-        (
-            _view(w),
-            w.shape[0],
-            w.shape[1],
-            e,
-            x.data_ptr(),
-            y.data_ptr(),
-            c,
-            b.data_ptr(),
-        )
-        for w, x, y, c, e, b in zip(weights, left, right, candidates, exponents, bits, strict=True)
-    ]
+    packed = [m.contiguous() for m in masks]
+    candidates = [m.data_ptr() for m in packed] or _zeros(len(weights))
+    # Tiles read whole rows of the weight as it is stored.
+    held = [w if x.dim() == 1 else w.contiguous() for w, x in zip(weights, left, strict=True)]
+    shapes = iter(convs)
+    rows: list[Any] = []
+    for w, x, y, c, e, b in zip(held, left, right, candidates, exponents, bits, strict=True):
+        if x.dim() == 1:
+            rows.append((_view(w), *w.shape, e, x.data_ptr(), y.data_ptr(), c, b.data_ptr()))
+        else:
+            geometry = score_geometry(w, x, shapes)
+            rows.append(
+                (
+                    geometry,
+                    w.data_ptr(),
+                    _SCORE_TYPES[w.dtype],
+                    e,
+                    x.data_ptr(),
+                    y.data_ptr(),
+                    c,
+                    b.data_ptr(),
+                )
+            )
     refuse_nan("topk_mask_factored", _C.topk_mask_factored(rows, list(k), power))
     return bits
 

@@ -6,7 +6,8 @@ float64 is the reference backend's.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +46,16 @@ def _convolution(
     axes = ((x[2:], 1), (weight[2:], 1), (stride, 1), (padding, 0), (dilation, 1), (out, 1))
     spatial = (value for values, fill in axes for value in _three(values, fill))
     return _C.PathGeometry((x[0], groups, weight[0], x[1], *spatial)), out
+
+
+def score_geometry(weight: Tensor, x: Tensor, convs: Iterator[int]) -> _C.PathGeometry:
+    """The geometry of a score from maps; a convolution takes its integers from `convs`."""
+    if weight.dim() == 2:
+        return _linear(x.shape[0], *weight.shape)
+    axes = weight.dim() - 2
+    stride, padding, dilation = (tuple(itertools.islice(convs, axes)) for _ in range(3))
+    shapes = tuple(weight.shape), tuple(x.shape)
+    return _convolution(*shapes, stride, padding, dilation, next(convs))[0]
 
 
 def _view(weight: Tensor, power: int, mask: Tensor | None) -> tuple[Tensor, int, Tensor | None]:

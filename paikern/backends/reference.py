@@ -5,6 +5,7 @@ It is the last fallback on every device and the truth that the kernels are teste
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -159,8 +160,19 @@ def topk_mask_factored(
     exponents: Sequence[int],
     k: Sequence[int],
     power: int,
+    convs: Sequence[int],
 ) -> list[Tensor]:
-    scores = [factored_score(w, ai, gi, power) for w, ai, gi in zip(weights, a, g, strict=True)]
+    scores, shapes = [], iter(convs)
+    for w, x, y in zip(weights, a, g, strict=True):
+        if x.dim() == 1:
+            scores.append(factored_score(w, x, y, power))
+        elif w.dim() == 2:
+            scores.append(path_score(w, x.float(), y.float(), power, None, 0.0))
+        else:
+            axes = w.dim() - 2
+            stride, padding, dilation = (list(itertools.islice(shapes, axes)) for _ in range(3))
+            geometry = (stride, padding, dilation, next(shapes))
+            scores.append(path_conv_score(w, x.float(), y.float(), *geometry, power, None, 0.0))
     ranked = _candidates(scores, masks)
     refuse_nan("topk_mask_factored", _first_nan(ranked))
     return _keep([_order(s, e) for s, e in zip(ranked, exponents, strict=True)], k)

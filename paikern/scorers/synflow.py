@@ -91,14 +91,30 @@ class PathScorer(Scorer):
     def _score_of(self, run: Run, v: Visit, pruned: float) -> Score:
         """The score of one weight step; `pruned` is the value where the mask is 0."""
         step, power = v.step, self.powers[1]
-        if step.kind == "linear" and step.positions == 1 and step.rows is None and pruned < 0:
-            a, g = v.x.reshape(-1), v.g.reshape(-1)
-            if step.transposed:
-                a, g = g, a
+        vectors = step.kind == "linear" and step.positions == 1
+        if pruned < 0 and step.rows is None and (vectors or _maps_are_small(run)):
+            a, g = (v.g, v.x) if step.transposed else (v.x, v.g)
+            conv = None
+            if vectors:
+                a, g = a.reshape(-1), g.reshape(-1)
+            elif step.kind == "linear":
+                a, g = a.reshape(-1, a.shape[-1]), g.reshape(-1, g.shape[-1])
+            else:
+                conv = (step.stride, step.padding, step.dilation, step.groups)
             mask = run.masks.get(step.parameter)
-            return Factored(run.weight(step.parameter), power, a, g, v.exponent, mask)
+            return Factored(run.weight(step.parameter), power, a, g, v.exponent, mask, conv)
         values = weights.score(step, v.x, v.g, run.state, run.masks, power, pruned)
         return Dense(values, v.exponent)
+
+
+def _maps_are_small(run: Run) -> bool:
+    """Whether the maps of all layers take less than half the memory of their scores.
+
+    Scores that are left as factors keep both maps of their layer until the selection.
+    """
+    steps = [s for s in run.graph.steps if isinstance(s, Weight) and s.parameter in run.layers]
+    maps = sum(math.prod(s.in_shape) + math.prod(s.out_shape) for s in steps)
+    return 2 * maps <= sum(math.prod(run.shapes[name]) for name in run.layers)
 
 
 @register_scorer("synflow")

@@ -46,7 +46,8 @@ SAMPLES: dict[str, list[tuple]] = {
     ],
     "topk_mask_product": [([WEIGHT, X], [WEIGHT + 1, X.half()], [BITS, BITS[:0]], [7])],
     "topk_mask_factored": [
-        ([WEIGHT, WEIGHT], [X[0], X[1]], [G[0], G[1]], [BITS, BITS[:0]], [0, 9], [4], 2),
+        ([WEIGHT, WEIGHT], [X[0], X[1]], [G[0], G[1]], [BITS, BITS[:0]], [0, 9], [4], 2, []),
+        ([WEIGHT], [X], [G], [], [0], [4], 1, []),
     ],
     "unpack_mask": [(BITS, [2, 5]), (BITS, [])],
 }
