@@ -62,11 +62,11 @@ class Factored:
 
     def dense(self, pruned: float = 0.0) -> Dense:
         """The score tensor, float32 of the weight's shape; `pruned` where the mask is 0."""
-        rest = {"power": self.power, "mask": self.mask, "pruned": pruned}
+        w, a, g, power, mask = self.weight, self.a, self.g, self.power, self.mask
         if self.conv is None:
-            values = ops.path_score(self.weight, self.a, self.g, **rest)
+            values = ops.path_score(w, a, g, power=power, mask=mask, pruned=pruned)
         else:
-            values = ops.path_conv_score(self.weight, self.a, self.g, *self.conv, **rest)
+            values = ops.path_conv_score(w, a, g, *self.conv, power=power, mask=mask, pruned=pruned)
         return Dense(values, self.exponent)
 
 

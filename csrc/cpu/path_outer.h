@@ -122,8 +122,8 @@ void for_outer_tiles(const PathGeometry &geometry, const float *x, const float *
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < tasks; ++task) {
       const int64_t first = task % ranges * range, j0 = task / ranges % blocks * tiles.width;
-      tiles.run(task / ranges / blocks, first, std::min(rows, first + range), j0,
-                std::min(tiles.width, columns - j0), memory, sink);
+      tiles.run(task / ranges / blocks, first, std::min(rows, first + range), j0, std::min(tiles.width, columns - j0),
+                memory, sink);
     }
   }
 }

@@ -19,11 +19,13 @@ void PathScoreTiles::fill(int64_t start, int64_t count, float *out) const {
     for (int64_t r = 0; r < tile_rows; ++r) {
       const int64_t begin = (row + r) * columns + j0;
       const int64_t from = std::max(begin, start), to = std::min(begin + width, end);
-      if (from < to) tiles_.kernels.score(w_, from, to - from, q + r * ld + (from - begin), kExcluded, out + (from - start));
+      if (from < to)
+        tiles_.kernels.score(w_, from, to - from, q + r * ld + (from - begin), kExcluded, out + (from - start));
     }
   };
   for (int64_t group = first_row / rows; group * rows < last_row; ++group) {
-    const int64_t first = std::max<int64_t>(first_row - group * rows, 0), last = std::min(last_row - group * rows, rows);
+    const int64_t first = std::max<int64_t>(first_row - group * rows, 0),
+                  last = std::min(last_row - group * rows, rows);
     for (int64_t j0 = 0; j0 < columns; j0 += tiles_.width) {
       tiles_.run(group, first, last, j0, std::min(tiles_.width, columns - j0), memory, sink);
     }

@@ -13,13 +13,13 @@ namespace py = pybind11;
 
 namespace {
 
-using paikern::python::Geometry;
 using paikern::DpaiCounts;
 using paikern::DpaiRule;
 using paikern::DpaiState;
 using paikern::PathGeometry;
 using paikern::WeightType;
 using paikern::WeightView;
+using paikern::python::Geometry;
 
 template <class T>
 T *pointer(uintptr_t address) {

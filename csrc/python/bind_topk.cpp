@@ -26,8 +26,8 @@ using DenseRow = std::tuple<View, int64_t, int64_t, uintptr_t, uintptr_t>;
 // weight, rows, columns, exponent, a, g, candidates, bits
 using FactoredRow = std::tuple<View, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
 // geometry, weight, its type, exponent, maps x and g, candidates, bits
-using MappedRow = std::tuple<const paikern::python::Geometry *, uintptr_t, int, int64_t, uintptr_t, uintptr_t, uintptr_t,
-                             uintptr_t>;
+using MappedRow =
+    std::tuple<const paikern::python::Geometry *, uintptr_t, int, int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
 // weight, gradient, numel, candidates, bits
 using ProductRow = std::tuple<View, View, int64_t, uintptr_t, uintptr_t>;
 
@@ -120,26 +120,26 @@ void bind_topk(py::module_ &m) {
     }
     return select(sources, k, 0);
   });
-  m.def("topk_mask_factored", [](const std::vector<std::variant<FactoredRow, MappedRow>> &rows,
-                                 const std::vector<int64_t> &k, int power) {
-    Sources sources(rows.size());
-    for (const auto &row : rows) {
-      if (const auto *mapped = std::get_if<MappedRow>(&row)) {
-        const paikern::PathGeometry &geometry = std::get<0>(*mapped)->value;
-        sources.tiles(sources.add(geometry.rows * geometry.depth(), 0, std::get<7>(*mapped)), *mapped, power);
-        continue;
-      }
-      const auto &[weight, height, width, exponent, a, g, candidates, bits] = std::get<FactoredRow>(row);
-      ScoreSource &source = sources.add(height * width, candidates, bits);
-      sources.view(weight, &source.data, &source.type, &source.layout);
-      source.exponent = exponent;
-      source.a = pointer<const float>(a);
-      source.g = pointer<const float>(g);
-      source.columns = width;
-      source.power = power;
-    }
-    return select(sources, k, 0);
-  });
+  m.def("topk_mask_factored",
+        [](const std::vector<std::variant<FactoredRow, MappedRow>> &rows, const std::vector<int64_t> &k, int power) {
+          Sources sources(rows.size());
+          for (const auto &row : rows) {
+            if (const auto *mapped = std::get_if<MappedRow>(&row)) {
+              const paikern::PathGeometry &geometry = std::get<0>(*mapped)->value;
+              sources.tiles(sources.add(geometry.rows * geometry.depth(), 0, std::get<7>(*mapped)), *mapped, power);
+              continue;
+            }
+            const auto &[weight, height, width, exponent, a, g, candidates, bits] = std::get<FactoredRow>(row);
+            ScoreSource &source = sources.add(height * width, candidates, bits);
+            sources.view(weight, &source.data, &source.type, &source.layout);
+            source.exponent = exponent;
+            source.a = pointer<const float>(a);
+            source.g = pointer<const float>(g);
+            source.columns = width;
+            source.power = power;
+          }
+          return select(sources, k, 0);
+        });
   m.def("kth_largest", [](const std::vector<DenseRow> &rows, int64_t k) {
     const Sources sources = dense_sources(rows, false);
     int64_t nan = -1;
