@@ -41,6 +41,7 @@ inline std::vector<uint8_t> random_bits(Random &random, int64_t numel, int64_t o
 
 void bits(Random &random);
 void topk(Random &random, int rounds);
+void topk_sources(Random &random, int rounds);
 void paths(Random &random, int rounds);
 void maps(Random &random);
 

@@ -12,6 +12,7 @@ void run_all(uint32_t seed, int rounds) {
   check::Random random(seed);
   check::bits(random);
   check::topk(random, rounds);
+  check::topk_sources(random, rounds);
   check::paths(random, rounds);
   check::maps(random);
 }
