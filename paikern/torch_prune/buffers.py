@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from paikern import ops
-from paikern.torch_prune.masked import masked
+from paikern.torch_prune.masked import masked, watched
 
 __all__ = ["MaskTensor", "MaskedBuffers", "PackedMask", "install", "pack", "uninstall"]
 
@@ -123,11 +123,8 @@ class PackedMask:
         """The weight where the mask is set, +0 elsewhere; differentiable in the weight."""
         if self._foreign is not None:
             return self._foreign.to(weight.dtype) * weight
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            # Operations that tracers know, and no changes to this object.
-            alias = self._alias
-            mask = ops.unpack_mask(self._bits, self.shape) if alias is None else alias != 0
-            return torch.where(mask, weight, 0)
+        if self._alias is not None and watched():  # a tracer must not change this object
+            return torch.where(self._alias != 0, weight, 0)
         return masked(weight, self.bits)
 
     def assign(self, mask: Tensor) -> None:

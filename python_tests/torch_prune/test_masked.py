@@ -83,13 +83,24 @@ def test_vmap(in_dim: int) -> None:
     assert torch.equal(result, weights * mask)
 
 
+def test_batched_gradients() -> None:
+    mask, bits = some_bits((4, 3))
+    weight = torch.randn(4, 3, requires_grad=True)
+    grads = torch.randn(5, 4, 3)
+    (found,) = torch.autograd.grad(masked(weight, bits), weight, grads, is_grads_batched=True)
+    assert torch.equal(found, grads * mask)
+
+
 def test_autograd_keeps_the_bits_only() -> None:
     _, bits = some_bits((64, 64))
     saved: list[Tensor] = []
     weight = torch.randn(64, 64, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        masked(weight, bits)
-    assert {t.data_ptr() for t in saved} == {bits.data_ptr()}
+        result = masked(weight, bits)
+    assert not saved
+    assert result.grad_fn.bits is bits
+    held = [v for v in vars(result.grad_fn).values() if isinstance(v, Tensor)]
+    assert len(held) == 1
 
 
 @pytest.mark.parametrize("format_", [torch.contiguous_format, torch.channels_last], ids=str)
