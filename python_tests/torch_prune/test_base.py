@@ -310,3 +310,18 @@ def test_torchs_removal_by_ours() -> None:
     weight = module.weight.detach().clone()
     prune.remove(module, "weight")
     assert torch.equal(module.weight, weight)
+
+
+def test_a_module_whose_buffers_were_made_anew() -> None:
+    module = prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.5)
+    x = torch.randn(2, 4)
+    y = module(x)
+    module._buffers = dict(module._buffers)  # plain tensors, as torch's pruning has them
+    assert torch.equal(module(x), y)
+    module(x).sum().backward()
+    assert torch.equal(module.weight_orig.grad != 0, module.weight_mask != 0)
+    prune.l1_unstructured(module, "weight", 0.5)
+    assert int(module.weight_mask.sum()) == 4
+    assert "weight" not in module.__dict__
+    prune.remove(module, "weight")
+    assert int((module.weight != 0).sum()) == 4
