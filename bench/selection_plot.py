@@ -75,8 +75,8 @@ def _times(axes: Axes, rows: Sequence[Row], threads: int) -> None:
 
 
 def _ratios(axes: Axes, rows: Sequence[Row]) -> None:
-    """At the largest size that every distribution has with all of the contenders."""
-    compared = [row for row in rows if row["reference"] == who.KTHVALUE]
+    """At the largest size that most distributions have with all of the contenders."""
+    compared = [row for row in rows if row["reference"] == who.NTH_ELEMENT]
     counts: dict[int, int] = {}
     for row in compared:
         counts[row["size"]] = counts.get(row["size"], 0) + 1

@@ -50,6 +50,7 @@ FACTORED_CASES = {"small": 3_000, "border": 600, "large": 60}
 NAN_CASES = 1_500
 KTH_CASES = 1_500
 REFERENCE_CASES = 500
+MEMORY_CASES = 1_000
 
 
 def test_a_run_has_at_least_20_000_cases() -> None:
@@ -95,6 +96,45 @@ def test_topk_mask_equals_lexsort(group: str) -> None:
         assert as_bytes(problem.packed()) == problem.expected(), describe(problem)
 
     for_seeds(CASES[group], group, check)
+
+
+def test_topk_mask_with_candidates_and_any_memory_equals_lexsort() -> None:
+    """What is no candidate ranks with -infinity; a memory may be of something else altogether."""
+
+    def check(generator: np.random.Generator) -> None:
+        group = ("small", "border", "large")[generator.choice(3, p=[0.5, 0.45, 0.05])]
+        problem = random_problem(generator, group)
+        kept = [
+            generator.random(s.numel()) < 0.7 if generator.random() < 0.5 else None
+            for s in problem.scores
+        ]
+        ranked = [s.abs() if problem.absolute else s for s in problem.scores]
+        ranked = [
+            s if m is None else s.masked_fill(~torch.from_numpy(m).reshape(s.shape), -math.inf)
+            for s, m in zip(ranked, kept, strict=True)
+        ]
+        rankings = 1 if isinstance(problem.k, int) else len(problem.k)
+        memory = torch.from_numpy(
+            generator.choice(
+                [0.0, -1.0, 0.3, 2.0, 1e-300, 1e300, math.inf, math.nan], (rankings, 2)
+            )
+        )
+        wanted = [packed_bytes(m) for m in lexsort_kept(ranked, problem.k, problem.exponents)]
+        for _ in range(2):  # the second time with the memory of the first
+            found = ops.topk_mask(
+                problem.scores,
+                problem.k,
+                exponents=problem.exponents,
+                absolute=problem.absolute,
+                masks=[
+                    None if m is None else torch.from_numpy(np.packbits(m, bitorder="little"))
+                    for m in kept
+                ],
+                memory=memory,
+            )
+            assert as_bytes(found) == wanted, describe(problem)
+
+    for_seeds(MEMORY_CASES, "memory", check)
 
 
 def test_topk_mask_reference_equals_lexsort() -> None:
