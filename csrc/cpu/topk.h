@@ -47,6 +47,7 @@ struct ScoreSource {
   const ScoreLayout *other_layout = nullptr;
   const ScoreTiles *tiles = nullptr;
   const uint8_t *candidates = nullptr;
+  int64_t origin = 0;  // position of data[0] and other[0]: not 0 in a piece that the selection has copied
 };
 
 // One ranking: keep k of sources[first .. last).

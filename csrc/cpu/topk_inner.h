@@ -61,7 +61,7 @@ struct TopkInner {
   // out[i] = |x[i] * y[i]|; x may be out.
   void (*product)(const float *x, const float *y, int64_t count, float *out);
 
-  // values[i] = -inf where bit i is 0; whole bytes, so `count` may be rounded up to 8 within the buffer.
+  // values[i] = -inf where bit i is 0.
   void (*exclude)(const uint8_t *candidates, int64_t count, float *values);
 
   TopkLoops<float> single;

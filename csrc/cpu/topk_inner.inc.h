@@ -43,13 +43,26 @@ void product_scores(const float *x, const float *y, int64_t count, float *out) {
 }
 
 void exclude_others(const uint8_t *candidates, int64_t count, float *values) {
-  for (int64_t b = 0; b < (count + 7) >> 3; ++b) {
-    const uint32_t byte = candidates[b];
-    if (byte == 0xff) continue;
-    for (uint32_t j = 0; j < 8; ++j) {
-      float &value = values[8 * b + j];
-      value = (byte >> j) & 1u ? value : -__builtin_inff();
-    }
+  int64_t i = 0;
+#if defined(__AVX512BW__)
+  const __m512 excluded = _mm512_set1_ps(-__builtin_inff());
+  for (; i + 16 <= count; i += 16) {
+    uint16_t bits;
+    std::memcpy(&bits, candidates + (i >> 3), 2);
+    _mm512_storeu_ps(values + i, _mm512_mask_blend_ps(bits, excluded, _mm512_loadu_ps(values + i)));
+  }
+#elif defined(__AVX2__)
+  const __m256 excluded = _mm256_set1_ps(-__builtin_inff());
+  const __m256i lanes = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  for (; i + 8 <= count; i += 8) {
+    const __m256i bits = _mm256_and_si256(_mm256_set1_epi32(candidates[i >> 3]), lanes);
+    const __m256 kept = _mm256_castsi256_ps(_mm256_cmpeq_epi32(bits, lanes));
+    _mm256_storeu_ps(values + i, _mm256_blendv_ps(excluded, _mm256_loadu_ps(values + i), kept));
+  }
+#endif
+  for (; i < count; ++i) {
+    const bool kept = (candidates[i >> 3] >> (i & 7)) & 1;
+    values[i] = kept ? values[i] : -__builtin_inff();
   }
 }
 
@@ -187,9 +200,10 @@ int64_t settle_ties(const Value *values, int64_t count, bool absolute, Value val
     uint64_t tied = group.template compare<kEqual>(value);
     if (here < kGroup) tied &= (uint64_t{1} << here) - 1;
     if (tied == 0) continue;
-    uint64_t kept = tied;
-    int64_t over = __builtin_popcountll(tied) - left;
-    for (; over > 0; --over) kept &= ~(uint64_t{1} << (63 - __builtin_clzll(kept)));
+    uint64_t kept = left > 0 ? tied : 0;
+    for (int64_t over = __builtin_popcountll(kept) - left; left > 0 && over > 0; --over) {
+      kept &= ~(uint64_t{1} << (63 - __builtin_clzll(kept)));
+    }
     left -= __builtin_popcountll(kept);
     uint64_t word = 0;
     const auto bytes = static_cast<size_t>((here + 7) >> 3);

@@ -30,27 +30,52 @@ inline int64_t bytes_of(ScoreType type) {
   return type == ScoreType::kFloat64 ? 8 : type == ScoreType::kFloat32 ? 4 : 2;
 }
 
+// Whether the last dimension strides over lines of memory that the one before it runs along, as in a transposed matrix.
+inline bool runs_across(const ScoreLayout &layout) {
+  const size_t dims = layout.sizes.size();
+  return dims > 1 && std::abs(layout.strides[dims - 2]) < std::abs(layout.strides[dims - 1]);
+}
+
+constexpr int64_t kBand = 16;  // rows that are copied together where the layout runs across: a line of floats
+
 // Copies elements [start, start + count) of a tensor in row-major order.
 template <class Word>
 void gather(const Word *data, const ScoreLayout &layout, int64_t start, int64_t count, Word *out) {
   const size_t inner = layout.sizes.size() - 1;
-  const int64_t step = layout.strides[inner];
+  const int64_t step = layout.strides[inner], width = layout.sizes[inner];
+  const bool across = runs_across(layout);
   while (count > 0) {
-    int64_t left = start, offset = 0;
+    int64_t left = start, offset = 0, row = 0;
     for (size_t d = inner + 1; d-- > 0;) {
-      offset += left % layout.sizes[d] * layout.strides[d];
+      const int64_t index = left % layout.sizes[d];
+      offset += index * layout.strides[d];
       left /= layout.sizes[d];
+      if (d + 1 == inner) row = index;
     }
-    const int64_t run = std::min(count, layout.sizes[inner] - start % layout.sizes[inner]);
     const Word *from = data + offset;
-    if (step == 1) {
-      std::copy_n(from, run, out);
+    const int64_t column = start % width;
+    int64_t taken = std::min(count, width - column);
+    if (across && column == 0 && count >= 2 * width) {
+      const int64_t rows = std::min({kBand, count / width, layout.sizes[inner - 1] - row});
+      const int64_t down = layout.strides[inner - 1];
+      for (int64_t first = 0; first < width; first += kBand) {
+        // Through a block of lines: written one value at a time, the rows would push each other out of the cache.
+        const int64_t here = std::min(kBand, width - first);
+        Word block[kBand][kBand];
+        for (int64_t i = 0; i < here; ++i) {
+          for (int64_t r = 0; r < rows; ++r) block[r][i] = from[(first + i) * step + r * down];
+        }
+        for (int64_t r = 0; r < rows; ++r) std::copy_n(block[r], here, out + r * width + first);
+      }
+      taken = rows * width;
+    } else if (step == 1) {
+      std::copy_n(from, taken, out);
     } else {
-      for (int64_t i = 0; i < run; ++i) out[i] = from[i * step];
+      for (int64_t i = 0; i < taken; ++i) out[i] = from[i * step];
     }
-    start += run;
-    count -= run;
-    out += run;
+    start += taken;
+    count -= taken;
+    out += taken;
   }
 }
 
@@ -88,10 +113,11 @@ Value *magnitudes(const Value *from, int64_t count, Value *buffer) {
 
 // `count` <= kTile scores from position `start`, a multiple of 16, but for absolute_later. Not for tiles.
 inline const float *load(const TopkInner &inner, const ScoreSource &s, int64_t start, int64_t count, float *buffer) {
-  const float *from = as_float(inner, s.data, s.type, s.layout, start, count, buffer);
+  const float *from = as_float(inner, s.data, s.type, s.layout, start - s.origin, count, buffer);
   if (s.other != nullptr) {
     float second[kTile];
-    inner.product(from, as_float(inner, s.other, s.other_type, s.other_layout, start, count, second), count, buffer);
+    inner.product(from, as_float(inner, s.other, s.other_type, s.other_layout, start - s.origin, count, second), count,
+                  buffer);
     from = buffer;
   }
   if (s.a != nullptr) {
@@ -123,7 +149,7 @@ inline const double *load(const TopkInner &inner, const ScoreSource &s, int64_t 
     std::copy_n(from, count, buffer);
     return buffer;
   }
-  const double *from = stored(s.data, s.layout, start, count, buffer);
+  const double *from = stored(s.data, s.layout, start - s.origin, count, buffer);
   if (s.candidates == nullptr) return from;
   for (int64_t i = 0; i < count; ++i) {
     const bool candidate = (s.candidates[(start + i) >> 3] >> ((start + i) & 7)) & 1;
