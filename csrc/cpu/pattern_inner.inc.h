@@ -1,0 +1,264 @@
+// Bodies of PatternInner; included by pattern_portable.cpp, pattern_avx2.cpp and pattern_avx512.cpp, whose compiler
+// options make vectors of their instruction set out of the loops and of the vector type below.
+//
+// A tile of groups becomes `width` planes of keys, plane j holding the j-th key of every group. A key is kept if fewer
+// than `keep` others of its group rank before it, which is width * (width - 1) comparisons of whole vectors and needs
+// neither branches nor a sort. Each group ends as one word of `width` bits.
+#include <cmath>
+#include <cstring>
+
+#include "halves.h"
+#include "pattern_inner.h"
+#include "pattern_keys.h"
+
+namespace {
+
+using paikern::copy_bits;
+using paikern::kPatternPad;
+using paikern::kPatternTile;
+using paikern::NmTile;
+using paikern::PatternKeys;
+
+constexpr int64_t kVector = 64;                     // bytes; narrower machines take it apart
+constexpr int64_t kStep = 64;                       // planes are padded to this many keys
+constexpr int64_t kPlanes = kPatternTile + 16 * 2 * kStep;  // keys of all planes, each padded twice
+
+template <class Key>
+struct Planes {
+  alignas(kVector) Key keys[kPlanes];
+  alignas(kVector) Key words[kPatternTile + 2 * kStep];  // bit j: the j-th of the group is kept
+  int64_t pitch;                                         // from plane to plane
+};
+
+// Groups of neighbours (run = 1): one strided read for each plane, or shuffles where the width is known.
+template <class Key, int kWidth>
+bool split(const NmTile &t, Planes<Key> *p) {
+  using Raw = typename PatternKeys<Key>::Raw;
+  constexpr int64_t kPitch = kPatternTile / kWidth + kStep;
+  const PatternKeys<Key> order(t.absolute, t.ieee);
+  const Raw *raw = static_cast<const Raw *>(t.raw);
+  Key *keys = p->keys;
+  p->pitch = kPitch;
+  Key nan = 0;
+#pragma GCC ivdep
+  for (int64_t q = 0; q < t.slabs; ++q) {
+    for (int j = 0; j < kWidth; ++j) {
+      const Raw word = raw[q * kWidth + j];
+      nan = static_cast<Key>(nan | (order.nan(word) ? 1 : 0));
+      keys[j * kPitch + q] = order.key(word);
+    }
+  }
+  return nan != 0;
+}
+
+template <class Key>
+bool split_any(const NmTile &t, Planes<Key> *p) {
+  using Raw = typename PatternKeys<Key>::Raw;
+  const PatternKeys<Key> order(t.absolute, t.ieee);
+  const Raw *raw = static_cast<const Raw *>(t.raw);
+  p->pitch = (t.slabs * t.run + 2 * kStep - 1) / kStep * kStep;
+  Key nan = 0;
+  if (t.run == 1) {
+    for (int64_t j = 0; j < t.width; ++j) {
+      Key *plane = p->keys + j * p->pitch;
+      for (int64_t q = 0; q < t.slabs; ++q) {
+        const Raw word = raw[q * t.row * t.width + j * t.row];
+        nan = static_cast<Key>(nan | (order.nan(word) ? 1 : 0));
+        plane[q] = order.key(word);
+      }
+    }
+    return nan != 0;
+  }
+  for (int64_t q = 0; q < t.slabs; ++q) {
+    for (int64_t j = 0; j < t.width; ++j) {
+      const Raw *from = raw + (q * t.width + j) * t.row;
+      Key *to = p->keys + j * p->pitch + q * t.run;
+      for (int64_t s = 0; s < t.run; ++s) {
+        nan = static_cast<Key>(nan | (order.nan(from[s]) ? 1 : 0));
+        to[s] = order.key(from[s]);
+      }
+    }
+  }
+  return nan != 0;
+}
+
+template <class Key>
+struct VectorOf {
+  typedef Key type __attribute__((vector_size(kVector), may_alias));
+};
+
+// The kept of every group as bits of a word. kWidth is the width where it is known, else 0.
+template <class Key, int kWidth>
+void compare(const NmTile &t, Planes<Key> *p) {
+  using V = typename VectorOf<Key>::type;
+  constexpr int64_t kLanes = kVector / static_cast<int64_t>(sizeof(Key));
+  const int64_t width = kWidth != 0 ? kWidth : t.width, groups = t.slabs * t.run;
+  const V keep = V{} + static_cast<Key>(t.keep);
+  for (int64_t at = 0; at < groups; at += kLanes) {
+    const auto plane = [&](int64_t j) -> const V & {
+      return *reinterpret_cast<const V *>(p->keys + j * p->pitch + at);
+    };
+    V word = {};
+    for (int64_t i = 0; i < width; ++i) {
+      const V mine = plane(i);
+      V before = {};  // minus how many rank before it: of equal keys the first does
+      for (int64_t j = 0; j < i; ++j) before += static_cast<V>(plane(j) >= mine);
+      for (int64_t j = i + 1; j < width; ++j) before += static_cast<V>(plane(j) > mine);
+      word |= static_cast<V>(before + keep > 0) & static_cast<Key>(Key{1} << i);
+    }
+    *reinterpret_cast<V *>(p->words + at) = word;
+  }
+}
+
+// Words of neighbours, one after the other.
+template <class Key>
+void emit_words(const NmTile &t, const Planes<Key> &p) {
+  alignas(8) uint8_t bytes[kPatternTile + 2 * kStep], packed[kPatternTile / 8 + kPatternPad];
+  const Key *words = p.words;
+  const int64_t count = t.slabs * t.width;
+  switch (t.width) {
+    case 2:
+    case 4:
+      for (int64_t q = 0; q < (t.slabs + 7) / 8 * 8; ++q) bytes[q] = static_cast<uint8_t>(words[q]);
+      if (t.width == 4) {
+        for (int64_t i = 0; i < (count + 7) / 8; ++i) {
+          packed[i] = static_cast<uint8_t>(bytes[2 * i] | (bytes[2 * i + 1] << 4));
+        }
+      } else {
+        for (int64_t i = 0; i < (count + 7) / 8; ++i) {
+          packed[i] = static_cast<uint8_t>(bytes[4 * i] | (bytes[4 * i + 1] << 2) | (bytes[4 * i + 2] << 4) |
+                                           (bytes[4 * i + 3] << 6));
+        }
+      }
+      break;
+    case 8:
+      for (int64_t q = 0; q < t.slabs; ++q) packed[q] = static_cast<uint8_t>(words[q]);
+      break;
+    default: {
+      uint64_t held = 0;
+      int64_t filled = 0, byte = 0;
+      const uint64_t low = (uint64_t{1} << t.width) - 1;
+      for (int64_t q = 0; q < t.slabs; ++q) {
+        held |= (static_cast<uint64_t>(words[q]) & low) << filled;
+        filled += t.width;
+        if (filled >= 32) {
+          std::memcpy(packed + byte, &held, 4);
+          held >>= 32, filled -= 32, byte += 4;
+        }
+      }
+      std::memcpy(packed + byte, &held, 8);
+    }
+  }
+  copy_bits(t.bits, t.at, packed, 0, count);
+}
+
+// Bit j of the words in runs, a row of the tensor each.
+template <class Key>
+void emit_planes(const NmTile &t, const Planes<Key> &p) {
+  alignas(8) uint8_t bytes[kPatternTile + kStep], packed[kPatternTile / 8 + kPatternPad];
+  const int64_t groups = t.slabs * t.run, whole = (groups + 7) / 8;
+  for (int64_t j = 0; j < t.width; ++j) {
+    for (int64_t i = 0; i < 8 * whole; ++i) bytes[i] = static_cast<uint8_t>((p.words[i] >> j) & 1);
+    for (int64_t b = 0; b < whole; ++b) {
+      uint64_t eight;
+      std::memcpy(&eight, bytes + 8 * b, 8);
+      packed[b] = static_cast<uint8_t>((eight * 0x0102040810204080u) >> 56);  // the lowest bit of each byte
+    }
+    for (int64_t q = 0; q < t.slabs; ++q) {
+      copy_bits(t.bits, t.at + (q * t.width + j) * t.bit_row, packed, q * t.run, t.run);
+    }
+  }
+}
+
+template <class Key>
+bool nm_tile(const NmTile &t) {
+  Planes<Key> planes;
+  bool nan;
+  const bool neighbours = t.run == 1 && t.row == 1 && t.bit_row == 1;
+  switch (neighbours ? t.width : 0) {
+    case 2:
+      nan = split<Key, 2>(t, &planes);
+      break;
+    case 4:
+      nan = split<Key, 4>(t, &planes);
+      break;
+    case 8:
+      nan = split<Key, 8>(t, &planes);
+      break;
+    case 16:
+      nan = split<Key, 16>(t, &planes);
+      break;
+    default:
+      nan = split_any<Key>(t, &planes);
+  }
+  if (nan) return true;
+  switch (t.width) {
+    case 2:
+      compare<Key, 2>(t, &planes);
+      break;
+    case 4:
+      compare<Key, 4>(t, &planes);
+      break;
+    case 8:
+      compare<Key, 8>(t, &planes);
+      break;
+    default:
+      compare<Key, 0>(t, &planes);
+  }
+  if (neighbours) {
+    emit_words(t, planes);
+  } else {
+    emit_planes(t, planes);
+  }
+  return false;
+}
+
+void widen_halves(const uint16_t *data, int64_t count, bool ieee, float *out) {
+  if (ieee) {
+    for (int64_t i = 0; i < count; ++i) out[i] = paikern::float16_to_float(data[i]);
+  } else {
+    for (int64_t i = 0; i < count; ++i) out[i] = paikern::bfloat16_to_float(data[i]);
+  }
+}
+
+void factored_scores(const float *w, const float *a, float g, bool square, int64_t count, float *out) {
+  if (square) {
+    for (int64_t i = 0; i < count; ++i) out[i] = ((w[i] * w[i]) * a[i]) * g;
+  } else {
+    for (int64_t i = 0; i < count; ++i) out[i] = (__builtin_fabsf(w[i]) * a[i]) * g;
+  }
+}
+
+template <class Value>
+Value taken(Value value, bool absolute) {
+  return absolute ? static_cast<Value>(__builtin_fabs(value)) : value;
+}
+
+template <class Value>
+void add(const Value *values, int64_t count, bool absolute, double *sums) {
+  for (int64_t i = 0; i < count; ++i) sums[i] += static_cast<double>(taken(values[i], absolute));
+}
+
+template <class Value>
+void add_blocks(const Value *values, int64_t count, int64_t wide, bool absolute, double *sums) {
+  typedef double Eight __attribute__((vector_size(64)));
+  for (int64_t start = 0; start < count; start += wide, sums += 8) {
+    const Value *from = values + start;
+    Eight sum;
+    std::memcpy(&sum, sums, sizeof(sum));
+    int64_t i = 0;
+    for (; i + 8 <= wide; i += 8) {
+      Eight some;
+      for (int lane = 0; lane < 8; ++lane) some[lane] = static_cast<double>(taken(from[i + lane], absolute));
+      sum += some;
+    }
+    std::memcpy(sums, &sum, sizeof(sum));
+    for (int64_t lane = 0; i < wide; ++i, ++lane) sums[lane] += static_cast<double>(taken(from[i], absolute));
+  }
+}
+
+#define PAIKERN_PATTERN_INNER                                                                                     \
+  {nm_tile<int16_t>, nm_tile<int32_t>, nm_tile<int64_t>, widen_halves, factored_scores, add<float>, add<double>, \
+   add_blocks<float>, add_blocks<double>}
+
+}  // namespace

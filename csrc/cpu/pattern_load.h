@@ -1,0 +1,71 @@
+// Scores of a tensor of any strides and type as contiguous runs of its row-major order.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "pattern.h"
+#include "pattern_inner.h"
+
+namespace paikern {
+
+const PatternInner &pattern_inner();
+
+class ScoreReader {
+ public:
+  explicit ScoreReader(const PatternScores &scores);
+
+  // Type of what `read` returns: that of the storage, float32 if factored.
+  PatternType type() const { return factored_ ? PatternType::kFloat32 : s_->type; }
+
+  int64_t itemsize() const { return factored_ ? 4 : itemsize_; }
+
+  // Whether scores are read where they lie, one after the other.
+  bool direct() const { return axes_.empty() && !factored_; }
+
+  // Scores start .. start + count, in the storage itself where they lie there side by side, else in `buffer`, which has
+  // room for `count` values. `absolute` is left to the caller.
+  const void *read(int64_t start, int64_t count, void *buffer) const;
+
+  // The same as float, or as double if the type is float64.
+  const void *read_wide(int64_t start, int64_t count, void *buffer) const;
+
+ private:
+  struct Axis {
+    int64_t size, stride;
+  };
+
+  const void *stored(int64_t start, int64_t count, void *buffer) const;
+  void factor(int64_t start, int64_t count, float *values) const;
+
+  const PatternScores *s_;
+  bool factored_;
+  int64_t itemsize_;
+  std::vector<Axis> axes_;  // as few as give the same order, outermost first; none: contiguous
+  const PatternInner &inner_ = pattern_inner();
+};
+
+// Bits from `first` onwards, written to a buffer and put in their place at the end. Spans of neighbouring chunks may
+// share a byte, which each then joins in one atomic step; such bytes must be zero before.
+class BitSpan {
+ public:
+  BitSpan(uint8_t *bits, int64_t first, int64_t count);
+
+  uint8_t *buffer() { return held_; }
+  int64_t at(int64_t bit) const { return bit - (first_ & ~int64_t{7}); }
+  void store() const;
+
+  // Zeroes the bytes that the span may share.
+  static void clear_ends(uint8_t *bits, int64_t first, int64_t count);
+
+ private:
+  static constexpr int64_t kSmall = 8192 + 1;
+
+  uint8_t *bits_;
+  int64_t first_, count_;
+  uint8_t small_[kSmall + kPatternPad];
+  std::vector<uint8_t> large_;
+  uint8_t *held_;
+};
+
+}  // namespace paikern
