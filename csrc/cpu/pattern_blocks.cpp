@@ -119,8 +119,9 @@ bool block_means(const PatternScores &scores, int64_t columns, int64_t high, int
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < count; ++i) {
       const int64_t row = i / strips * high, block = i % strips * each;
-      const Strip strip{row,  std::min(high, rows - row), block * wide, std::min(each * wide, columns - block * wide),
-                        wide, means + i / strips * across + block};
+      const Strip strip{row,          std::min(high, rows - row),
+                        block * wide, std::min(each * wide, columns - block * wide),
+                        wide,         means + i / strips * across + block};
       nan = adder.means(strip) || nan;
     }
   }

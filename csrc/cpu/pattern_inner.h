@@ -15,8 +15,8 @@ struct NmTile {
   int64_t slabs, width, run, row;
   int64_t keep;  // of each group
   bool absolute;
-  bool ieee;  // 16-bit values are float16 rather than bfloat16
-  uint8_t *bits;  // zero where nothing was written yet, kPatternPad more bytes than it needs
+  bool ieee;            // 16-bit values are float16 rather than bfloat16
+  uint8_t *bits;        // zero where nothing was written yet, kPatternPad more bytes than it needs
   int64_t at, bit_row;  // the bit of (q, j, s) is at + (q * width + j) * bit_row + s
 };
 

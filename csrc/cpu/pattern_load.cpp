@@ -67,16 +67,25 @@ const void *ScoreReader::stored(int64_t start, int64_t count, void *buffer) cons
   const auto *data = static_cast<const uint8_t *>(s_->data);
   if (axes_.empty()) return data + start * itemsize_;
   auto *to = static_cast<uint8_t *>(buffer);
-  const Axis &last = axes_.back();
+  int64_t index[kMostAxes], offset = 0, rest = start;
+  for (size_t d = axes_.size(); d-- > 0;) {
+    index[d] = rest % axes_[d].size;
+    rest /= axes_[d].size;
+    offset += index[d] * axes_[d].stride;
+  }
+  const size_t last = axes_.size() - 1;
   while (count > 0) {
-    int64_t rest = start / last.size, offset = start % last.size * last.stride;
-    const int64_t run = std::min(count, last.size - start % last.size);
-    for (size_t d = axes_.size() - 1; d-- > 0;) {
-      offset += rest % axes_[d].size * axes_[d].stride;
-      rest /= axes_[d].size;
+    const int64_t run = std::min(count, axes_[last].size - index[last]);
+    gather(data + offset * itemsize_, axes_[last].stride, run, itemsize_, to);
+    to += run * itemsize_, count -= run;
+    offset -= index[last] * axes_[last].stride;
+    index[last] = 0;
+    for (size_t d = last; d-- > 0;) {  // the next run, counting like a clock
+      offset += axes_[d].stride;
+      if (++index[d] < axes_[d].size) break;
+      offset -= index[d] * axes_[d].stride;
+      index[d] = 0;
     }
-    gather(data + offset * itemsize_, last.stride, run, itemsize_, to);
-    to += run * itemsize_, start += run, count -= run;
   }
   return buffer;
 }

@@ -1,6 +1,7 @@
 // Scores of a tensor of any strides and type as contiguous runs of its row-major order.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -31,6 +32,8 @@ class ScoreReader {
   const void *read_wide(int64_t start, int64_t count, void *buffer) const;
 
  private:
+  static constexpr size_t kMostAxes = 64;  // PyTorch's own limit
+
   struct Axis {
     int64_t size, stride;
   };

@@ -1,6 +1,7 @@
 // N:M masks: of every m consecutive scores along an axis the bits of the n largest.
 //
-//   keep[o, i, s] = |{j in the group of i : score[o, j, s] before score[o, i, s]}| < n,  before: larger, or equal at j < i
+//   keep[o, i, s] = |{j in the group of i : score[o, j, s] before score[o, i, s]}| < n,  before: larger, or equal at j
+//   < i
 //
 // Bytes moved: one read of the scores and one bit written per score, which is the limit; nothing of their size is made.
 // A slab is m neighbours along the axis times everything inside it, so its bits are one run of the mask. Slabs are
@@ -80,8 +81,17 @@ class Worker {
     const int64_t most = std::max<int64_t>(1, kPatternTile / width / slabs);
     for (int64_t s = 0; s < s_.inner; s += most) {
       const int64_t run = std::min(most, s_.inner - s);
-      NmTile tile{nullptr,          slabs, width, run, s_.inner, groups_.keep(width), s_.scores.absolute,
-                  s_.scores.type == PatternType::kFloat16, span->buffer(), span->at(start + s), s_.inner};
+      NmTile tile{nullptr,
+                  slabs,
+                  width,
+                  run,
+                  s_.inner,
+                  groups_.keep(width),
+                  s_.scores.absolute,
+                  s_.scores.type == PatternType::kFloat16,
+                  span->buffer(),
+                  span->at(start + s),
+                  s_.inner};
       tile.raw = raw(start + s, &tile);
       if (width <= kPatternNarrow ? narrow(tile) : wide(tile)) return true;
     }
@@ -184,8 +194,7 @@ int64_t nm_mask(const std::vector<NmSource> &sources, int64_t n, int64_t m) {
     for (int64_t first = 0; first < slabs.count; first += each) {
       const int64_t last = std::min(slabs.count, first + each), start = slabs.position(first);
       chunks.push_back({static_cast<int64_t>(index), first, last});
-      BitSpan::clear_ends(source.bits, start,
-                          slabs.position(last - 1) + slabs.width(last - 1) * source.inner - start);
+      BitSpan::clear_ends(source.bits, start, slabs.position(last - 1) + slabs.width(last - 1) * source.inner - start);
     }
     total += source.scores.numel();
   }

@@ -26,8 +26,16 @@ T *pointer(uintptr_t address) {
 
 PatternScores scores_of(const ScoreRow &row) {
   const auto &[data, type, sizes, strides, absolute, a, g, candidates, power] = row;
-  return {pointer<const void>(data), static_cast<PatternType>(type), sizes, strides, absolute, pointer<const float>(a),
-          pointer<const float>(g),   sizes.empty() ? 1 : sizes.back(), power, pointer<const uint8_t>(candidates)};
+  return {pointer<const void>(data),
+          static_cast<PatternType>(type),
+          sizes,
+          strides,
+          absolute,
+          pointer<const float>(a),
+          pointer<const float>(g),
+          sizes.empty() ? 1 : sizes.back(),
+          power,
+          pointer<const uint8_t>(candidates)};
 }
 
 }  // namespace
