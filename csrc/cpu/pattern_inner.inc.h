@@ -170,7 +170,8 @@ void compare(const NmTile &t, Planes<Key> *p) {
           before[i] += beaten;
           before[j] -= beaten;
         }
-        word |= static_cast<V>(before[i] + keep > 0) & static_cast<Key>(Key{1} << i);
+        const Key bit = static_cast<Key>(Key{1} << i);
+        word |= static_cast<V>(before[i] + keep > 0) & bit;
       }
     } else {
       for (int64_t i = 0; i < t.width; ++i) {
@@ -179,7 +180,8 @@ void compare(const NmTile &t, Planes<Key> *p) {
         ahead.fetch(i, at);
         for (int64_t j = 0; j < i; ++j) before += static_cast<V>(plane(j) >= mine);
         for (int64_t j = i + 1; j < t.width; ++j) before += static_cast<V>(plane(j) > mine);
-        word |= static_cast<V>(before + keep > 0) & static_cast<Key>(Key{1} << i);
+        const Key bit = static_cast<Key>(Key{1} << i);
+        word |= static_cast<V>(before + keep > 0) & bit;
       }
     }
     *reinterpret_cast<V *>(p->words + at) = word;
