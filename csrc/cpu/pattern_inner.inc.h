@@ -337,19 +337,29 @@ void add(const Value *values, int64_t count, bool absolute, double *sums) {
   for (int64_t i = 0; i < count; ++i) sums[i] += static_cast<double>(taken(values[i], absolute));
 }
 
+typedef double Eight __attribute__((vector_size(64)));
+
+// sum += eight values, or their magnitudes.
+template <class Value>
+void add_eight(const Value *from, bool absolute, Eight *sum) {
+  typedef std::conditional_t<sizeof(Value) == 4, uint32_t, uint64_t> Word;
+  typedef Word Words __attribute__((vector_size(8 * sizeof(Value))));
+  typedef Value Values __attribute__((vector_size(8 * sizeof(Value))));
+  const Word all = static_cast<Word>(~Word{0}), clear = absolute ? all >> 1 : all;
+  Words words;
+  std::memcpy(&words, from, sizeof(words));
+  words &= clear;
+  *sum += __builtin_convertvector(reinterpret_cast<Values>(words), Eight);
+}
+
 template <class Value>
 void add_blocks(const Value *values, int64_t count, int64_t wide, bool absolute, double *sums) {
-  typedef double Eight __attribute__((vector_size(64)));
   for (int64_t start = 0; start < count; start += wide, sums += 8) {
     const Value *from = values + start;
     Eight sum;
     std::memcpy(&sum, sums, sizeof(sum));
     int64_t i = 0;
-    for (; i + 8 <= wide; i += 8) {
-      Eight some;
-      for (int lane = 0; lane < 8; ++lane) some[lane] = static_cast<double>(taken(from[i + lane], absolute));
-      sum += some;
-    }
+    for (; i + 8 <= wide; i += 8) add_eight(from + i, absolute, &sum);
     std::memcpy(sums, &sum, sizeof(sum));
     for (int64_t lane = 0; i < wide; ++i, ++lane) sums[lane] += static_cast<double>(taken(from[i], absolute));
   }
