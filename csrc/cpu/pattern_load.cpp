@@ -25,6 +25,15 @@ void gather(const uint8_t *from, int64_t stride, int64_t count, int64_t itemsize
   }
 }
 
+template <class Word>
+void turn(const void *data, int64_t stride, int64_t rows, int64_t columns, void *buffer) {
+  const Word *from = static_cast<const Word *>(data);
+  Word *to = static_cast<Word *>(buffer);
+  for (int64_t column = 0; column < columns; ++column) {
+    for (int64_t row = 0; row < rows; ++row) to[row * columns + column] = from[column * stride + row];
+  }
+}
+
 int64_t size_of(PatternType type) {
   switch (type) {
     case PatternType::kFloat32:
@@ -88,6 +97,18 @@ const void *ScoreReader::stored(int64_t start, int64_t count, void *buffer) cons
     }
   }
   return buffer;
+}
+
+void ScoreReader::read_across(int64_t row, int64_t rows, int64_t column, int64_t columns, void *buffer) const {
+  const int64_t stride = axes_[1].stride;
+  const void *from = static_cast<const uint8_t *>(s_->data) + (row + column * stride) * itemsize_;
+  if (itemsize_ == 2) {
+    turn<uint16_t>(from, stride, rows, columns, buffer);
+  } else if (itemsize_ == 4) {
+    turn<uint32_t>(from, stride, rows, columns, buffer);
+  } else {
+    turn<uint64_t>(from, stride, rows, columns, buffer);
+  }
 }
 
 void ScoreReader::factor(int64_t start, int64_t count, float *values) const {

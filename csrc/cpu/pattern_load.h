@@ -24,6 +24,15 @@ class ScoreReader {
   // Whether scores are read where they lie, one after the other.
   bool direct() const { return axes_.empty() && !factored_; }
 
+  // Whether the scores are a matrix of so many columns, which, not its rows, lie side by side, as in the view W.T.
+  bool crosswise(int64_t columns) const {
+    return !factored_ && axes_.size() == 2 && axes_[1].size == columns && axes_[0].stride == 1 &&
+           axes_[1].stride >= axes_[0].size;
+  }
+
+  // Of such a matrix the part [rows, columns] that begins at (row, column), in row-major order.
+  void read_across(int64_t row, int64_t rows, int64_t column, int64_t columns, void *buffer) const;
+
   // Scores start .. start + count, in the storage itself where they lie there side by side, else in `buffer`, which has
   // room for `count` values. `absolute` is left to the caller.
   const void *read(int64_t start, int64_t count, void *buffer) const;

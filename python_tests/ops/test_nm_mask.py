@@ -93,6 +93,30 @@ def test_nm_mask_of_large_weights(shape: tuple[int, ...], layout: str, kind: str
         assert torch.equal(found[0], best_of_groups(scores, n, m, 1, False)), (n, m)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nm_mask_of_transposed_views(dtype: torch.dtype) -> None:
+    """Their columns lie side by side, and rows are taken a line of memory at a time."""
+    generator = np.random.default_rng(2)
+    for rows, columns in ((1, 64), (33, 120), (300, 840), (70, 4096)):
+        flat = make_scores(generator, rows * columns, "ties", dtype, "contiguous")
+        scores = flat.reshape(columns, rows).T
+        for n, m in ((2, 4), (1, 3), (5, 8)):
+            found = unpacked(ops.nm_mask(scores, n, m, absolute=True), [scores])
+            wanted = ops.nm_mask(scores.contiguous(), n, m, absolute=True)
+            assert equal(found, unpacked(wanted, [scores]))
+        cube = flat.reshape(columns, rows, 1).permute(1, 2, 0)
+        assert equal(ops.nm_mask(cube, 2, 4, dims=2), ops.nm_mask(scores, 2, 4))
+        split = scores.unflatten(1, (2, columns // 2))
+        assert equal(
+            ops.nm_mask(split, 1, 4, dims=2), ops.nm_mask(split.contiguous(), 1, 4, dims=2)
+        )
+        # A transposed view holds NaN no better than others.
+        bad = scores.clone(memory_format=torch.preserve_format)
+        bad[rows - 1, columns - 1] = math.nan
+        with pytest.raises(NonFiniteScoreError):
+            ops.nm_mask(bad, 2, 4)
+
+
 def test_nm_mask_by_hand() -> None:
     scores = torch.tensor([[1.0, 4.0, 3.0, 2.0, 9.0], [5.0, 5.0, 5.0, 5.0, 0.0]])
     # One left over keeps ceil(1 * 2 / 4) = 1; ties keep the lower index.
