@@ -118,12 +118,13 @@ def _select_groups(scores: Scores, pattern: NM) -> dict[str, Tensor]:
         shape, layout = scores.shapes[name], scores.layouts[name]
         if not pattern.fits(shape, layout):
             packed[name] = _all_kept(math.prod(shape))
-        elif isinstance(entry, Factored):
+        elif isinstance(entry, Dense):
+            dense[entry.absolute][name] = _grouped(entry.values, pattern, shape, layout)
+        elif _rank_one(entry):
             factored[entry.power][name] = entry
-        else:
-            view, dim = pattern.grouped(shape, layout)
-            values = entry.values if view == shape else entry.values.unflatten(0, view[:2])
-            dense[entry.absolute][name] = values, dim
+        else:  # from maps: one layer at a time, gone before the next
+            values, dim = _grouped(entry.dense(-1.0).values, pattern, shape, layout)
+            (packed[name],) = ops.nm_mask(values, pattern.n, pattern.m, dims=dim, names=[name])
     for absolute, group in dense.items():
         bits = ops.nm_mask(
             [values for values, _ in group.values()],
@@ -148,6 +149,16 @@ def _select_groups(scores: Scores, pattern: NM) -> dict[str, Tensor]:
         )
         packed.update(zip(entries, bits, strict=True))
     return {name: packed[name] for name in scores}
+
+
+def _rank_one(entry: Factored) -> bool:
+    return entry.conv is None and entry.a.dim() == 1
+
+
+def _grouped(values: Tensor, pattern: NM, shape: Shape, layout: Layout) -> tuple[Tensor, int]:
+    """The scores in a shape whose groups run along one dimension, and that dimension."""
+    view, dim = pattern.grouped(shape, layout)
+    return (values if view == shape else values.unflatten(0, view[:2])), dim
 
 
 def _all_kept(numel: int) -> Tensor:
@@ -234,6 +245,8 @@ def _layer(scores: Scores, name: str, pattern: Blocks) -> _Layer:
     block = pattern.block(shape, scores.layouts[name])
     if isinstance(entry, Dense):
         means = ops.block_means(entry.values, block, absolute=entry.absolute, name=name)
+    elif not _rank_one(entry):  # from maps: one layer at a time
+        means = ops.block_means(entry.dense(-1.0).values, block, name=name)
     else:
         means = ops.block_means_factored(
             entry.weight, entry.a, entry.g, block, power=entry.power, mask=entry.mask, name=name

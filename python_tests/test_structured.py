@@ -159,6 +159,20 @@ def test_factored_scores_equal_dense_ones() -> None:
         assert masks == pk.select(Scores(full, shapes), **kwargs)
 
 
+@pytest.mark.parametrize("pattern", ["2:4", "1:5", "block:4x4", "row", "kernel"])
+def test_scores_from_maps_equal_dense_ones(pattern: str) -> None:
+    shapes = {"conv": (8, 12, 3, 3), "linear": (10, 16)}
+    conv = Factored(
+        torch.randn(8, 12, 3, 3), 1, torch.rand(2, 12, 6, 6), torch.rand(2, 8, 6, 6), 5,
+        pk.ops.topk_mask(torch.rand(864), 500)[0], ([1, 1], [1, 1], [1, 1], 1),
+    )  # fmt: skip
+    linear = Factored(torch.randn(10, 16), 2, torch.rand(3, 16), torch.rand(3, 10), 8)
+    kwargs = {"pattern": pattern, **({} if pattern[1] == ":" else {"sparsity": 0.4})}
+    found = pk.select(Scores({"conv": conv, "linear": linear}, shapes), **kwargs)
+    full = {"conv": conv.dense(-1.0), "linear": linear.dense()}
+    assert found == pk.select(Scores(full, shapes), **kwargs)
+
+
 def test_blocks_of_layers_with_exponents_compare_exactly() -> None:
     shapes = {"a": (2, 4), "b": (2, 4)}
     entries = {"a": Dense(torch.full((2, 4), 1.5), -900), "b": Dense(torch.ones(2, 4), 900)}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from paikern.backends.blocks import blocks_of, matrix_of
-from paikern.ops._library import define, fake
+from paikern.ops._library import define, fake, run
 from paikern.ops.nm_mask_factored import check_factors
 from paikern.ops.topk_mask import check_scores, named_nan
 
@@ -64,7 +64,8 @@ def block_means(
     (tensor,) = check_scores("block_means", scores)
     size = check_block("block_means", tensor.shape, block)
     with named_nan(None if name is None else [name]):
-        return torch.ops.paikern.block_means(tensor, size, absolute)
+        means: Tensor = run("block_means", [tensor], tensor, size, absolute)
+        return means
 
 
 def block_means_factored(
@@ -103,7 +104,10 @@ def block_means_factored(
     size = check_block("block_means_factored", held.shape, block)
     candidates = torch.empty(0, dtype=torch.uint8, device=held.device) if mask is None else mask
     with named_nan(None if name is None else [name]):
-        return torch.ops.paikern.block_means_factored(held, a, g, candidates, size, power)
+        means: Tensor = run(
+            "block_means_factored", [held, a, g], held, a, g, candidates, size, power
+        )
+        return means
 
 
 def check_block(operation: str, shape: Sequence[int], block: Sequence[int]) -> list[int]:

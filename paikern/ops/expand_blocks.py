@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from paikern.backends.blocks import blocks_of, matrix_of
-from paikern.ops._library import define, fake
+from paikern.ops._library import define, fake, run
 from paikern.ops.block_means import check_block
 from paikern.ops.unpack_mask import check_packed
 
@@ -43,4 +42,5 @@ def expand_blocks(packed: Tensor, shape: Sequence[int], block: Sequence[int]) ->
     size = check_block("expand_blocks", shape, block)
     down, across = blocks_of(shape, size)
     check_packed("expand_blocks", packed, down * across)
-    return torch.ops.paikern.expand_blocks(packed, list(shape), size)
+    bits: Tensor = run("expand_blocks", [packed], packed, list(shape), size)
+    return bits

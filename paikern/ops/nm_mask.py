@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from paikern.ops._library import define, fake
+from paikern.ops._library import define, fake, run
 from paikern.ops.topk_mask import check_names, check_scores, named_nan
 
 define("nm_mask(Tensor[] scores, int n, int m, int[] dims, bool absolute) -> Tensor[]")
@@ -66,7 +66,8 @@ def nm_mask(
     if not tensors:
         return []
     with named_nan(names):
-        return torch.ops.paikern.nm_mask(tensors, n, m, along, absolute)
+        made: list[Tensor] = run("nm_mask", tensors, tensors, n, m, along, absolute)
+        return made
 
 
 def check_groups(

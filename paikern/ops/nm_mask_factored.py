@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from paikern.ops._library import define, fake
+from paikern.ops._library import define, fake, run
 from paikern.ops.nm_mask import check_groups
 from paikern.ops.topk_mask import check_names, check_scores, named_nan
 from paikern.ops.unpack_mask import check_packed
@@ -85,10 +85,19 @@ def nm_mask_factored(
         return []
     none = torch.empty(0, dtype=torch.uint8, device=held[0].device)
     with named_nan(names):
-        return torch.ops.paikern.nm_mask_factored(
-            held, list(a), list(g), [none if kept is None else kept for kept in candidates],
-            n, m, along, power,
-        )  # fmt: skip
+        made: list[Tensor] = run(
+            "nm_mask_factored",
+            [*held, *a, *g],
+            held,
+            list(a),
+            list(g),
+            [none if kept is None else kept for kept in candidates],
+            n,
+            m,
+            along,
+            power,
+        )
+        return made
 
 
 def check_factors(
