@@ -5,7 +5,7 @@
 
 PyTorch's way to n:m is `topk` over a reshaped view and `scatter_`, to blocks a sum over a reshaped
 view, `topk` and `repeat_interleave`. The floor is `torch.sum` over as many bytes. Contenders take
-turns; `same` says whether the two masks are equal (random scores have no ties to break).
+turns; `same` is the share of equal bits: 16-bit scores tie, and PyTorch does not say which it keeps.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ class Worker {
   }
 
   // Whole rows of a matrix whose columns lie side by side: a line of memory holds one score of many rows, so a tile
-  // takes as many rows as a line has scores (W.T of 4096 x 8192 fp32: 350 ms row by row, 60 so).
+  // takes as many rows as a line has scores (W.T of 4096 x 8192 fp32: 350 ms row by row, 67 so).
   bool across(int64_t first, int64_t rows, BitSpan *span) {
     const int64_t high = kLine / reader_.itemsize(), wide = kPatternTile / high / groups_.m * groups_.m;
     uint8_t bits[kPatternTile / 8 + kPatternPad];
