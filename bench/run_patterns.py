@@ -5,7 +5,7 @@
 
 PyTorch's way to n:m is `topk` over a reshaped view and `scatter_`, to blocks a sum over a reshaped
 view, `topk` and `repeat_interleave`. The floor is `torch.sum` over as many bytes. Contenders take
-turns; `same` is the share of equal bits: 16-bit scores tie, and PyTorch does not say which it keeps.
+turns; `same` is the share of equal bits: 16-bit scores tie, and PyTorch breaks ties as it likes.
 """
 
 from __future__ import annotations
