@@ -5,6 +5,8 @@ from collections.abc import Sequence
 # data, type, and (sizes, strides) where the tensor is not contiguous
 _View = tuple[int, int, tuple[Sequence[int], Sequence[int]] | None]
 _Counts = tuple[int, int, bool]  # effective weights, effective kernels, all scores finite
+# data, type, sizes, strides, absolute, a, g, candidates, power
+_Scores = tuple[int, int, Sequence[int], Sequence[int], bool, int, int, int, int]
 
 class PathGeometry:
     def __init__(self, values: tuple[int, ...]) -> None: ...
@@ -72,3 +74,8 @@ def dpai_update(
     q: int,
     rule: Sequence[float],
 ) -> _Counts: ...
+def nm_mask(rows: Sequence[tuple[_Scores, int, int, int]], n: int, m: int) -> int: ...
+def block_means(row: _Scores, columns: int, high: int, wide: int, means: int) -> bool: ...
+def expand_blocks(
+    blocks: int, rows: int, columns: int, high: int, wide: int, bits: int
+) -> None: ...

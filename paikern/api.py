@@ -11,17 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paikern import budget, ops
+from paikern import budget
 from paikern.analysis import Topology, topology
 from paikern.backends import registry
 from paikern.errors import NonFiniteScoreError, PaikernWarning, SparsityError
 from paikern.masks import MaskSet
 from paikern.pathgraph import trace
-from paikern.progress import Progress, ProgressFunction
+from paikern.pattern import parse_pattern
+from paikern.progress import ProgressFunction
 from paikern.prunable import prunable_parameters, unwrap
+from paikern.rounds import Plan, layer_counts, ranked, run_rounds
 from paikern.scorers import Run, Scorer, Scores, TrainedScorer, make_scorer, scorer_names
 from paikern.scorers.base import VARIANTS, scorer_class
 from paikern.selection import ON_COLLAPSE, RULES, apply_collapse_rule, listed, select_packed
+from paikern.structured import check_pattern, left_dense, target_sparsity
 
 Filter = Sequence[Any] | None
 
@@ -35,6 +38,7 @@ def prune(
     amount: float | int | None = None,
     compression: float | None = None,
     example_inputs: Any = None,
+    pattern: str = "unstructured",
     scope: str | None = None,
     rounds: int | None = None,
     schedule: str = "exponential",
@@ -97,26 +101,35 @@ def prune(
     started = time.perf_counter()
     scorer = _scorer(method, method_options)
     _check_choices(scorer, variant, selection, on_collapse, rounds)
+    shape = parse_pattern(pattern)
     run = _run(model, scorer, example_inputs, ignore, include, seed, variant)
-    fraction = budget.resolve_sparsity(
+    fraction = target_sparsity(
+        shape,
         sparsity=sparsity,
         density=density,
         amount=amount,
         compression=compression,
         total=sum(torch.Size(shape).numel() for shape in run.shapes.values()),
     )
+    plan = Plan(
+        fraction,
+        scope or scorer.default_scope,
+        scorer.default_rounds if rounds is None else rounds,
+        schedule,
+        selection,
+        on_collapse,
+        shape,
+    )
     with registry.using(backend):
-        masks, history = _masks(
-            run, scorer, fraction, scope, rounds, schedule, selection, on_collapse, progress
-        )
+        masks, history = run_rounds(run, scorer, plan, progress)
     found = MaskSet(
         masks,
         run.shapes,
         metadata={
             "method": scorer.name,
             "arguments": {
-                "scope": scope or scorer.default_scope,
-                "rounds": _rounds(scorer, rounds),
+                "scope": plan.scope,
+                "rounds": plan.rounds,
                 "schedule": schedule,
                 "variant": variant,
                 "selection": selection,
@@ -125,12 +138,14 @@ def prune(
             },
             "seed": seed,
             "sparsity": fraction,
+            "pattern": pattern,
             "seconds": round(time.perf_counter() - started, 4),
             "model": type(run.model).__name__,
             "history": history,
             "notes": run.notes,
         },
     )
+    found.metadata["achieved_sparsity"] = found.sparsity
     _tell(run, found, on_collapse)
     if apply:
         found.apply(model)
@@ -173,10 +188,11 @@ def score(
                 raise SparsityError(
                     f"sparsity: {scorer.name} trains its scores under a budget; pass sparsity="
                 )
-            counts = _counts(run, scorer, budget.resolve_sparsity(sparsity=sparsity), None, None)
+            fraction = budget.resolve_sparsity(sparsity=sparsity)
+            counts = layer_counts(run, fraction, scorer.default_scope)
             assert isinstance(counts, list)
-            return scorer.train(run, counts)
-        return scorer.score(run)
+            return scorer.train(run, counts).with_layouts(run.layouts)
+        return scorer.score(run).with_layouts(run.layouts)
 
 
 def select(
@@ -186,6 +202,7 @@ def select(
     density: float | None = None,
     amount: float | int | None = None,
     compression: float | None = None,
+    pattern: str = "unstructured",
     scope: str = "global",
     on_collapse: str = "warn",
     rule: str = "exact",
@@ -194,7 +211,7 @@ def select(
 
     Args:
         scores: from `pk.score`, or made of `Dense` and `Factored` entries.
-        sparsity, density, amount, compression, scope, on_collapse: as in `prune`.
+        sparsity, density, amount, compression, pattern, scope, on_collapse: as in `prune`.
         rule: "exact", or "published" for the threshold rule of the published codes.
 
     Raises:
@@ -206,19 +223,27 @@ def select(
         >>> net = pk.zoo.create("mlp", sizes=(3, 2))
         >>> pk.select(pk.score(net, "magnitude"), sparsity=0.5).kept
         3
+        >>> pk.select(pk.score(net, "magnitude"), pattern="1:3").kept
+        2
     """
-    fraction = budget.resolve_sparsity(
+    shape = parse_pattern(pattern)
+    fraction = target_sparsity(
+        shape,
         sparsity=sparsity,
         density=density,
         amount=amount,
         compression=compression,
         total=scores.total,
     )
-    counts = budget.layer_budget(scores.shapes, fraction, scope, scores=_ranked(scores, scope))
-    packed = select_packed(scores, counts, rule)
-    packed = apply_collapse_rule(scores, packed, counts, on_collapse)
-    found = MaskSet(packed, scores.shapes, metadata={"sparsity": fraction})
-    _warn_empty(found, on_collapse)
+    check_pattern(shape, scores.shapes, scope, rule)
+    counts = budget.layer_budget(scores.shapes, fraction, scope, scores=ranked(scores, scope))
+    packed = select_packed(scores, counts, rule, shape)
+    packed = apply_collapse_rule(scores, packed, counts, on_collapse, shape)
+    found = MaskSet(packed, scores.shapes, metadata={"sparsity": fraction, "pattern": pattern})
+    found.metadata["achieved_sparsity"] = found.sparsity
+    if (note := left_dense(shape, scores.shapes, scores.layouts)) is not None:
+        warnings.warn(note, PaikernWarning, stacklevel=2)
+    _warn_empty(found, on_collapse, stacklevel=3)
     return found
 
 
@@ -372,110 +397,6 @@ def _refuse_non_finite(run: Run) -> None:
             )
 
 
-def _rounds(scorer: Scorer, rounds: int | None) -> int:
-    return scorer.default_rounds if rounds is None else rounds
-
-
-def _counts(
-    run: Run, scorer: Scorer, fraction: float, scope: str | None, scores: Scores | None
-) -> int | list[int]:
-    chosen = scope or scorer.default_scope
-    return budget.layer_budget(
-        run.shapes, fraction, chosen, variant=run.variant, scores=_ranked(scores, chosen)
-    )
-
-
-def _ranked(scores: Scores | None, scope: str) -> dict[str, Tensor] | None:
-    """Dense scores for the one scope that ranks them to make budgets."""
-    if scope != "lamp" or scores is None:
-        return None
-    top = scores.exponent  # LAMP compares within a layer, so any common factor will do
-    ranked = {name: scores.dense(name, torch.float64, relative_to=top) for name in scores}
-    # LAMP squares: a negative score, the mark of a weight that may not return, would rank high.
-    return {name: values.clamp(min=0) for name, values in ranked.items()}
-
-
-def _masks(
-    run: Run,
-    scorer: Scorer,
-    fraction: float,
-    scope: str | None,
-    rounds: int | None,
-    schedule: str,
-    rule: str,
-    on_collapse: str,
-    progress: bool | ProgressFunction | None,
-) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
-    if fraction == 0.0:  # nothing to rank
-        ones = {n: torch.ones(p.shape, dtype=torch.bool) for n, p in run.layers.items()}
-        return {n: ops.pack_mask(mask) for n, mask in ones.items()}, []
-    if isinstance(scorer, TrainedScorer):
-        return _trained(run, scorer, fraction, scope, rule, on_collapse, progress)
-    return _rounds_of(
-        run, scorer, fraction, scope, _rounds(scorer, rounds), schedule, rule, on_collapse, progress
-    )
-
-
-def _trained(
-    run: Run,
-    scorer: TrainedScorer,
-    fraction: float,
-    scope: str | None,
-    rule: str,
-    on_collapse: str,
-    progress: bool | ProgressFunction | None,
-) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
-    counts = _counts(run, scorer, fraction, scope, None)
-    if isinstance(counts, int):
-        raise ValueError(
-            f"scope: {scorer.name} keeps a number of weights in every layer; "
-            "use scope='erk' or scope='local'"
-        )
-    steps = scorer.planned_steps(run.variant)
-    history: list[dict[str, float]] = []
-    every = max(1, steps // 200)
-    with Progress(scorer.name, steps, "step", progress) as bar:
-
-        def report(step: int, values: dict[str, float]) -> None:
-            bar.update(**values)
-            if step == 1 or step == steps or step % every == 0:
-                history.append({"step": step, **values})
-
-        scores = scorer.train(run, counts, report)
-    packed = select_packed(scores, counts, rule)
-    return apply_collapse_rule(scores, packed, counts, on_collapse), history
-
-
-def _rounds_of(
-    run: Run,
-    scorer: Scorer,
-    fraction: float,
-    scope: str | None,
-    rounds: int,
-    schedule: str,
-    rule: str,
-    on_collapse: str,
-    progress: bool | ProgressFunction | None,
-) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
-    """Score, keep fewer, repeat; the last round keeps exactly the number asked for."""
-    history: list[dict[str, float]] = []
-    total = sum(torch.Size(shape).numel() for shape in run.shapes.values())
-    with Progress(scorer.name, rounds, "round", progress) as bar:
-        for done, density in enumerate(
-            budget.schedule_densities(1 - fraction, rounds, schedule), 1
-        ):
-            scores = scorer.score(run)
-            removed = fraction if done == rounds else 1.0 - density
-            counts = _counts(run, scorer, removed, scope, scores)
-            packed = select_packed(scores, counts, rule)
-            run.masks = apply_collapse_rule(scores, packed, counts, on_collapse)
-            kept = counts if isinstance(counts, int) else sum(counts)
-            values = {"density": kept / total, **scorer.statistics(run)}
-            bar.update(**values)
-            history.append({"round": done, **values})
-    return run.masks, history
-
-
 def _options(scorer: Scorer) -> dict[str, Any]:
     """Method options as they go into a mask file: numbers and words, tensors by their names."""
     found = {}
@@ -493,12 +414,12 @@ def _tell(run: Run, masks: MaskSet, on_collapse: str) -> None:
     _warn_empty(masks, on_collapse)
 
 
-def _warn_empty(masks: MaskSet, on_collapse: str) -> None:
+def _warn_empty(masks: MaskSet, on_collapse: str, stacklevel: int = 4) -> None:
     empty = [n for n, kept in masks.kept_by_layer.items() if kept == 0 and masks.packed(n).numel()]
     if empty and on_collapse == "warn":
         warnings.warn(
             f"layer collapse: {listed(empty)} {'keeps' if len(empty) == 1 else 'keep'} no weight; "
             "use more rounds, a lower sparsity, scope='erk', or on_collapse='floor'",
             PaikernWarning,
-            stacklevel=4,
+            stacklevel=stacklevel,
         )

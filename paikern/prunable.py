@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from paikern._names import Slot, slots, storage_key, unwrap, walk
 from paikern.errors import PaikernWarning
+from paikern.pattern import Layout
 
 __all__ = ["Filter", "Prunable", "prunable_parameters", "unwrap"]
 
@@ -39,6 +40,7 @@ class Prunable:
     (they differ under DDP, ``torch.compile``, parametrizations and ``torch.nn.utils.prune``).
     ``kind`` is "linear", "conv2d", "conv_transpose1d", ..., "hf_conv1d" (transformers' ``Conv1D``,
     whose weight is ``[in, out]``), "attention", or "other" for one that only ``include`` names.
+    ``groups`` is that of a convolution.
     """
 
     name: str
@@ -46,6 +48,13 @@ class Prunable:
     kind: str
     module_name: str
     source: str
+    groups: int = 1
+
+    @property
+    def layout(self) -> Layout:
+        """Which dimensions of the weight are inputs and which are outputs."""
+        transposed = self.kind == "hf_conv1d" or self.kind.startswith("conv_transpose")
+        return Layout(transposed, self.groups)
 
 
 def prunable_parameters(
@@ -125,7 +134,9 @@ def prunable_parameters(
             continue
         # A tied weight goes by its first name, as in model.named_parameters().
         name, source = first[key].name, first[key].source
-        found[name] = Prunable(name, tuple(slot.tensor.shape), kind, slot.module_name, source)
+        groups = getattr(slot.owner, "groups", 1) if kind.startswith("conv") else 1
+        shape = tuple(slot.tensor.shape)
+        found[name] = Prunable(name, shape, kind, slot.module_name, source, groups)
     if not found:
         raise ValueError(_nothing(model, candidates, ignore, include, notes))
     for note in notes:

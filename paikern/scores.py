@@ -10,6 +10,7 @@ from torch import Tensor
 
 from paikern import ops
 from paikern.ops.topk_mask_factored import Conv
+from paikern.pattern import Layout
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ class Scores(Mapping[str, Score]):
     Args:
         entries: the scores.
         shapes: parameter name -> shape of the parameter that the score belongs to.
+        layouts: parameter name -> which of its dimensions are inputs, for structured patterns;
+            where there is none, `[out, in, *kernel]`.
 
     Scores of different layers are comparable once their exponents are applied; selection does
     that exactly. `dense(name)` gives one layer in the shape of its parameter.
@@ -90,9 +93,15 @@ class Scores(Mapping[str, Score]):
         tensor([[ 8., 16.]])
     """
 
-    def __init__(self, entries: Mapping[str, Score], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(
+        self,
+        entries: Mapping[str, Score],
+        shapes: Mapping[str, tuple[int, ...]],
+        layouts: Mapping[str, Layout] | None = None,
+    ) -> None:
         self._entries = dict(entries)
         self.shapes = {name: tuple(shapes[name]) for name in self._entries}
+        self.layouts = {name: (layouts or {}).get(name, Layout()) for name in self._entries}
 
     def __getitem__(self, name: str) -> Score:
         return self._entries[name]
@@ -106,6 +115,14 @@ class Scores(Mapping[str, Score]):
     def __repr__(self) -> str:
         kinds = ", ".join(f"{n}: {type(s).__name__}" for n, s in self._entries.items())
         return f"Scores({kinds})"
+
+    def with_layouts(self, layouts: Mapping[str, Layout]) -> Scores:
+        """The same scores with these layouts."""
+        return Scores(self._entries, self.shapes, layouts)
+
+    def only(self, name: str) -> Scores:
+        """The scores of one parameter."""
+        return Scores({name: self._entries[name]}, self.shapes, self.layouts)
 
     @property
     def total(self) -> int:

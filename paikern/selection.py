@@ -11,24 +11,32 @@ from torch import Tensor
 
 from paikern import ops
 from paikern.errors import PaikernWarning, SparsityError
+from paikern.pattern import Pattern
 from paikern.scores import Factored, Scores
+from paikern.structured import select_structured
 
 RULES = ("exact", "published")
 ON_COLLAPSE = ("warn", "raise", "floor")
 
 
 def select_packed(
-    scores: Scores, counts: int | Sequence[int], rule: str = "exact"
+    scores: Scores,
+    counts: int | Sequence[int],
+    rule: str = "exact",
+    pattern: Pattern | None = None,
 ) -> dict[str, Tensor]:
     """The packed masks that keep `counts` weights: one number over all layers, or one a layer.
 
     "exact" keeps exactly that many; ties go to the lower global index (layer order, then
     row-major). "published" keeps the scores strictly above the threshold, so that all ties at the
-    threshold are pruned (specification: Synaptic-Flow); it exists for comparison.
+    threshold are pruned (specification: Synaptic-Flow); it exists for comparison. A pattern is
+    selected as `paikern.structured.select_structured` says.
 
     Raises:
         NonFiniteScoreError: NaN scores, named by parameter.
     """
+    if pattern is not None:
+        return select_structured(scores, counts, pattern)
     names = list(scores)
     entries = [scores[name] for name in names]
     k: int | list[int] = counts if isinstance(counts, int) else list(counts)
@@ -108,28 +116,35 @@ def listed(names: Sequence[str], most: int = 5) -> str:
 
 
 def with_floor(
-    scores: Scores, packed: dict[str, Tensor], k: int | Sequence[int]
+    scores: Scores,
+    packed: dict[str, Tensor],
+    k: int | Sequence[int],
+    pattern: Pattern | None = None,
 ) -> dict[str, Tensor]:
-    """Give each empty layer its best weight, taken from the globally weakest kept ones.
+    """Give each empty layer its best weight or block, taken from the globally weakest kept ones.
 
-    The total stays k. Layers with a budget of their own (k a list) are not touched: a budget of 0
-    is raised to 1 where budgets are made.
+    The total stays k, or within a block of it. Layers with a budget of their own (k a list) are
+    not touched: a budget of 0 is raised to 1 where budgets are made.
     """
     if not isinstance(k, int):
         return packed
-    alive: list[str] = []
+    alive: dict[str, Tensor] = {}
     while empty := [name for name in empty_layers(packed) if name not in alive]:
-        alive += empty
-        if len(alive) > k:
+        for name in empty:
+            alive[name] = select_packed(scores.only(name), 1, pattern=pattern)[name]
+        taken = sum(
+            int(ops.unpack_mask(bits, scores.shapes[name]).sum()) for name, bits in alive.items()
+        )
+        if taken > k:
+            what = "weight" if pattern is None else f"{pattern} of weights"
             raise SparsityError(
-                f"on_collapse='floor' needs at least one weight for each of {len(alive)} layers, "
+                f"on_collapse='floor' needs at least one {what} for each of {len(alive)} layers, "
                 f"but only {k} are kept; lower the sparsity"
             )
-        # An empty layer's best weight ranks below all that are kept, so it can be set apart.
-        packed = select_packed(scores, k - len(alive))
-        for name in alive:
-            best = Scores({name: scores[name]}, scores.shapes)
-            packed[name] = packed[name] | select_packed(best, 1)[name]
+        # An empty layer's best ranks below all that are kept, so it can be set apart.
+        packed = select_packed(scores, k - taken, pattern=pattern)
+        for name, best in alive.items():
+            packed[name] = packed[name] | best
     return packed
 
 
@@ -138,6 +153,7 @@ def apply_collapse_rule(
     packed: dict[str, Tensor],
     k: int | Sequence[int],
     on_collapse: str,
+    pattern: Pattern | None = None,
 ) -> dict[str, Tensor]:
     """Act on layers that a selection empties; "warn" is left to the end of the run."""
     empty = empty_layers(packed)
@@ -148,4 +164,4 @@ def apply_collapse_rule(
             f"layer collapse: {listed(empty)} would keep no weight; use more rounds, a lower "
             "sparsity, scope='erk', or on_collapse='floor'"
         )
-    return with_floor(scores, packed, k)
+    return with_floor(scores, packed, k, pattern)

@@ -78,7 +78,9 @@ def test_every_kind_in_module_order() -> None:
         "linear",
         "linear",
     ]
-    assert found["c2.weight"] == Prunable("c2.weight", (4, 1, 3, 3), "conv2d", "c2", "c2.weight")
+    assert found["c2.weight"] == Prunable(
+        "c2.weight", (4, 1, 3, 3), "conv2d", "c2", "c2.weight", groups=2
+    )
     assert found["attention.in_proj_weight"].shape == (12, 4)
 
 

@@ -44,5 +44,6 @@ void topk(Random &random, int rounds);
 void topk_sources(Random &random, int rounds);
 void paths(Random &random, int rounds);
 void maps(Random &random);
+void patterns(Random &random, int rounds);
 
 }  // namespace check

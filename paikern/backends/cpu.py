@@ -26,17 +26,29 @@ from paikern.backends.cpu_path import (
     path_score,
     score_geometry,
 )
+from paikern.backends.cpu_patterns import (
+    block_means,
+    block_means_factored,
+    expand_blocks,
+    nm_mask,
+    nm_mask_factored,
+)
 from paikern.backends.errors import refuse_nan
 
 __all__ = [
     "apply_mask_",
+    "block_means",
+    "block_means_factored",
     "dpai_step_",
     "dpai_update_",
+    "expand_blocks",
     "isa",
     "kth_largest",
     "live_nodes",
     "map_maximum",
     "map_scale_",
+    "nm_mask",
+    "nm_mask_factored",
     "pack_mask",
     "path_backward",
     "path_conv_backward",
@@ -54,7 +66,12 @@ __all__ = [
 
 _FLOAT64 = (
     "apply_mask_",
+    "block_means",
+    "block_means_factored",
+    "expand_blocks",
     "kth_largest",
+    "nm_mask",
+    "nm_mask_factored",
     "pack_mask",
     "topk_mask",
     "topk_mask_factored",

@@ -30,15 +30,27 @@ from paikern.backends.reference_path import (
     path_forward,
     path_score,
 )
+from paikern.backends.reference_patterns import (
+    block_means,
+    block_means_factored,
+    expand_blocks,
+    nm_mask,
+    nm_mask_factored,
+)
 
 __all__ = [
     "apply_mask_",
+    "block_means",
+    "block_means_factored",
     "dpai_step_",
     "dpai_update_",
+    "expand_blocks",
     "kth_largest",
     "live_nodes",
     "map_maximum",
     "map_scale_",
+    "nm_mask",
+    "nm_mask_factored",
     "pack_mask",
     "path_backward",
     "path_conv_backward",

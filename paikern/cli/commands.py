@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,24 @@ from paikern.cli.console import Console
 from paikern.errors import PathRuleError
 from paikern.loading import load_model
 from paikern.masks import MaskSet, load_masks
+from paikern.pattern import Layout, Pattern, parse_pattern
+from paikern.prunable import prunable_parameters
 from paikern.report import Column, Table, layer_table, provenance_table, summarize
 from paikern.report.tables import log_text, percent
 from paikern.scorers.base import Scorer, TrainedScorer, make_scorer, scorer_class
+from paikern.structured import deviations, kept_range, target_sparsity
 
 Arguments = argparse.Namespace
 
 
 def prune(args: Arguments, console: Console) -> int:
     """Everything that can be refused is refused before the model is loaded."""
-    fraction = budget.resolve_sparsity(args.sparsity, args.density, None, args.compression)
+    fraction = target_sparsity(
+        parse_pattern(args.pattern),
+        sparsity=args.sparsity,
+        density=args.density,
+        compression=args.compression,
+    )
     scorer = _scorer(args.method, args.set)
     folder = _output_folder(args.out)
     if args.save_weights and folder is None:
@@ -50,6 +59,7 @@ def prune(args: Arguments, console: Console) -> int:
         scorer,
         sparsity=fraction,
         example_inputs=inputs,
+        pattern=args.pattern,
         scope=args.scope,
         rounds=args.rounds,
         schedule=args.schedule,
@@ -97,7 +107,8 @@ def verify(args: Arguments, console: Console) -> int:
     model, inputs = load_model(args.model, args.checkpoint, input_shape=args.input)
     masks.slots(model)  # masks of another model are wrong use, not a failed check
     topology = _topology(model, masks, inputs, console)
-    checks = [_count_check(masks)]
+    layouts = {n: p.layout for n, p in prunable_parameters(model, include=list(masks)).items()}
+    checks = [_count_check(masks, layouts), *_pattern_check(masks, layouts)]
     if args.checkpoint is None:
         checks.append(("pruned weights are zero", None, "not checked, needs --checkpoint"))
     else:
@@ -308,8 +319,25 @@ Check = tuple[str, bool | None, str]
 """(what, whether it holds or None where it was not checked, detail)"""
 
 
-def _count_check(masks: MaskSet) -> Check:
-    """Whether as many weights are kept as the recorded sparsity asks for."""
+def _pattern_of(masks: MaskSet) -> Pattern | None:
+    """The recorded pattern; None for no pattern, and for what is none: a file may hold anything."""
+    try:
+        return parse_pattern(masks.metadata.get("pattern", "unstructured"))
+    except (TypeError, ValueError):
+        return None
+
+
+def _pattern_check(masks: MaskSet, layouts: Mapping[str, Layout]) -> list[Check]:
+    """Whether the masks have the recorded pattern."""
+    pattern = _pattern_of(masks)
+    if pattern is None:
+        return []
+    wrong = deviations(masks, pattern, layouts)
+    return [(f"pattern {pattern}", not wrong, ", ".join(wrong))]
+
+
+def _count_check(masks: MaskSet, layouts: Mapping[str, Layout]) -> Check:
+    """Whether as many weights are kept as the recorded sparsity and pattern ask for."""
     name = "number of kept weights"
     arguments = masks.metadata.get("arguments")
     asked: Any = masks.metadata.get("sparsity")
@@ -321,6 +349,12 @@ def _count_check(masks: MaskSet) -> Check:
     if not exact or type(asked) not in (int, float) or not 0 <= asked < 1:
         return name, None, f"{detail}; no exact count was asked for"
     scope = str(arguments.get("scope"))
+    pattern = _pattern_of(masks)
+    if pattern is not None:
+        low, high = kept_range(pattern, masks.shapes, layouts, float(asked), scope)
+        if not low <= masks.kept <= high:
+            detail += f", but pattern {pattern} keeps {low:,}" + f" to {high:,}" * (low < high)
+        return name, low <= masks.kept <= high, detail
     if scope in ("local", "uniform"):  # rounded layer by layer
         budgets = budget.layer_budget(masks.shapes, float(asked), scope)
         expected = budgets if isinstance(budgets, int) else sum(budgets)

@@ -22,6 +22,7 @@ _PRUNE_EXAMPLES = """examples:
   paikern prune --model mine.models:build --checkpoint w.safetensors --method magnitude \\
       --sparsity 0.9 --ignore head --ignore 're:.*downsample.*' --out out
   paikern prune --model resnet20 --method dpai --sparsity 0.98 --set steps=100 --set alpha=0.5
+  paikern prune --model resnet20 --method magnitude --pattern 2:4
 """
 _VERIFY_EXAMPLES = """examples:
   paikern verify out/masks.safetensors --model resnet20
@@ -112,6 +113,11 @@ def _add_prune(every: Any) -> None:
     amount.add_argument("--density", type=float, metavar="F", help="fraction kept, in (0, 1]")
     amount.add_argument("--compression", type=float, metavar="X", help="10 keeps a tenth")
     how = sub.add_argument_group("how")
+    how.add_argument(
+        "--pattern",
+        default="unstructured",
+        help="unstructured, n:m as 2:4 (implies the sparsity), block:RxC, row, column or kernel",
+    )
     how.add_argument("--scope", choices=budget.SCOPES, help="default: by method")
     how.add_argument("--rounds", type=int, metavar="N", help="of iterative methods")
     how.add_argument(

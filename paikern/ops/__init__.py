@@ -1,9 +1,13 @@
 """The operations: one file each with docstring, schema, shape function and derivative."""
 
 from paikern.ops.apply_mask import apply_mask_
+from paikern.ops.block_means import block_means, block_means_factored
 from paikern.ops.dpai_step import dpai_step_, dpai_update_
+from paikern.ops.expand_blocks import expand_blocks
 from paikern.ops.kth_largest import kth_largest
 from paikern.ops.maps import live_nodes, map_maximum, map_scale, through_maximum
+from paikern.ops.nm_mask import nm_mask
+from paikern.ops.nm_mask_factored import nm_mask_factored
 from paikern.ops.pack_mask import pack_mask
 from paikern.ops.path_backward import path_backward
 from paikern.ops.path_conv_backward import path_conv_backward
@@ -18,12 +22,17 @@ from paikern.ops.unpack_mask import unpack_mask
 
 __all__ = [
     "apply_mask_",
+    "block_means",
+    "block_means_factored",
     "dpai_step_",
     "dpai_update_",
+    "expand_blocks",
     "kth_largest",
     "live_nodes",
     "map_maximum",
     "map_scale",
+    "nm_mask",
+    "nm_mask_factored",
     "pack_mask",
     "path_backward",
     "path_conv_backward",

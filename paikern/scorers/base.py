@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from typing_extensions import dataclass_transform
 
 from paikern.pathgraph import Flow, PathGraph, Semantics, trace
+from paikern.pattern import Layout
 from paikern.prunable import Prunable
 from paikern.scores import Scores
 
@@ -65,6 +66,10 @@ class Run:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: layer.shape for name, layer in self.layers.items()}
+
+    @property
+    def layouts(self) -> dict[str, Layout]:
+        return {name: layer.layout for name, layer in self.layers.items()}
 
     def weight(self, name: str) -> Tensor:
         return self.state[name].detach()

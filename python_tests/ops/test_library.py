@@ -24,6 +24,8 @@ def _state() -> tuple[torch.Tensor, torch.Tensor]:
 # One sample or more of every operation. A new operation without one fails the test below.
 SAMPLES: dict[str, list[tuple]] = {
     "apply_mask_": [(torch.rand(2, 5), BITS), (torch.rand(5, 2).T.bfloat16(), BITS)],
+    "block_means": [(WEIGHT, [2, 2], True), (CONV, [1, 5], False)],
+    "block_means_factored": [(WEIGHT, X[0], G[0], BITS, [1, 5], 2)],
     "dpai_step_": [
         (torch.randn(2, 5), BITS, X, G, LIVE, None, None, 1.0, *RULE, [], [], [], 1, False),
         (torch.randn(2, 5), BITS, X, G, LIVE, *_state(), 1.0, *RULE, [], [], [], 1, False),
@@ -31,7 +33,10 @@ SAMPLES: dict[str, list[tuple]] = {
     "dpai_update_": [
         (torch.randn(2, 5), torch.rand(2, 5), BITS, LIVE, *_state(), *RULE, 1, False),
     ],
+    "expand_blocks": [(BITS[:1], [3, 5], [2, 2])],
     "kth_largest": [([WEIGHT, X], 7), ([WEIGHT.double()], 1)],
+    "nm_mask": [([WEIGHT, X.half(), CONV], 2, 4, [1, 0, 3], True)],
+    "nm_mask_factored": [([WEIGHT], [X[0]], [G[0]], [BITS], 1, 2, [1], 1)],
     "pack_mask": [(WEIGHT > 0,), ((WEIGHT > 0).T,), (torch.empty(0, dtype=torch.bool),)],
     "path_backward": [(WEIGHT, G, 1, BITS), (WEIGHT, G[0], 0, None)],
     "path_conv_backward": [(CONV, OUT, [1, 2, 4, 6], *GEOMETRY, 1, BITS)],

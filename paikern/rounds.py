@@ -1,0 +1,129 @@
+"""Score, keep fewer, repeat: the rounds of a pruning run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from paikern import budget, ops
+from paikern.masks import MaskSet
+from paikern.pattern import Pattern
+from paikern.progress import Progress, ProgressFunction
+from paikern.scorers import Run, Scorer, Scores, TrainedScorer
+from paikern.selection import apply_collapse_rule, select_packed
+from paikern.structured import check_pattern, left_dense
+
+History = list[dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many weights are kept, where, and along which curve.
+
+    `fraction` is removed in the end, under the budgets of `scope`; `rule` selects.
+    """
+
+    fraction: float
+    scope: str
+    rounds: int
+    schedule: str
+    rule: str
+    on_collapse: str
+    pattern: Pattern | None = None
+
+    def select(
+        self, scores: Scores, counts: int | list[int], pattern: Pattern | None
+    ) -> dict[str, Tensor]:
+        packed = select_packed(scores, counts, self.rule, pattern)
+        return apply_collapse_rule(scores, packed, counts, self.on_collapse, pattern)
+
+
+def run_rounds(
+    run: Run, scorer: Scorer, plan: Plan, progress: bool | ProgressFunction | None
+) -> tuple[dict[str, Tensor], History]:
+    """The packed masks at the end of a run, and what each round or step found."""
+    if isinstance(scorer, TrainedScorer) and plan.pattern is not None:
+        raise ValueError(
+            f"pattern='{plan.pattern}': {scorer.name} trains its scores for single weights; use "
+            "pattern='unstructured', or pk.select(pk.score(...), pattern=...)"
+        )
+    check_pattern(plan.pattern, run.shapes, plan.scope, plan.rule)
+    if (note := left_dense(plan.pattern, run.shapes, run.layouts)) is not None:
+        run.notes.append(note)
+    if plan.fraction == 0.0:  # nothing to rank
+        ones = {n: torch.ones(p.shape, dtype=torch.bool) for n, p in run.layers.items()}
+        return {n: ops.pack_mask(mask) for n, mask in ones.items()}, []
+    if isinstance(scorer, TrainedScorer):
+        return _trained(run, scorer, plan, progress)
+    return _iterated(run, scorer, plan, progress)
+
+
+def layer_counts(
+    run: Run, fraction: float, scope: str, scores: Scores | None = None
+) -> int | list[int]:
+    """Weights to keep, over all layers or in each."""
+    return budget.layer_budget(
+        run.shapes, fraction, scope, variant=run.variant, scores=ranked(scores, scope)
+    )
+
+
+def ranked(scores: Scores | None, scope: str) -> dict[str, Tensor] | None:
+    """Dense scores for the one scope that ranks them to make budgets."""
+    if scope != "lamp" or scores is None:
+        return None
+    top = scores.exponent  # LAMP compares within a layer, so any common factor will do
+    found = {name: scores.dense(name, torch.float64, relative_to=top) for name in scores}
+    # LAMP squares: a negative score, the mark of a weight that may not return, would rank high.
+    return {name: values.clamp(min=0) for name, values in found.items()}
+
+
+def _trained(
+    run: Run, scorer: TrainedScorer, plan: Plan, progress: bool | ProgressFunction | None
+) -> tuple[dict[str, Tensor], History]:
+    counts = layer_counts(run, plan.fraction, plan.scope)
+    if isinstance(counts, int):
+        raise ValueError(
+            f"scope: {scorer.name} keeps a number of weights in every layer; "
+            "use scope='erk' or scope='local'"
+        )
+    steps = scorer.planned_steps(run.variant)
+    history: History = []
+    every = max(1, steps // 200)
+    with Progress(scorer.name, steps, "step", progress) as bar:
+
+        def report(step: int, values: dict[str, float]) -> None:
+            bar.update(**values)
+            if step == 1 or step == steps or step % every == 0:
+                history.append({"step": step, **values})
+
+        scores = scorer.train(run, counts, report)
+    return plan.select(scores, counts, None), history
+
+
+def _iterated(
+    run: Run, scorer: Scorer, plan: Plan, progress: bool | ProgressFunction | None
+) -> tuple[dict[str, Tensor], History]:
+    """The last round keeps exactly what was asked for; n:m gets there by way of larger n."""
+    history: History = []
+    total = sum(torch.Size(shape).numel() for shape in run.shapes.values())
+    densities = budget.schedule_densities(1 - plan.fraction, plan.rounds, plan.schedule)
+    with Progress(scorer.name, plan.rounds, "round", progress) as bar:
+        for done, density in enumerate(densities, 1):
+            last = done == plan.rounds
+            scores = scorer.score(run).with_layouts(run.layouts)
+            removed = plan.fraction if last else 1.0 - density
+            counts = layer_counts(run, removed, plan.scope, scores)
+            pattern = plan.pattern
+            if pattern is not None and not last:
+                pattern = pattern.at(density)
+            run.masks = plan.select(scores, counts, pattern)
+            if pattern is not None:
+                kept = MaskSet(run.masks, run.shapes).kept
+            else:
+                kept = counts if isinstance(counts, int) else sum(counts)
+            values = {"density": kept / total, **scorer.statistics(run)}
+            bar.update(**values)
+            history.append({"round": done, **values})
+    return run.masks, history
