@@ -59,7 +59,9 @@ def select_packed(
     masks = [e.mask if isinstance(e, Factored) else None for e in entries]
     dense = [e.dense() if isinstance(e, Factored) else e for e in entries]
     absolute = any(e.absolute for e in dense)
-    if absolute and not all(e.absolute or isinstance(s, Factored) for e, s in zip(dense, entries)):
+    if absolute and not all(
+        e.absolute or isinstance(s, Factored) for e, s in zip(dense, entries, strict=True)
+    ):
         dense = [
             replace(e, values=e.values.abs(), absolute=False) if e.absolute else e for e in dense
         ]
