@@ -56,6 +56,9 @@ sanitize:  ## the native cores without Python under ASan, UBSan and TSan
 
 bench: setup-dev  ## the benchmarks; results under bench/results
 	$(BIN)/python -m bench.run_dpai
+	$(BIN)/python -m bench.run_selection
+	$(BIN)/python -m bench.run_patterns
+	$(BIN)/python -m bench.run_torch_prune
 
 train-demo: prune setup-dev  ## train the four pruned networks and the dense one on 5,000 MNIST images
 	$(BIN)/python -m bench.train_demo --out $(OUT)
