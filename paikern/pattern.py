@@ -139,14 +139,14 @@ def parse_pattern(text: str) -> Pattern | None:
         return None
     if text in _WHOLE:
         return Blocks(text)
-    if found := re.fullmatch(r"(\d{1,9}):(\d{1,9})", text):
+    if found := re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text):
         n, m = int(found[1]), int(found[2])
         if not 1 <= n < m:
             raise SparsityError(
                 f"pattern '{text}' keeps {n} of {m}; n:m needs 1 <= n < m, as '2:4'"
             )
         return NM(n, m)
-    if found := re.fullmatch(r"block:(\d{1,9})x(\d{1,9})", text):
+    if found := re.fullmatch(r"block:([0-9]{1,9})x([0-9]{1,9})", text):
         rows, columns = int(found[1]), int(found[2])
         if rows < 1 or columns < 1:
             raise ValueError(f"pattern '{text}': a block needs at least one row and one column")

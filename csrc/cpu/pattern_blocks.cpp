@@ -8,6 +8,7 @@
 
 #include "pattern_keys.h"
 #include "pattern_load.h"
+#include "subnormals.h"
 
 namespace paikern {
 namespace {
@@ -115,6 +116,7 @@ bool block_means(const PatternScores &scores, int64_t columns, int64_t high, int
   bool nan = false;
 #pragma omp parallel if (numel > kParallel) reduction(|| : nan)
   {
+    const SubnormalsCount guard;
     Adder adder(scores, columns);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < count; ++i) {

@@ -12,6 +12,7 @@
 
 #include "pattern_keys.h"
 #include "pattern_load.h"
+#include "subnormals.h"
 
 namespace paikern {
 namespace {
@@ -248,6 +249,7 @@ int64_t nm_mask(const std::vector<NmSource> &sources, int64_t n, int64_t m) {
   int64_t nan = kNone;
 #pragma omp parallel for schedule(static) if (total > kParallel) reduction(min : nan)
   for (int64_t c = 0; c < count; ++c) {
+    const SubnormalsCount guard;
     const Chunk &chunk = chunks[static_cast<size_t>(c)];
     Worker worker(sources[static_cast<size_t>(chunk.source)], groups);
     if (worker.run(chunk.first, chunk.last)) nan = std::min(nan, chunk.source);

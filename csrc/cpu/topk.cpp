@@ -82,15 +82,17 @@ class Selector {
     Guess guess{};
     bool done = recall(&guess) && pass(guess) && settle(guess, kth);
     if (!done && nan_ < 0) {
+      bool guessed = true;
+      guess = {};
       if (chunks_.total() <= kDirect) {
         guess.open_low = guess.open_high = true;
       } else {
         const int64_t sampled = sample_keys<Value, Scaled>(chunks_, &arena_.sample);
-        if (sampled < 0) return find_nan();
-        guess = guess_from(arena_.sample.get(), sampled, k_, chunks_.total(), &arena_.work);
+        // Computed scores are sampled roughly, and may be NaN there that are not.
+        guessed = sampled >= 0;
+        if (guessed) guess = guess_from(arena_.sample.get(), sampled, k_, chunks_.total(), &arena_.work);
       }
-      const bool complete = pass(guess);
-      if (!complete) {
+      if (!guessed || !pass(guess)) {
         nan_ = find_nan();
       } else if (nan_ < 0) {
         done = settle(guess, kth) || (beside(&guess) && pass(guess) && settle(guess, kth));
@@ -388,6 +390,7 @@ int64_t run(const std::vector<ScoreSource> &sources, const std::vector<Ranking> 
 
 template <class Value>
 double kth(const std::vector<ScoreSource> &sources, int64_t k, int64_t *nan) {
+  const SubnormalsCount guard;
   Value found{};
   const Ranking ranking{0, static_cast<int64_t>(sources.size()), k};
   *nan = Selector<Value, false>(sources, ranking, true, false).run(&found);

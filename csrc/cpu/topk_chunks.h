@@ -8,11 +8,8 @@
 #include <optional>
 #include <vector>
 
-#if defined(__SSE2__)
-#include <xmmintrin.h>
-#endif
-
 #include "path_plan.h"
+#include "subnormals.h"
 #include "topk.h"
 #include "topk_source.h"
 
@@ -27,19 +24,6 @@ struct Chunk {
   int64_t global;  // position of `start` over all sources
   int64_t source_index;
   int64_t shift;  // exponent of the source above the lowest of the ranking
-};
-
-// Subnormal scores count, also in a thread where torch.set_flush_denormal is on: a comparison that reads them as zeros
-// would see ties.
-class SubnormalsCount {
- public:
-#if defined(__SSE2__)
-  SubnormalsCount() : before_(_mm_getcsr()) { _mm_setcsr(before_ & ~0x8040u); }
-  ~SubnormalsCount() { _mm_setcsr(before_); }
-
- private:
-  unsigned before_;
-#endif
 };
 
 inline bool across(const ScoreLayout *layout) { return layout != nullptr && runs_across(*layout); }

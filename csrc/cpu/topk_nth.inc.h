@@ -200,7 +200,8 @@ Value nth_largest(const Value *values, int64_t count, int64_t rank, Value *work,
     } else if (rank > reached) {
       *greater += reached;
       rank -= reached;
-      high = paikern::value_of(paikern::ordered_key(low) - 1);
+      // The next value below; what precedes the key of 0 is that of -0, which is no other value.
+      high = paikern::value_of(paikern::ordered_key(low) - (low == 0 ? 2 : 1));
       low = -kInfinite<Value>;
     } else {
       *greater += above;

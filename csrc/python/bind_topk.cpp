@@ -65,12 +65,13 @@ class Sources {
 
   void tiles(ScoreSource &source, const MappedRow &row, int power) {
     const auto &[geometry, weight, type, exponent, x, g, candidates, bits] = row;
+    source.exponent = exponent;
+    if (source.numel == 0) return;
     const paikern::WeightView view{pointer<const void>(weight), pointer<const uint8_t>(candidates), source.numel,
                                    static_cast<paikern::WeightType>(type), power};
     tiles_.push_back(std::make_unique<paikern::PathScoreTiles>(geometry->value, view, pointer<const float>(x),
                                                                pointer<const float>(g)));
     source.tiles = tiles_.back().get();
-    source.exponent = exponent;
   }
 
   std::vector<ScoreSource> list;

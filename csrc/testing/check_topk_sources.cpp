@@ -124,6 +124,17 @@ void remembered(Random &random) {
   }
 }
 
+// Zeros above a negative threshold, so evenly spaced that they are what a small sample of the candidates sees.
+void zeros_among_negatives(Random &random) {
+  std::vector<float> values = values_of(random, 4'096);
+  for (float &value : values) value = -std::fabs(value) - 0.5f;
+  for (size_t i = 0; i < values.size(); i += 64) values[i] = i % 128 == 0 ? 0.0f : -0.0f;
+  const int64_t k = 100 + below(random, 3'000);
+  std::vector<uint8_t> bits = select(stored(values), k);
+  double memory[2] = {0.0, 1e6};  // a band with room for all
+  CHECK(select(stored(values), k, memory) == bits);
+}
+
 }  // namespace
 
 void topk_sources(Random &random, int rounds) {
@@ -132,6 +143,7 @@ void topk_sources(Random &random, int rounds) {
     product(random);
     tiles(random);
     remembered(random);
+    zeros_among_negatives(random);
   }
 }
 

@@ -49,11 +49,16 @@ def run(name: str, tensors: Sequence[Tensor], *args: Any) -> Any:
     if not _intercepted():
         float64 = False
         for tensor in tensors:
-            if type(tensor) not in _ORDINARY or not tensor.is_cpu:
+            if type(tensor) not in _ORDINARY or not tensor.is_cpu or tensor.is_neg():
                 break
             float64 |= tensor.dtype is torch.float64
         else:
             return registry.resolve(name, "cpu", float64)(*args)
+    if len({tensor.device for tensor in tensors}) > 1:
+        raise ValueError(
+            f"{name}: tensors are on {' and '.join(sorted({str(t.device) for t in tensors}))}; "
+            "move them to one device"
+        )
     return getattr(torch.ops.paikern, name)(*args)
 
 

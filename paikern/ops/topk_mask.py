@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ def topk_mask(
             values are compared.
         k: one number: that many over all tensors together. A list: that many in each.
         exponents: tensor l counts as `scores[l] * 2**exponents[l]`, exactly: nothing overflows or
-            is rounded. A negative score ranks below all others, whatever the exponents.
+            is rounded. Negative scores rank below the others, whatever the exponents.
         absolute: compare magnitudes.
         masks: packed masks of the candidates, or None each: other weights rank with -infinity, and
             NaN among them does not count.
@@ -93,7 +93,8 @@ def topk_mask(
     if not tensors:
         return []
     with named_nan(names):
-        made = run("topk_mask", tensors, tensors, counts, shifts, absolute, candidates, memory)
+        held = [*tensors, *candidates] if memory is None else [*tensors, *candidates, memory]
+        made = run("topk_mask", held, tensors, counts, shifts, absolute, candidates, memory)
     if memory is not None:
         memory.copy_(made.pop())
     return made
@@ -102,35 +103,68 @@ def topk_mask(
 def check_scores(operation: str, scores: Tensor | Sequence[Tensor]) -> list[Tensor]:
     tensors = [scores] if isinstance(scores, Tensor) else list(scores)
     for index, tensor in enumerate(tensors):
-        if tensor.dtype not in _FLOATS:
+        if not isinstance(tensor, Tensor):
             raise TypeError(
-                f"{operation}: scores[{index}] must be a float tensor, got {tensor.dtype}"
+                f"{operation}: scores must be a tensor or a list of tensors, got "
+                f"{type(tensor).__name__} at {index}; wrap arrays with torch.from_numpy"
+            )
+        if tensor.dtype not in _FLOATS or tensor.layout is not torch.strided:
+            raise TypeError(
+                f"{operation}: scores[{index}] must be a dense float tensor, got {tensor.dtype}, "
+                f"{tensor.layout}"
             )
     return tensors
 
 
 def check_counts(operation: str, k: int | Sequence[int], sizes: Sequence[int]) -> list[int]:
     """One count over everything, or one for each tensor."""
-    if hasattr(k, "__index__"):  # NumPy's integers too
-        total, kept = sum(sizes), operator.index(k)
-        if not 0 <= kept <= total:
-            raise ValueError(f"{operation}: k must be in [0, {total}], got {kept}")
-        return [kept]
-    if len(k) != len(sizes):
-        raise ValueError(f"{operation}: {len(k)} values of k for {len(sizes)} tensors")
-    for index, (count, size) in enumerate(zip(k, sizes, strict=True)):
+    one = as_integer(k)
+    if one is not None:
+        total = sum(sizes)
+        if not 0 <= one <= total:
+            raise ValueError(f"{operation}: k must be in [0, {total}], got {one}")
+        return [one]
+    counts = as_integers(k)
+    if counts is None:
+        raise TypeError(
+            f"{operation}: k must be an integer, or a list of one for each tensor, got {k!r}"
+        )
+    if len(counts) != len(sizes):
+        raise ValueError(f"{operation}: {len(counts)} values of k for {len(sizes)} tensors")
+    for index, (count, size) in enumerate(zip(counts, sizes, strict=True)):
         if not 0 <= count <= size:
             raise ValueError(f"{operation}: k[{index}] must be in [0, {size}], got {count}")
-    return [operator.index(count) for count in k]
+    return counts
+
+
+def as_integer(value: object) -> int | None:
+    """A Python, NumPy or torch integer; None for anything else."""
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def as_integers(values: object) -> list[int] | None:
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        return None
+    found = [as_integer(value) for value in values]
+    return None if None in found else found  # type: ignore[return-value]
 
 
 def check_exponents(operation: str, exponents: Sequence[int] | None, count: int) -> list[int]:
-    shifts = list(exponents or [])
+    """The exponents above the lowest: only differences matter."""
+    if exponents is None:
+        return []
+    shifts = as_integers(exponents)
+    if shifts is None:
+        raise TypeError(f"{operation}: exponents must be integers, got {exponents!r}")
     if shifts and len(shifts) != count:
         raise ValueError(f"{operation}: {len(shifts)} exponents for {count} tensors")
-    if shifts and max(shifts) - min(shifts) > 1_000_000:
+    lowest = min(shifts, default=0)
+    if shifts and max(shifts) - lowest > 1_000_000:
         raise ValueError(f"{operation}: exponents differ by more than 1000000: {shifts}")
-    return shifts
+    return [shift - lowest for shift in shifts]
 
 
 def check_masks(

@@ -10,6 +10,7 @@ from torch import Tensor
 from paikern.ops._library import define, fake, run
 from paikern.ops._path import conv_shape
 from paikern.ops.topk_mask import (
+    as_integers,
     check_counts,
     check_exponents,
     check_masks,
@@ -61,7 +62,7 @@ def topk_mask_factored(
 
     Args:
         weights: `[out, in]`, or `[out, in / groups, *kernel]` for a convolution; float32, float16
-            or bfloat16.
+            or bfloat16, and with vectors float64, which is rounded to float32.
         a: `[in]`, or `[batch, in]`, or `[batch, in, *size]` for a convolution; used in float32.
         g: `[out]`, or `[batch, out]`, or `[batch, out, *size']`.
         convs: (stride, padding, dilation, groups) of each convolution, lists of one integer an
@@ -110,7 +111,7 @@ def topk_mask_factored(
     with named_nan(names):
         return run(
             "topk_mask_factored",
-            [*held, *a, *g],
+            [*held, *a, *g, *candidates],
             held,
             list(a),
             list(g),
@@ -147,6 +148,11 @@ def _check_layer(index: int, w: Tensor, a: Tensor, g: Tensor, conv: Conv | None)
     elif conv is None:
         raise ValueError(f"{name}: a weight of shape {tuple(w.shape)} needs its entry in convs")
     else:
+        if len(conv) != 4 or any(as_integers(part) is None for part in conv[:3]):
+            raise TypeError(
+                f"{name}: convs must hold (stride, padding, dilation, groups), the first three "
+                f"lists of integers, got {conv!r}"
+            )
         stride, padding, dilation, groups = conv
         out = conv_shape(name, tuple(w.shape), tuple(a.shape), stride, padding, dilation, groups)
         if tuple(g.shape) != out:

@@ -77,4 +77,4 @@ def topk_mask_product(
     if not held:
         return []
     with named_nan(names):
-        return run(name, [*held, *slopes], held, slopes, candidates, counts)
+        return run(name, [*held, *slopes, *candidates], held, slopes, candidates, counts)
