@@ -69,7 +69,7 @@ def test_maps_of_a_layer_without_inputs() -> None:
     assert [b.tolist() for b in bits] == [[], [0b1111], []]
 
 
-# Made of integers and compared as such: with the mode on, Python and torch read such floats as zeros.
+# Integers, and compared as such: with the mode on, Python and torch read such floats as zeros.
 SUBNORMALS = {
     torch.float32: (torch.int32, 3 * 2.0**-149),
     torch.float64: (torch.int64, float(np.array(3).view(np.float64))),
