@@ -7,9 +7,9 @@
 #include <cmath>
 #include <cstring>
 
-#include "halves.h"
 #include "pattern_inner.h"
 #include "pattern_keys.h"
+#include "score_loops.inc.h"
 
 namespace {
 
@@ -309,22 +309,6 @@ bool nm_tile(const NmTile &t) {
     emit_planes(t, planes);
   }
   return false;
-}
-
-void widen_halves(const uint16_t *data, int64_t count, bool ieee, float *out) {
-  if (ieee) {
-    for (int64_t i = 0; i < count; ++i) out[i] = paikern::float16_to_float(data[i]);
-  } else {
-    for (int64_t i = 0; i < count; ++i) out[i] = paikern::bfloat16_to_float(data[i]);
-  }
-}
-
-void factored_scores(const float *w, const float *a, float g, bool square, int64_t count, float *out) {
-  if (square) {
-    for (int64_t i = 0; i < count; ++i) out[i] = ((w[i] * w[i]) * a[i]) * g;
-  } else {
-    for (int64_t i = 0; i < count; ++i) out[i] = (__builtin_fabsf(w[i]) * a[i]) * g;
-  }
 }
 
 template <class Value>

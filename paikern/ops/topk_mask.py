@@ -108,10 +108,13 @@ def check_scores(operation: str, scores: Tensor | Sequence[Tensor]) -> list[Tens
                 f"{operation}: scores must be a tensor or a list of tensors, got "
                 f"{type(tensor).__name__} at {index}; wrap arrays with torch.from_numpy"
             )
-        if tensor.dtype not in _FLOATS or tensor.layout is not torch.strided:
+        if tensor.dtype not in _FLOATS:
             raise TypeError(
-                f"{operation}: scores[{index}] must be a dense float tensor, got {tensor.dtype}, "
-                f"{tensor.layout}"
+                f"{operation}: scores[{index}] must be a float tensor, got {tensor.dtype}"
+            )
+        if tensor.layout is not torch.strided:
+            raise TypeError(
+                f"{operation}: scores[{index}] must be dense, got {tensor.layout}; use to_dense()"
             )
     return tensors
 

@@ -129,7 +129,7 @@ def test_mixed_devices_are_refused(call) -> None:
         (lambda x: ops.topk_mask(x, 1, exponents=[0.5]), "exponents must be integers"),
         (lambda x: ops.topk_mask([1.0, 2.0], 1), "got float at 0"),
         (lambda x: ops.topk_mask(x.numpy(), 1), "torch.from_numpy"),
-        (lambda x: ops.topk_mask(x.to_sparse(), 1), "must be a dense float tensor"),
+        (lambda x: ops.topk_mask(x.to_sparse(), 1), "must be dense"),
         (lambda x: ops.kth_largest(x, 1.5), "kth_largest: k must be an integer, got 1.5"),
         (lambda x: ops.kth_largest([], 1), "there are no scores"),
         (
