@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import paikern as pk
 from bench.references.selection import select_global
 from paikern.errors import NonFiniteScoreError, PaikernWarning, SparsityError
-from paikern.scores import Dense, Scores
+from paikern.scores import Dense, Factored, Scores
 from paikern.selection import empty_layers, select_packed
 
 Values = dict[str, list[float]]
@@ -148,3 +148,30 @@ def test_empty_layers() -> None:
 def test_tensors_without_weights_are_allowed() -> None:
     scores = scores_of({"a": [], "b": [2.0, 1.0]})
     assert kept(pk.select(scores, sparsity=0.5)) == {"a": [], "b": [0]}
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+def test_factored_beside_dense_keeps_its_pruned_weights_last(absolute: bool) -> None:
+    """Scores 9, 1, 4, 2 with the 9 pruned, beside 3 and 0.5 (magnitudes where asked for)."""
+    weight, ones = torch.tensor([[9.0, 1.0], [4.0, 2.0]]), torch.ones(2)
+    mask = pk.ops.pack_mask(torch.tensor([[False, True], [True, True]]))
+    dense = torch.tensor([-3.0, 0.5]) if absolute else torch.tensor([3.0, 0.5])
+    scores = Scores(
+        {
+            "factored": Factored(weight, 1, ones, ones, mask=mask),
+            "dense": Dense(dense, absolute=absolute),
+            "signed": Dense(torch.tensor([-7.0, 0.25])),
+        },
+        {"factored": (2, 2), "dense": (2,), "signed": (2,)},
+    )
+    order = ["factored 2", "dense 0", "factored 3", "factored 1", "dense 1", "signed 1", "signed 0"]
+    for k in range(1, len(order) + 1):
+        packed = select_packed(scores, k)
+        found = {
+            f"{name} {i}"
+            for name, bits in packed.items()
+            for i in torch.nonzero(pk.ops.unpack_mask(bits, (math.prod(scores.shapes[name]),)))
+            .flatten()
+            .tolist()
+        }
+        assert found == set(order[:k])

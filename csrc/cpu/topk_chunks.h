@@ -63,7 +63,6 @@ class TopkChunks {
   int threads() const { return threads_; }
   bool computed() const { return computed_; }  // some scores cost more than a read
   const Chunk &operator[](int64_t c) const { return chunks_[static_cast<size_t>(c)]; }
-  auto begin() const { return chunks_.begin(); }
 
   // body(chunk number, thread number) for every chunk; a thread meets its chunks in rising order.
   template <class Body>
