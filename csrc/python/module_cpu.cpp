@@ -10,6 +10,7 @@ void bind_topk(py::module_ &m);
 void bind_maps(py::module_ &m);
 void bind_path(py::module_ &m);
 void bind_patterns(py::module_ &m);
+void bind_flow(py::module_ &m);
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of paikern";
@@ -19,4 +20,5 @@ PYBIND11_MODULE(_C, m) {
   bind_maps(m);
   bind_path(m);
   bind_patterns(m);
+  bind_flow(m);
 }

@@ -14,6 +14,13 @@ import torch
 from torch import Tensor
 
 from paikern import _C
+from paikern.backends.cpu_flow import (
+    dpai_loop,
+    path_flow,
+    path_geometry,
+    path_rounds,
+    weight_type,
+)
 from paikern.backends.cpu_maps import live_nodes, map_maximum, map_scale_, through_maximum_
 from paikern.backends.cpu_path import (
     dpai_step_,
@@ -39,6 +46,7 @@ __all__ = [
     "apply_mask_",
     "block_means",
     "block_means_factored",
+    "dpai_loop",
     "dpai_step_",
     "dpai_update_",
     "expand_blocks",
@@ -54,7 +62,10 @@ __all__ = [
     "path_conv_backward",
     "path_conv_forward",
     "path_conv_score",
+    "path_flow",
     "path_forward",
+    "path_geometry",
+    "path_rounds",
     "path_score",
     "takes",
     "through_maximum_",
@@ -62,6 +73,7 @@ __all__ = [
     "topk_mask_factored",
     "topk_mask_product",
     "unpack_mask",
+    "weight_type",
 ]
 
 _FLOAT64 = (

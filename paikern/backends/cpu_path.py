@@ -21,7 +21,7 @@ _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8  # Adam's, as in the published progr
 
 
 @functools.lru_cache(maxsize=4096)
-def _linear(batch: int, rows: int, columns: int) -> _C.PathGeometry:
+def linear_geometry(batch: int, rows: int, columns: int) -> _C.PathGeometry:
     return _C.PathGeometry((batch, 1, rows, columns, *(1,) * 9, *(0,) * 3, *(1,) * 6))
 
 
@@ -30,7 +30,7 @@ def _three(values: Sequence[int], fill: int) -> tuple[int, ...]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _convolution(
+def convolution_geometry(
     weight: tuple[int, ...],
     x: tuple[int, ...],
     stride: tuple[int, ...],
@@ -51,11 +51,11 @@ def _convolution(
 def score_geometry(weight: Tensor, x: Tensor, convs: Iterator[int]) -> _C.PathGeometry:
     """The geometry of a score from maps; a convolution takes its integers from `convs`."""
     if weight.dim() == 2:
-        return _linear(x.shape[0], *weight.shape)
+        return linear_geometry(x.shape[0], *weight.shape)
     axes = weight.dim() - 2
     stride, padding, dilation = (tuple(itertools.islice(convs, axes)) for _ in range(3))
     shapes = tuple(weight.shape), tuple(x.shape)
-    return _convolution(*shapes, stride, padding, dilation, next(convs))[0]
+    return convolution_geometry(*shapes, stride, padding, dilation, next(convs))[0]
 
 
 def _view(weight: Tensor, power: int, mask: Tensor | None) -> tuple[Tensor, int, Tensor | None]:
@@ -127,21 +127,21 @@ def _batch(x: Tensor) -> int:
 def path_forward(weight: Tensor, x: Tensor, power: int, mask: Tensor | None) -> Tensor:
     rows, columns = weight.shape
     z = torch.empty((*x.shape[:-1], rows), dtype=torch.float32)
-    geometry = _linear(_batch(x), rows, columns)
+    geometry = linear_geometry(_batch(x), rows, columns)
     return _product(_C.path_forward, geometry, weight, power, mask, x, z)
 
 
 def path_backward(weight: Tensor, g: Tensor, power: int, mask: Tensor | None) -> Tensor:
     rows, columns = weight.shape
     x = torch.empty((*g.shape[:-1], columns), dtype=torch.float32)
-    geometry = _linear(_batch(g), rows, columns)
+    geometry = linear_geometry(_batch(g), rows, columns)
     return _product(_C.path_backward, geometry, weight, power, mask, g, x)
 
 
 def path_score(
     weight: Tensor, x: Tensor, g: Tensor, power: int, mask: Tensor | None, pruned: float
 ) -> Tensor:
-    return _score(_linear(_batch(x), *weight.shape), weight, power, mask, x, g, pruned)
+    return _score(linear_geometry(_batch(x), *weight.shape), weight, power, mask, x, g, pruned)
 
 
 def path_conv_forward(
@@ -154,7 +154,7 @@ def path_conv_forward(
     power: int,
     mask: Tensor | None,
 ) -> Tensor:
-    geometry, out = _convolution(
+    geometry, out = convolution_geometry(
         tuple(weight.shape), tuple(x.shape), tuple(stride), tuple(padding), tuple(dilation), groups
     )
     z = torch.empty((x.shape[0], weight.shape[0], *out), dtype=torch.float32)
@@ -173,7 +173,7 @@ def path_conv_backward(
     mask: Tensor | None,
 ) -> Tensor:
     size = tuple(input_size)
-    geometry, _ = _convolution(
+    geometry, _ = convolution_geometry(
         tuple(weight.shape), size, tuple(stride), tuple(padding), tuple(dilation), groups
     )
     x = torch.empty(size, dtype=torch.float32)
@@ -192,7 +192,7 @@ def path_conv_score(
     mask: Tensor | None,
     pruned: float,
 ) -> Tensor:
-    geometry, _ = _convolution(
+    geometry, _ = convolution_geometry(
         tuple(weight.shape), tuple(x.shape), tuple(stride), tuple(padding), tuple(dilation), groups
     )
     return _score(geometry, weight, power, mask, x, g, pruned)
@@ -242,9 +242,9 @@ def dpai_step_(
             alpha, beta, lr, t, groups, transposed,
         )  # fmt: skip
     if s.dim() == 2:
-        geometry = _linear(_batch(x), *s.shape)
+        geometry = linear_geometry(_batch(x), *s.shape)
     else:
-        geometry, _ = _convolution(
+        geometry, _ = convolution_geometry(
             tuple(s.shape), tuple(x.shape), tuple(stride), tuple(padding), tuple(dilation), groups
         )
     columns, rows, bits, live = _float(x), _float(g), mask.contiguous(), node_live.contiguous()
@@ -275,7 +275,7 @@ def dpai_update_(
     ones = (1,) * (s.dim() - 2)
     kernel = tuple(s.shape[2:])
     # A convolution of one position: the update needs the kernel size and the groups, no map.
-    geometry, _ = _convolution(
+    geometry, _ = convolution_geometry(
         tuple(s.shape), (1, s.shape[1] * groups, *kernel), ones, (0,) * len(ones), ones, groups
     )
     values, bits, live = _float(q), mask.contiguous(), node_live.contiguous()

@@ -152,6 +152,15 @@ def resolve(operation: str, device: str, float64: bool) -> Callable[..., Any]:
     return _resolve(operation, device, float64, _asked())
 
 
+def has(operation: str, device: str) -> bool:
+    """Whether a usable backend has something of this name for a device."""
+    try:
+        resolve(operation, device, False)
+    except BackendError:
+        return False
+    return True
+
+
 def _asked() -> str:
     """The backend that the caller or the environment wants, "" for none."""
     forced = _forced.get()

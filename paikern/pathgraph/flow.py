@@ -92,16 +92,20 @@ class Flow:
         self.dtype = dtype
         self.by_input_max = rescale == "input_max"
         self.counts = semantics.power == 0 and not self.by_input_max
-        self._plan = _plan(graph, semantics)
-        self._last_use = self._plan.last_use()
+        self.plan = _plan(graph, semantics)
+        self._last_use = self.plan.last_use()
         self._kept: list[Any] = []
         self._outputs: list[_Value] = []
         self._masks: Masks = {}
-        self._state: State = {}
+        self.state: State = {}
         self.log_total = -math.inf
         self.total: tuple[float, int] = (0.0, 0)
         self.first_dead: str | None = None
         self._top = 0.0
+
+    def bind(self, state: State) -> None:
+        """Use these tensors, for callers that run the steps themselves."""
+        self.state = state
 
     @property
     def where_dead(self) -> str:
@@ -116,7 +120,7 @@ class Flow:
         output for the visitor. The published objective `J` is returned with "input_max". Weights
         on the meta device can be counted (power 0), which is then done on the CPU.
         """
-        self._state, self._masks = state, masks or {}
+        self.state, self._masks = state, masks or {}
         if self.semantics.power:
             _refuse_meta(self.graph, state)
         real = (t.device for t in state.values() if not t.is_meta)
@@ -128,7 +132,7 @@ class Flow:
         self._kept = []
         self.first_dead = None  # for the message where no path is left at all
         log_maxima = 0.0
-        for index, (step, inputs, output) in enumerate(self._plan.steps):
+        for index, (step, inputs, output) in enumerate(self.plan.steps):
             given = [values[i] for i in inputs]
             if isinstance(step, Weight):
                 x, exponent = given[0]
@@ -148,13 +152,13 @@ class Flow:
                     y = y + self._bias(step, y, exponent)
                 self._kept.append((x, given[0][1], maximum, y if outputs else None))
             else:
-                y, exponent, saved = self._forward_one(step, given)
+                y, exponent, saved = self.run_step(step, given)
                 self._kept.append(saved)
             values[output] = (y, exponent)
             for i in inputs:
                 if self._last_use.get(i) == index:
                     values.pop(i, None)
-        self._outputs = [values[i] for i in self._plan.outputs]
+        self._outputs = [values[i] for i in self.plan.outputs]
         top = max(e for _, e in self._outputs)
         mantissa = sum(math.ldexp(float(t.double().sum()), e - top) for t, e in self._outputs)
         self.total = (mantissa, top)
@@ -170,11 +174,11 @@ class Flow:
         """
         gradients: dict[int, _Value] = {}
         seed = 1.0 / self.total[0] if self.by_input_max and self.total[0] > 0 else 1.0
-        for id_, (t, _) in zip(self._plan.outputs, self._outputs, strict=True):
+        for id_, (t, _) in zip(self.plan.outputs, self._outputs, strict=True):
             _accumulate(gradients, id_, (torch.full_like(t, seed), 0))
         self._outputs = []
-        for index in range(len(self._plan.steps) - 1, -1, -1):
-            step, inputs, output = self._plan.steps[index]
+        for index in range(len(self.plan.steps) - 1, -1, -1):
+            step, inputs, output = self.plan.steps[index]
             saved = self._kept[index]
             self._kept[index] = None
             arrived = gradients.pop(output, None)
@@ -184,9 +188,9 @@ class Flow:
             if isinstance(step, Weight):
                 x, x_exponent, maximum, y = saved
                 visit(Visit(step, x, g, x_exponent + exponent, y))
-                if inputs[0] in self._plan.starts:
+                if inputs[0] in self.plan.starts:
                     continue  # nothing lies before the input
-                gx = weights.adjoint(step, g, self._state, self._masks, self.semantics.power)
+                gx = weights.adjoint(step, g, self.state, self._masks, self.semantics.power)
                 if self.by_input_max:
                     gx = ops.through_maximum(gx, x, maximum) if maximum > 0 else gx
                 else:
@@ -194,20 +198,20 @@ class Flow:
                     exponent += shift
                 _accumulate(gradients, inputs[0], (gx, exponent))
                 continue
-            parts = self._adjoint_one(step, g, saved)
+            parts = self.run_adjoint(step, g, saved)
             for i, part in zip(inputs, parts, strict=True):
-                if i not in self._plan.starts:
+                if i not in self.plan.starts:
                     _accumulate(gradients, i, (part, exponent))
 
     # --- steps that depend on the semantics or on several inputs -------------------------------
 
-    def _forward_one(self, step: Step, given: list[_Value]) -> tuple[Tensor, int, Any]:
+    def run_step(self, step: Step, given: list[_Value]) -> tuple[Tensor, int, Any]:
         x, exponent = given[0]
         if isinstance(step, Scale):
-            factor = self._factor(step, x)
+            factor = self.scale_factor(step, x)
             return x * factor, exponent, factor
         if isinstance(step, Norm):
-            scale, offset = self._norm(step, x)
+            scale, offset = self.norm_factors(step, x)
             y = x if scale is None else x * scale
             if offset is not None:
                 y = y + offset * _power_of_two(-exponent)
@@ -221,7 +225,7 @@ class Flow:
             y, saved = step.forward([x])
         return y, exponent, saved
 
-    def _adjoint_one(self, step: Step, g: Tensor, saved: Any) -> list[Tensor]:
+    def run_adjoint(self, step: Step, g: Tensor, saved: Any) -> list[Tensor]:
         if isinstance(step, Scale):
             return [(g * saved).sum_to_size(step.in_shape)]
         if isinstance(step, Norm):
@@ -230,17 +234,17 @@ class Flow:
             return [g * saved]
         return step.adjoint(g, saved)
 
-    def _factor(self, step: Scale, like: Tensor) -> Tensor:
-        factor = step.factor(self._state).to(like.device, like.dtype).abs()
+    def scale_factor(self, step: Scale, like: Tensor) -> Tensor:
+        factor = step.factor(self.state).to(like.device, like.dtype).abs()
         if step.learned and self.semantics.norm == "identity":
             return torch.ones_like(factor)
         return factor**2 if self.semantics.power == 2 else factor
 
-    def _norm(self, step: Norm, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def norm_factors(self, step: Norm, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
         def read(reader: Any) -> Tensor | None:
             if reader is None:
                 return None
-            return reader(self._state).to(like.device, like.dtype).abs().reshape(step.shape)
+            return reader(self.state).to(like.device, like.dtype).abs().reshape(step.shape)
 
         power = self.semantics.power
         weight, var = read(step.weight), read(step.var)
@@ -261,10 +265,13 @@ class Flow:
             offset = shift if offset is None else offset + shift
         return scale, offset
 
-    def _bias(self, step: Weight, y: Tensor, exponent: int) -> Tensor:
+    def bias_offset(self, step: Weight) -> Tensor:
+        """|bias| of a weight step, to the power of the weights."""
         assert step.bias is not None
-        bias = step.bias(self._state).to(y.device, y.dtype).abs() ** max(self.semantics.power, 1)
-        bias = bias * _power_of_two(-exponent)
+        return step.bias(self.state).abs() ** max(self.semantics.power, 1)
+
+    def _bias(self, step: Weight, y: Tensor, exponent: int) -> Tensor:
+        bias = self.bias_offset(step).to(y.device, y.dtype) * _power_of_two(-exponent)
         if step.kind == "linear":
             return bias
         return bias.reshape(-1, *(1 for _ in step.stride))

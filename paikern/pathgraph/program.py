@@ -1,0 +1,422 @@
+"""A path graph as a program for the native sweeps: steps with addresses instead of names.
+
+`Flow` (flow.py) calls one operation after the other and is what every backend can do. Loops of
+many sweeps over one model (DPaI's steps, SynFlow's rounds) compile it once: every map gets a place
+in one arena, shared by maps that are not needed at the same time, and the steps run natively.
+Operations without a native form (attention, permutations, what a rule replays) call back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paikern.backends import registry
+from paikern.pathgraph import steps as kinds
+from paikern.pathgraph.flow import Flow
+from paikern.pathgraph.steps import State, Step
+
+_ALIGN = 16  # floats: a cache line
+
+
+@dataclass
+class _Map:
+    """A map in the arena: alive from tick `first` to `last`."""
+
+    numel: int
+    first: int
+    last: int
+    offset: int = 0
+
+
+@dataclass
+class _Value:
+    root: int  # the value that first held these maps
+    shape: tuple[int, ...]
+    a: _Map
+    g: _Map
+    start: bool = False
+
+
+class Program:
+    """The native form of both sweeps of `flow` over the tensors in `state`.
+
+    Args:
+        flow: float32; says what counts as a path.
+        state: parameter and buffer names -> tensors, held by the program.
+        parameters: the names whose masks change from sweep to sweep; `set_mask` takes their index.
+        keep: maps to keep past their last use: "scores" both maps of every weight step until the
+            next forward sweep, "nodes" the output of every weight step until its visit.
+
+    Attributes:
+        native: the `_C.PathFlow`.
+        steps: (step, inputs, output) of the plan, in the order of the program.
+    """
+
+    def __init__(self, flow: Flow, state: State, parameters: Sequence[str], keep: str) -> None:
+        self.flow = flow
+        self.steps = [s for s in flow.plan.steps if not isinstance(s[0], kinds.Reshape)]
+        self._index = {name: i for i, name in enumerate(parameters)}
+        self._held: list[Any] = []
+        self._saved: dict[int, Any] = {}
+        flow.bind(state)
+        self._values = _values(flow)
+        self._divided: dict[int, _Map] = {}
+        arena = torch.empty(self._lay_out(keep))
+        self._arena = arena
+        self._views = {
+            id_: (self._view(v.a, v.shape), self._view(v.g, v.shape))
+            for id_, v in self._values.items()
+        }
+        own = [id_ for id_, v in self._values.items() if v.root == id_]
+        order = {id_: own.index(v.root) for id_, v in self._values.items()}
+        self.native = registry.resolve("path_flow", "cpu", False)(
+            [self._describe_value(self._values[id_]) for id_ in own],
+            [self._describe_step(i, order) for i in range(len(self.steps))],
+            list(dict.fromkeys(order[i] for i in flow.plan.outputs)),
+            len(parameters),
+            flow.by_input_max,
+            flow.counts,
+            self,
+        )
+
+    @property
+    def arena_bytes(self) -> int:
+        return self._arena.numel() * 4
+
+    def name(self, index: int) -> str:
+        """The parameter of a step, for messages."""
+        step = self.steps[index][0]
+        return step.parameter if isinstance(step, kinds.Weight) else step.where or step.op
+
+    def weight_step(self, parameter: str) -> int:
+        """The number of the one step that uses a parameter."""
+        (found,) = (
+            i
+            for i, (step, _, _) in enumerate(self.steps)
+            if isinstance(step, kinds.Weight) and step.parameter == parameter
+        )
+        return found
+
+    # --- called from the native sweeps ---------------------------------------------------------
+
+    def forward(self, index: int, exponents: list[int]) -> None:
+        """Replay a step that has no native form."""
+        step, inputs, output = self.steps[index]
+        with torch.no_grad():
+            given = [(self._views[i][0], e) for i, e in zip(inputs, exponents, strict=True)]
+            y, _, self._saved[index] = self.flow.run_step(step, given)
+            self._views[output][0].copy_(y)
+
+    def adjoint(self, index: int) -> list[int]:
+        """The adjoint of such a step; the arrays live until the next call."""
+        step, _, output = self.steps[index]
+        with torch.no_grad():
+            parts = self.flow.run_adjoint(step, self._views[output][1], self._saved.pop(index))
+        self._parts = [part.to(torch.float32).contiguous() for part in parts]
+        return [part.data_ptr() for part in self._parts]
+
+    # --- memory --------------------------------------------------------------------------------
+
+    def _lay_out(self, keep: str) -> int:
+        """Give every map its interval and then its place; returns the floats of the arena.
+
+        Ticks: step i runs forward at i and backward at 2 n - 1 - i.
+        """
+        end = 2 * len(self.steps)
+        for v in self._values.values():
+            v.a.first, v.a.last = end, -1
+            v.g.first, v.g.last = end, -1
+        for i, (step, inputs, output) in enumerate(self.steps):
+            back = end - 1 - i
+            weight = isinstance(step, kinds.Weight)
+            for j in inputs:
+                v = self._values[j]
+                read = (
+                    back if (weight and not self.flow.by_input_max) or _reads_input(step) else i
+                )
+                v.a.first = min(v.a.first, 0 if v.start else i)
+                v.a.last = max(v.a.last, end if weight and keep == "scores" else read)
+                v.g.first = min(v.g.first, back)
+                v.g.last = max(v.g.last, back)
+            out = self._values[output]
+            out.a.first = min(out.a.first, i)
+            out.a.last = max(out.a.last, i)
+            if (weight and keep == "nodes") or isinstance(step, kinds.Rectify):
+                out.a.last = max(out.a.last, back)
+            out.g.first = min(out.g.first, back)
+            out.g.last = max(out.g.last, end if weight and keep == "scores" else back)
+            if weight and self.flow.by_input_max:
+                self._divided[i] = _Map(math.prod(self._values[inputs[0]].shape), i, back)
+        for j in self.flow.plan.outputs:
+            v = self._values[j]
+            v.a.last = max(v.a.last, len(self.steps))
+            v.g.first = min(v.g.first, len(self.steps))
+            v.g.last = max(v.g.last, len(self.steps))
+        own = [v for id_, v in self._values.items() if v.root == id_]
+        maps = [m for v in own for m in ((v.a,) if v.start else (v.a, v.g))]
+        return _place(maps + list(self._divided.values()))
+
+    def _view(self, m: _Map, shape: tuple[int, ...]) -> Tensor:
+        return self._arena[m.offset : m.offset + m.numel].view(shape)
+
+    def _address(self, m: _Map) -> int:
+        return self._arena.data_ptr() + 4 * m.offset
+
+    def _hold(self, tensor: Tensor) -> int:
+        """The address of a tensor that lives as long as the program."""
+        self._held.append(tensor)
+        return tensor.data_ptr()
+
+    # --- the native description ----------------------------------------------------------------
+
+    def _describe_value(self, v: _Value) -> dict[str, Any]:
+        return {
+            "a": self._address(v.a),
+            "g": self._address(v.g),
+            "numel": v.a.numel,
+            "start": v.start,
+        }
+
+    def _describe_step(self, index: int, order: dict[int, int]) -> dict[str, Any]:
+        step, inputs, output = self.steps[index]
+        made = {"inputs": [order[i] for i in inputs], "output": order[output]}
+        shapes = [self._values[i].shape for i in inputs]
+        for kind, describe in _DESCRIBE.items():
+            if isinstance(step, kind):
+                found = describe(self, step, shapes, self._values[output].shape)
+                if found is not None:
+                    if index in self._divided:
+                        found["divided"] = self._address(self._divided[index])
+                    return {**made, **found}
+        return {**made, "kind": _CALL}
+
+    def _weight(
+        self, step: kinds.Weight, shapes: list[tuple[int, ...]], out: tuple[int, ...]
+    ) -> dict[str, Any]:
+        w = self.flow.state[step.parameter]
+        rows = slice(None) if step.rows is None else slice(*step.rows)
+        used = w[rows]
+        columns_of = out if step.transposed else shapes[0]
+        found: dict[str, Any] = {
+            "kind": 0,
+            "geometry": registry.resolve("path_geometry", "cpu", False)(
+                tuple(used.shape), columns_of, step.stride, step.padding, step.dilation, step.groups
+            ),
+            "transposed": step.transposed,
+            "power": self.flow.semantics.power,
+        }
+        if self.flow.semantics.power:
+            used = used.detach().contiguous()
+            found["type"] = registry.resolve("weight_type", "cpu", False)(used.dtype)
+            found["weight"] = self._hold(used)
+        if step.parameter in self._index:
+            found["parameter"] = self._index[step.parameter]
+        if step.rows is not None:
+            found["first_bit"] = step.rows[0] * math.prod(w.shape[1:])
+        channels = out[-1] if step.kind == "linear" else out[1]
+        outer = math.prod(out[:-1]) if step.kind == "linear" else out[0]
+        found |= {"outer": outer, "channels": channels}
+        found["inner"] = math.prod(out) // max(1, outer * channels)
+        if self.flow.semantics.offsets and step.bias is not None:
+            found["offset"] = self._hold(self.flow.bias_offset(step).float().contiguous())
+        return found
+
+    def _add(
+        self, step: kinds.Add, shapes: list[tuple[int, ...]], out: tuple[int, ...]
+    ) -> dict[str, Any] | None:
+        return {"kind": 1} if all(shape == out for shape in shapes) else None
+
+    def _norm(
+        self, step: kinds.Norm, shapes: list[tuple[int, ...]], out: tuple[int, ...]
+    ) -> dict[str, Any] | None:
+        scale, offset = self.flow.norm_factors(step, torch.empty(()))
+        return self._per_channel(out, scale, offset)
+
+    def _scale(
+        self, step: kinds.Scale, shapes: list[tuple[int, ...]], out: tuple[int, ...]
+    ) -> dict[str, Any] | None:
+        if step.in_shape != step.out_shape:
+            return None
+        return self._per_channel(out, self.flow.scale_factor(step, torch.empty(())), None)
+
+    def _per_channel(
+        self, out: tuple[int, ...], scale: Tensor | None, offset: Tensor | None
+    ) -> dict[str, Any] | None:
+        """Factors along one axis of the map, or one factor for all of it."""
+        found: dict[str, Any] = {"kind": 2}
+        axis = None
+        for name, factor in (("factor", scale), ("offset", offset)):
+            if factor is None:
+                continue
+            wide = [1] * (len(out) - factor.dim()) + list(factor.shape)
+            long = [d for d, n in enumerate(wide) if n > 1]
+            if len(long) > 1 or (long and axis not in (None, long[0])):
+                return None
+            axis = long[0] if long else axis
+            found[name] = factor
+        at = 0 if axis is None else axis
+        channels = 1 if axis is None else out[axis]
+        for name in ("factor", "offset"):
+            if name in found:
+                flat = found[name].float().reshape(-1).expand(channels).contiguous()
+                found[name] = self._hold(flat)
+        outer = math.prod(out[:at])
+        inner = math.prod(out) // max(1, outer * channels)
+        return {**found, "outer": outer, "channels": channels, "inner": inner}
+
+    def _rectify(
+        self, step: kinds.Rectify, shapes: list[tuple[int, ...]], out: tuple[int, ...]
+    ) -> dict[str, Any]:
+        return {"kind": 3}
+
+    def _mean(
+        self, step: kinds.Mean, shapes: list[tuple[int, ...]], out: tuple[int, ...]
+    ) -> dict[str, Any] | None:
+        dims = sorted(d % len(step.in_shape) for d in step.dims)
+        if not dims or dims != list(range(dims[0], dims[-1] + 1)):
+            return None
+        return {
+            "kind": 4,
+            "outer": math.prod(step.in_shape[: dims[0]]),
+            "channels": math.prod(step.in_shape[dims[0] : dims[-1] + 1]),
+            "inner": math.prod(step.in_shape[dims[-1] + 1 :]),
+            "average": step.average,
+        }
+
+    def _max_pool(
+        self, step: kinds.MaxPool, shapes: list[tuple[int, ...]], out: tuple[int, ...]
+    ) -> dict[str, Any] | None:
+        if step.spatial != 2:
+            return None
+        pairs = [
+            _pair(v)
+            for v in (
+                step.in_shape[-2:],
+                step.out_shape[-2:],
+                step.kernel,
+                step.stride or step.kernel,
+                step.padding,
+                step.dilation,
+            )
+        ]
+        planes = math.prod(step.in_shape[:-2])
+        return {
+            "kind": 5,
+            "pool": [planes, *(n for pair in pairs for n in pair)],
+            "argmax": self._hold(torch.empty(math.prod(out), dtype=torch.int32)),
+        }
+
+
+_CALL = 6
+_DESCRIBE: dict[type[Step], Callable[..., dict[str, Any] | None]] = {
+    kinds.Weight: Program._weight,
+    kinds.Add: Program._add,
+    kinds.Norm: Program._norm,
+    kinds.Scale: Program._scale,
+    kinds.Rectify: Program._rectify,
+    kinds.Mean: Program._mean,
+    kinds.MaxPool: Program._max_pool,
+}
+
+
+def compiled(
+    flow: Flow, state: State, parameters: Sequence[str], keep: str
+) -> Program | None:
+    """The program of `flow`, or None where the native sweeps cannot run it.
+
+    They need the CPU, float32 maps, weights that the native kernels read and maps of at least one
+    element.
+    """
+    if flow.dtype != torch.float32 or not registry.has("path_flow", "cpu"):
+        return None
+    for step in flow.graph.weights:
+        w = state[step.parameter]
+        if not flow.semantics.power:
+            continue
+        if w.is_meta or not w.is_cpu or registry.resolve("weight_type", "cpu", False)(w.dtype) is None:
+            return None
+    if any(not t.is_cpu and not t.is_meta for t in state.values()):
+        return None
+    flow.bind(state)
+    shapes = _shapes(flow)
+    if any(math.prod(shape) == 0 for shape in shapes.values()):
+        return None
+    if any(math.prod(state[step.parameter].shape) == 0 for step in flow.graph.weights):
+        return None
+    return Program(flow, state, parameters, keep)
+
+
+def _pair(values: Sequence[int]) -> tuple[int, int]:
+    first, second = (values[0], values[0]) if len(values) == 1 else values
+    return first, second
+
+
+def _reads_input(step: Step) -> bool:
+    """Whether a callback keeps a view of its input for the adjoint."""
+    return isinstance(step, kinds.Replay) and step.keep_input
+
+
+def _shapes(flow: Flow) -> dict[int, tuple[int, ...]]:
+    """The shape of every value of the plan; steps that do not say theirs are run on zeros."""
+    shapes: dict[int, tuple[int, ...]] = dict(flow.graph.inputs)
+    for step, inputs, output in flow.plan.steps:
+        if hasattr(step, "out_shape"):
+            shapes[output] = step.out_shape
+        elif isinstance(step, (kinds.Norm, kinds.Rectify)):
+            shapes[output] = shapes[inputs[0]]
+        else:
+            with torch.no_grad():
+                given = [torch.zeros(shapes[i]) for i in inputs]
+                shapes[output] = tuple(step.forward(given)[0].shape)
+    return shapes
+
+
+def _values(flow: Flow) -> dict[int, _Value]:
+    """One a value; those that a reshape joins share their maps."""
+    found: dict[int, _Value] = {}
+    shapes = _shapes(flow)
+    for id_ in flow.graph.inputs:
+        found[id_] = _new_value(id_, shapes[id_], start=True)
+    for step, inputs, output in flow.plan.steps:
+        if isinstance(step, kinds.Reshape):
+            found[output] = replace(found[inputs[0]], shape=shapes[output])
+        else:
+            found[output] = _new_value(output, shapes[output])
+    return found
+
+
+def _new_value(id_: int, shape: tuple[int, ...], start: bool = False) -> _Value:
+    numel = math.prod(shape)
+    return _Value(id_, shape, _Map(numel, 0, 0), _Map(numel, 0, 0), start)
+
+
+def _place(maps: list[_Map]) -> int:
+    """Offsets such that maps alive at the same tick do not overlap: largest first, lowest fit."""
+    placed: list[_Map] = []
+    top = 0
+    for m in sorted(maps, key=lambda m: -m.numel):
+        if m.last < m.first:
+            continue
+        rivals = sorted(
+            (o.offset, o.offset + o.numel)
+            for o in placed
+            if o.first <= m.last and m.first <= o.last
+        )
+        at = 0
+        for low, high in rivals:
+            if at + m.numel <= low:
+                break
+            at = max(at, -(-high // _ALIGN) * _ALIGN)
+        m.offset = at
+        placed.append(m)
+        top = max(top, at + m.numel)
+    return top
+
+
+__all__ = ["Program", "compiled"]
