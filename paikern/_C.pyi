@@ -1,6 +1,7 @@
 """The CPU kernels (csrc/python/bind_*.cpp). Addresses are integers; a 0 stands for none."""
 
 from collections.abc import Sequence
+from typing import Any
 
 # data, type, and (sizes, strides) where the tensor is not contiguous
 _View = tuple[int, int, tuple[Sequence[int], Sequence[int]] | None]
@@ -10,6 +11,58 @@ _Scores = tuple[int, int, Sequence[int], Sequence[int], bool, int, int, int, int
 
 class PathGeometry:
     def __init__(self, values: tuple[int, ...]) -> None: ...
+
+class PathFlow:
+    def __init__(
+        self,
+        values: Sequence[dict[str, Any]],
+        steps: Sequence[dict[str, Any]],
+        outputs: Sequence[int],
+        parameters: int,
+        by_input_max: bool,
+        counts: bool,
+        replay: object,
+    ) -> None: ...
+    def forward(self) -> float: ...
+    def set_mask(self, parameter: int, mask: int) -> None: ...
+    def set_cotangent(self, output: int, values: int) -> None: ...
+    @property
+    def dead(self) -> int: ...
+    @property
+    def broken(self) -> int: ...
+    @property
+    def total(self) -> tuple[float, int]: ...
+
+class DpaiLoop:
+    def __init__(
+        self,
+        flow: PathFlow,
+        layers: Sequence[dict[str, Any]],
+        alpha: float,
+        beta: float,
+        adam: bool,
+    ) -> None: ...
+    def select(self) -> int: ...
+    # status, and (objective, nodes, kernels, weights) of every step done
+    def run(
+        self, done: int, steps: int, seconds: float, patience: int
+    ) -> tuple[int, list[tuple[float, int, int, int]]]: ...
+    unchanged: int
+    @property
+    def layer_at_fault(self) -> int: ...
+
+class PathRounds:
+    def __init__(
+        self, flow: PathFlow, layers: Sequence[tuple[int, int, int]], power: int
+    ) -> None: ...
+    # status, and log R of every round done
+    def run(
+        self, done: int, counts: Sequence[Sequence[int]], seconds: float, stop_empty: bool
+    ) -> tuple[int, list[float]]: ...
+    @property
+    def current(self) -> int: ...
+    @property
+    def layer_at_fault(self) -> int: ...
 
 def isa() -> str: ...
 def pack_mask(mask: int, numel: int, packed: int) -> None: ...

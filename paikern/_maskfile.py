@@ -15,15 +15,14 @@ import hashlib
 import json
 import math
 import os
-import secrets
 import stat
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+from paikern._files import replacing
 from paikern.errors import MaskFormatError
 from paikern.version import __version__
 
@@ -65,34 +64,11 @@ def write(
         OSError: as the file system says; ``path`` is then as it was and no other file is left.
     """
     header = _header(packed, shapes, metadata)
-    # The target of a link is replaced, not the link.
-    target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    try:
-        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-        with open(descriptor, "wb") as file:
-            file.write(len(header).to_bytes(8, "little"))
-            file.write(header)
-            for mask in packed.values():
-                file.write(raw_bytes(mask))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(target.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Without this a power cut could forget the new name although the data are on the disk."""
-    if os.name != "posix":  # elsewhere folders cannot be opened
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with replacing(path) as file:
+        file.write(len(header).to_bytes(8, "little"))
+        file.write(header)
+        for mask in packed.values():
+            file.write(raw_bytes(mask))
 
 
 def _header(packed: Mapping[str, Tensor], shapes: Shapes, metadata: Mapping[str, Any]) -> bytes:

@@ -2,7 +2,17 @@
 
 from paikern.pathgraph.flow import Flow, Semantics, Visit
 from paikern.pathgraph.graph import PathGraph
+from paikern.pathgraph.program import Program, compiled
 from paikern.pathgraph.rules import register_path_rule
 from paikern.pathgraph.trace import trace
 
-__all__ = ["Flow", "PathGraph", "Semantics", "Visit", "register_path_rule", "trace"]
+__all__ = [
+    "Flow",
+    "PathGraph",
+    "Program",
+    "Semantics",
+    "Visit",
+    "compiled",
+    "register_path_rule",
+    "trace",
+]

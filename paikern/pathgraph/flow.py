@@ -280,10 +280,7 @@ class Flow:
         """Bring the maximum into [1, 2); returns the exact power of two taken out."""
         self._top = top = ops.map_maximum(t)
         if not math.isfinite(top):
-            raise NonFiniteScoreError(
-                f"path counts overflow or are NaN at {_place(step)}: its weights are not finite "
-                "or too large; check that parameter"
-            )
+            raise not_finite(_place(step))
         shift = math.frexp(top)[1] - 1 if top > 0.0 else 0
         floor = _FLOOR if self.counts and abs(before + shift) > _FLOOR_FROM else 0.0
         if shift or floor:
@@ -295,6 +292,13 @@ class Flow:
         if by == 0:
             return t
         return ops.map_scale(t.clone(), by, floor=_FLOOR if self.counts else 0.0)
+
+
+def not_finite(place: str) -> NonFiniteScoreError:
+    return NonFiniteScoreError(
+        f"path counts overflow or are NaN at {place}: its weights are not finite or too large; "
+        "check that parameter"
+    )
 
 
 def _refuse_meta(graph: PathGraph, state: State) -> None:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from paikern.backends import registry
+from paikern.errors import NonFiniteScoreError
 from paikern.pathgraph import steps as kinds
-from paikern.pathgraph.flow import Flow
+from paikern.pathgraph.flow import Flow, not_finite
 from paikern.pathgraph.steps import State, Step
 
 _ALIGN = 16  # floats: a cache line
@@ -94,6 +95,10 @@ class Program:
         step = self.steps[index][0]
         return step.parameter if isinstance(step, kinds.Weight) else step.where or step.op
 
+    def overflow(self) -> NonFiniteScoreError:
+        """The error of a sweep whose counts were not finite."""
+        return not_finite(self.name(self.native.broken))
+
     def weight_step(self, parameter: str) -> int:
         """The number of the one step that uses a parameter."""
         (found,) = (
@@ -137,9 +142,7 @@ class Program:
             weight = isinstance(step, kinds.Weight)
             for j in inputs:
                 v = self._values[j]
-                read = (
-                    back if (weight and not self.flow.by_input_max) or _reads_input(step) else i
-                )
+                read = back if (weight and not self.flow.by_input_max) or _reads_input(step) else i
                 v.a.first = min(v.a.first, 0 if v.start else i)
                 v.a.last = max(v.a.last, end if weight and keep == "scores" else read)
                 v.g.first = min(v.g.first, back)
@@ -325,9 +328,7 @@ _DESCRIBE: dict[type[Step], Callable[..., dict[str, Any] | None]] = {
 }
 
 
-def compiled(
-    flow: Flow, state: State, parameters: Sequence[str], keep: str
-) -> Program | None:
+def compiled(flow: Flow, state: State, parameters: Sequence[str], keep: str) -> Program | None:
     """The program of `flow`, or None where the native sweeps cannot run it.
 
     They need the CPU, float32 maps, weights that the native kernels read and maps of at least one
@@ -335,14 +336,13 @@ def compiled(
     """
     if flow.dtype != torch.float32 or not registry.has("path_flow", "cpu"):
         return None
-    for step in flow.graph.weights:
-        w = state[step.parameter]
-        if not flow.semantics.power:
-            continue
-        if w.is_meta or not w.is_cpu or registry.resolve("weight_type", "cpu", False)(w.dtype) is None:
-            return None
     if any(not t.is_cpu and not t.is_meta for t in state.values()):
         return None
+    if flow.semantics.power:
+        read = [state[step.parameter] for step in flow.graph.weights]
+        code = registry.resolve("weight_type", "cpu", False)
+        if any(w.is_meta or code(w.dtype) is None for w in read):
+            return None
     flow.bind(state)
     shapes = _shapes(flow)
     if any(math.prod(shape) == 0 for shape in shapes.values()):
