@@ -95,6 +95,8 @@ class PathFlow {
   double forward();
   void backward(const Visit &visit);
 
+  // Of the incoming counts of a value.
+  int64_t exponent(int64_t id) const { return values_[static_cast<size_t>(id)].a_exponent; }
   int64_t dead() const { return dead_; }
   int64_t broken() const { return broken_; }
   double mantissa() const { return mantissa_; }  // R = mantissa * 2**top

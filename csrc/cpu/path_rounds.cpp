@@ -16,36 +16,46 @@ bool vectors(const FlowStep &step) { return step.geometry.linear() && step.geome
 }  // namespace
 
 RoundsStatus PathRounds::run(int64_t done, const std::vector<std::vector<int64_t>> &counts, double seconds,
-                             bool stop_empty, std::vector<RoundsRecord> *records) {
+                             bool stop_empty, std::vector<double> *log_flows) {
   using Clock = std::chrono::steady_clock;
   const auto start = Clock::now();
-  const size_t layers = layers_.size();
-  x_.resize(layers);
-  g_.resize(layers);
-  exponents_.resize(layers);
   for (size_t round = static_cast<size_t>(done); round < counts.size(); ++round) {
-    const double log_flow = flow_.forward();
-    if (!std::isfinite(log_flow)) return flow_.broken() >= 0 ? RoundsStatus::kBroken : RoundsStatus::kDead;
-    std::fill(x_.begin(), x_.end(), nullptr);
-    flow_.backward([&](FlowStep &step, const float *x, const float *g, int64_t exponent, const FlowValue &) {
-      if (step.parameter < 0 || step.parameter >= static_cast<int64_t>(layers)) return;
-      const size_t l = static_cast<size_t>(step.parameter);
-      x_[l] = step.transposed ? g : x;  // the stored rows are the inputs
-      g_[l] = step.transposed ? x : g;
-      exponents_[l] = exponent;
-    });
-    if (flow_.broken() >= 0) return RoundsStatus::kBroken;
-    fault_ = select(counts[round]);
-    if (fault_ >= 0) return RoundsStatus::kNotFinite;
-    current_ = 1 - current_;
-    begun_ = true;
-    for (size_t l = 0; l < layers; ++l) flow_.set_mask(static_cast<int64_t>(l), layers_[l].masks[current_]);
-    records->push_back({log_flow});
-    if (stop_empty && emptied()) return RoundsStatus::kEmptied;
+    double log_flow;
+    RoundsStatus status = begin(&log_flow);
+    if (status == RoundsStatus::kDone) status = finish(counts[round], stop_empty);
+    if (status == RoundsStatus::kDone || status == RoundsStatus::kEmptied) log_flows->push_back(log_flow);
+    if (status != RoundsStatus::kDone) return status;
     const bool late = std::chrono::duration<double>(Clock::now() - start).count() > seconds;
     if (late && round + 1 < counts.size()) return RoundsStatus::kTime;
   }
   return RoundsStatus::kDone;
+}
+
+RoundsStatus PathRounds::begin(double *log_flow) {
+  *log_flow = flow_.forward();
+  if (std::isfinite(*log_flow)) return RoundsStatus::kDone;
+  return flow_.broken() >= 0 ? RoundsStatus::kBroken : RoundsStatus::kDead;
+}
+
+RoundsStatus PathRounds::finish(const std::vector<int64_t> &counts, bool stop_empty) {
+  const size_t layers = layers_.size();
+  x_.resize(layers);
+  g_.resize(layers);
+  exponents_.resize(layers);
+  flow_.backward([&](FlowStep &step, const float *x, const float *g, int64_t exponent, const FlowValue &) {
+    if (step.parameter < 0 || step.parameter >= static_cast<int64_t>(layers)) return;
+    const size_t l = static_cast<size_t>(step.parameter);
+    x_[l] = step.transposed ? g : x;  // the stored rows are the inputs
+    g_[l] = step.transposed ? x : g;
+    exponents_[l] = exponent;
+  });
+  if (flow_.broken() >= 0) return RoundsStatus::kBroken;
+  fault_ = select(counts);
+  if (fault_ >= 0) return RoundsStatus::kNotFinite;
+  current_ = 1 - current_;
+  begun_ = true;
+  for (size_t l = 0; l < layers; ++l) flow_.set_mask(static_cast<int64_t>(l), layers_[l].masks[current_]);
+  return stop_empty && emptied() ? RoundsStatus::kEmptied : RoundsStatus::kDone;
 }
 
 // Fills the other masks. Returns the layer whose scores are NaN, else -1.

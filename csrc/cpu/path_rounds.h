@@ -13,10 +13,6 @@ struct RoundsLayer {
   uint8_t *masks[2];   // packed: the current one and the next
 };
 
-struct RoundsRecord {
-  double log_flow;
-};
-
 enum class RoundsStatus : int { kDone = 0, kTime = 1, kDead = 2, kBroken = 3, kNotFinite = 4, kEmptied = 5 };
 
 class PathRounds {
@@ -28,7 +24,12 @@ class PathRounds {
   // Rounds `done`, `done` + 1, ...: keep counts[round][0] over all layers or counts[round][l] in each. Stops after
   // `seconds` and one more round, and with `stop_empty` after a round that leaves a layer without a weight.
   RoundsStatus run(int64_t done, const std::vector<std::vector<int64_t>> &counts, double seconds, bool stop_empty,
-                   std::vector<RoundsRecord> *records);
+                   std::vector<double> *log_flows);
+
+  // One round in two parts, for a cotangent that depends on the outputs: the sweep forwards, which gives log R, and what
+  // follows it.
+  RoundsStatus begin(double *log_flow);
+  RoundsStatus finish(const std::vector<int64_t> &counts, bool stop_empty);
 
   // Which of the two masks of the layers is the current one.
   int64_t current() const { return current_; }

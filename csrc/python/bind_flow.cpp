@@ -145,6 +145,7 @@ void bind_flow(py::module_ &m) {
            [](PathFlow &flow, int64_t output, uintptr_t values) {
              flow.set_cotangent(output, pointer<const float>(values));
            })
+      .def("exponent", &PathFlow::exponent)
       .def_property_readonly("dead", &PathFlow::dead)
       .def_property_readonly("broken", &PathFlow::broken)
       .def_property_readonly("total", [](const PathFlow &flow) { return std::make_pair(flow.mantissa(), flow.top()); });
@@ -180,16 +181,30 @@ void bind_flow(py::module_ &m) {
       .def("run",
            [](PathRounds &rounds, int64_t done, const std::vector<std::vector<int64_t>> &counts, double seconds,
               bool stop_empty) {
-             std::vector<paikern::RoundsRecord> records;
+             std::vector<double> log_flows;
              paikern::RoundsStatus status;
              {
                const py::gil_scoped_release release;
-               status = rounds.run(done, counts, seconds, stop_empty, &records);
+               status = rounds.run(done, counts, seconds, stop_empty, &log_flows);
              }
-             std::vector<double> log_flows;
-             for (const auto &r : records) log_flows.push_back(r.log_flow);
              return std::make_pair(static_cast<int>(status), log_flows);
            })
+      .def("begin",
+           [](PathRounds &rounds) {
+             double log_flow = 0.0;
+             paikern::RoundsStatus status;
+             {
+               const py::gil_scoped_release release;
+               status = rounds.begin(&log_flow);
+             }
+             return std::make_pair(static_cast<int>(status), log_flow);
+           })
+      .def(
+          "finish",
+          [](PathRounds &rounds, const std::vector<int64_t> &counts, bool stop_empty) {
+            return static_cast<int>(rounds.finish(counts, stop_empty));
+          },
+          py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("current", &PathRounds::current)
       .def_property_readonly("layer_at_fault", &PathRounds::layer_at_fault);
 }

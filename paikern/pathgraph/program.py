@@ -19,7 +19,7 @@ from torch import Tensor
 from paikern.backends import registry
 from paikern.errors import NonFiniteScoreError
 from paikern.pathgraph import steps as kinds
-from paikern.pathgraph.flow import Flow, not_finite
+from paikern.pathgraph.flow import Cotangent, Flow, not_finite
 from paikern.pathgraph.steps import State, Step
 
 _ALIGN = 16  # floats: a cache line
@@ -76,10 +76,11 @@ class Program:
         }
         own = [id_ for id_, v in self._values.items() if v.root == id_]
         order = {id_: own.index(v.root) for id_, v in self._values.items()}
+        self._outputs = list(dict.fromkeys(order[i] for i in flow.plan.outputs))
         self.native = registry.resolve("path_flow", "cpu", False)(
             [self._describe_value(self._values[id_]) for id_ in own],
             [self._describe_step(i, order) for i in range(len(self.steps))],
-            list(dict.fromkeys(order[i] for i in flow.plan.outputs)),
+            self._outputs,
             len(parameters),
             flow.by_input_max,
             flow.counts,
@@ -98,6 +99,22 @@ class Program:
     def overflow(self) -> NonFiniteScoreError:
         """The error of a sweep whose counts were not finite."""
         return not_finite(self.name(self.native.broken))
+
+    @property
+    def outputs(self) -> list[tuple[Tensor, int]]:
+        """What arrived at each output of the graph, between the two sweeps."""
+        exponents = [self.native.exponent(i) for i in self._outputs]
+        shaped = (self._views[i][0] for i in self.flow.plan.outputs)
+        return list(zip(shaped, exponents, strict=True))
+
+    def set_cotangent(self, cotangent: Cotangent) -> None:
+        """In place of ones at the outputs; only its direction counts."""
+        top = max(e for _, e in cotangent)
+        self._cotangent = [
+            (t * 2.0 ** max(-1000, e - top)).to(torch.float32).contiguous() for t, e in cotangent
+        ]
+        for i, t in enumerate(self._cotangent):
+            self.native.set_cotangent(i, t.data_ptr())
 
     def weight_step(self, parameter: str) -> int:
         """The number of the one step that uses a parameter."""

@@ -288,8 +288,8 @@ class _NativeSteps:
             t.mark_selected()
             t.unchanged = self.loop.unchanged
             t.history += [
-                StepStatistics(number, *found, t.published)
-                for number, found in enumerate(records, first + 1)
+                StepStatistics(number, objective, nodes, kernels, params, t.published)
+                for number, (objective, nodes, kernels, params) in enumerate(records, first + 1)
             ]
             yield from t.history[first:]
             if status == self._DEAD:
