@@ -12,7 +12,8 @@ from paikern.masks import MaskSet
 from paikern.pattern import Pattern
 from paikern.progress import Progress, ProgressFunction
 from paikern.scorers import Run, Scorer, Scores, TrainedScorer
-from paikern.selection import apply_collapse_rule, select_packed
+from paikern.scorers.path_loop import PathLoop
+from paikern.selection import apply_collapse_rule, collapsed, empty_layers, select_packed
 from paikern.structured import check_pattern, left_dense
 
 History = list[dict[str, float]]
@@ -32,6 +33,16 @@ class Plan:
     rule: str
     on_collapse: str
     pattern: Pattern | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Nothing but exact counts of single weights, known before the first round."""
+        return (
+            self.pattern is None
+            and self.rule == "exact"
+            and self.scope != "lamp"
+            and self.on_collapse != "floor"
+        )
 
     def select(
         self, scores: Scores, counts: int | list[int], pattern: Pattern | None
@@ -109,6 +120,9 @@ def _iterated(
     history: History = []
     total = sum(torch.Size(shape).numel() for shape in run.shapes.values())
     densities = budget.schedule_densities(1 - plan.fraction, plan.rounds, plan.schedule)
+    loop = scorer.loop(run) if plan.is_plain else None
+    if loop is not None:
+        return _looped(run, scorer, plan, loop, densities, progress)
     with Progress(scorer.name, plan.rounds, "round", progress) as bar:
         for done, density in enumerate(densities, 1):
             last = done == plan.rounds
@@ -124,6 +138,31 @@ def _iterated(
             else:
                 kept = counts if isinstance(counts, int) else sum(counts)
             values = {"density": kept / total, **scorer.statistics(run)}
+            bar.update(**values)
+            history.append({"round": done, **values})
+    return run.masks, history
+
+
+def _looped(
+    run: Run,
+    scorer: Scorer,
+    plan: Plan,
+    loop: PathLoop,
+    densities: list[float],
+    progress: bool | ProgressFunction | None,
+) -> tuple[dict[str, Tensor], History]:
+    """The same rounds by a native loop: what each keeps is known before the first."""
+    history: History = []
+    total = sum(torch.Size(shape).numel() for shape in run.shapes.values())
+    removed = [1.0 - density for density in densities[:-1]] + [plan.fraction]
+    counts = [layer_counts(run, fraction, plan.scope) for fraction in removed]
+    given = [[k] if isinstance(k, int) else k for k in counts]
+    with Progress(scorer.name, plan.rounds, "round", progress) as bar:
+        rounds = loop.rounds(given, stop_empty=plan.on_collapse == "raise")
+        for done, (log_flow, kept) in enumerate(zip(rounds, given, strict=False), 1):
+            if plan.on_collapse == "raise" and (empty := empty_layers(run.masks)):
+                raise collapsed(empty)
+            values = {"density": sum(kept) / total, "log_flow": log_flow}
             bar.update(**values)
             history.append({"round": done, **values})
     return run.masks, history

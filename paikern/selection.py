@@ -162,8 +162,12 @@ def apply_collapse_rule(
     if not empty or on_collapse == "warn":
         return packed
     if on_collapse == "raise":
-        raise SparsityError(
-            f"layer collapse: {listed(empty)} would keep no weight; use more rounds, a lower "
-            "sparsity, scope='erk', or on_collapse='floor'"
-        )
+        raise collapsed(empty)
     return with_floor(scores, packed, k, pattern)
+
+
+def collapsed(empty: Sequence[str]) -> SparsityError:
+    return SparsityError(
+        f"layer collapse: {listed(empty)} would keep no weight; use more rounds, a lower "
+        "sparsity, scope='erk', or on_collapse='floor'"
+    )

@@ -138,13 +138,10 @@ double PathFlow::sum_up() {
   top_ = value(outputs_[0]).a_exponent;
   for (const int64_t id : outputs_) top_ = std::max(top_, value(id).a_exponent);
   mantissa_ = 0.0;
-  for (size_t o = 0; o < outputs_.size(); ++o) {
-    const FlowValue &out = value(outputs_[o]);
+  for (const int64_t id : outputs_) {
+    const FlowValue &out = value(id);
     double sum = 0.0;
-    for (int64_t i = 0; i < out.numel; ++i) {
-      const double weight = cotangent_[o] ? static_cast<double>(cotangent_[o][i]) : 1.0;
-      sum += weight * static_cast<double>(out.a[i]);
-    }
+    for (int64_t i = 0; i < out.numel; ++i) sum += static_cast<double>(out.a[i]);
     mantissa_ += std::ldexp(sum, static_cast<int>(std::max<int64_t>(out.a_exponent - top_, -2000)));
   }
   if (!(mantissa_ > 0.0)) return mantissa_ == 0.0 ? -INFINITY : NAN;

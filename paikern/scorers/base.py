@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from paikern.pathgraph import Flow, PathGraph, Semantics, trace
 from paikern.pattern import Layout
 from paikern.prunable import Prunable
 from paikern.scores import Scores
+
+if TYPE_CHECKING:
+    from paikern.scorers.path_loop import PathLoop
 
 VARIANTS = ("paper", "published")
 
@@ -106,6 +109,10 @@ class Scorer:
     def score(self, run: Run) -> Scores:
         """Scores of all layers of `run` under `run.masks`; higher is kept."""
         raise TypeError(f"{type(self).__name__} must implement score()")
+
+    def loop(self, run: Run) -> PathLoop | None:
+        """All rounds natively, for exact counts of single weights; None to score each of them."""
+        return None
 
     def statistics(self, run: Run) -> dict[str, float]:
         """What the last `score` found out, for progress and history."""

@@ -20,12 +20,13 @@ from torch import Tensor
 
 from paikern import ops
 from paikern.errors import PaikernError
-from paikern.pathgraph import Flow, PathGraph
+from paikern.pathgraph import Flow, PathGraph, Program, Semantics
 from paikern.pathgraph.flow import Cotangent
 from paikern.pathgraph.gated import GatedModel
 from paikern.pathgraph.steps import Norm, Reshape, Weight
 from paikern.scorers.base import Run, register_scorer
-from paikern.scorers.synflow import PathScorer
+from paikern.scorers.path_loop import PathLoop, path_loop
+from paikern.scorers.synflow import PathScorer, note_closed_norms
 
 _Total = tuple[Tensor, int]
 
@@ -60,7 +61,21 @@ class PX(PathScorer):
     def powers(self) -> tuple[int, int]:
         return 2, 2
 
-    def cotangent(self, run: Run, flow: Flow) -> Cotangent:
+    def loop(self, run: Run) -> PathLoop | None:
+        if not self.monotone:
+            return None
+        if self.norm == "scale":
+            note_closed_norms(run)
+        flow = run.flow(Semantics(self.powers[0], self.norm))
+
+        def prepare(program: Program) -> float:
+            program.set_cotangent(self.cotangent(run, program))
+            log_flow: float = run.cache["log_flow"]
+            return log_flow
+
+        return path_loop(run, flow, self.powers[1], self._dead, prepare)
+
+    def cotangent(self, run: Run, flow: Flow | Program) -> Cotangent:
         """c of this round, one tensor an output of the graph, its largest entry in [1, 2).
 
         Where all c_k are known to be equal only one sample is read, to see that they are not 0.

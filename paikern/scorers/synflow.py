@@ -19,10 +19,11 @@ from torch import Tensor
 
 from paikern import ops
 from paikern.errors import PaikernError
-from paikern.pathgraph import Flow, Semantics, Visit, weights
+from paikern.pathgraph import Flow, Program, Semantics, Visit, weights
 from paikern.pathgraph.flow import Cotangent
 from paikern.pathgraph.steps import Norm, Weight
 from paikern.scorers.base import Run, Scorer, register_scorer
+from paikern.scorers.path_loop import PathLoop, path_loop
 from paikern.scores import Dense, Factored, Score, Scores
 
 
@@ -58,13 +59,9 @@ class PathScorer(Scorer):
         semantics = Semantics(p_net, self.norm, offsets=run.variant == "published")
         flow = run.flow(semantics)
         if self.norm == "scale" and not run.masks:
-            _note_closed_norms(run)
+            note_closed_norms(run)
         if flow.forward(run.state, run.masks) == -math.inf:
-            raise PaikernError(
-                f"{self.name}: no path from the input to the output is left{flow.where_dead}, so "
-                "no weight scores above 0; use more rounds, a lower sparsity, "
-                "on_collapse='floor', or norm='identity' where norms are initialised to zero"
-            )
+            raise self._dead(flow.where_dead)
         uses = run.graph.uses()
         found: dict[str, Score] = {}
 
@@ -85,7 +82,22 @@ class PathScorer(Scorer):
         none = {n: Dense(torch.zeros(run.shapes[n])) for n in run.layers if n not in found}
         return Scores({name: {**found, **none}[name] for name in run.layers}, run.shapes)
 
-    def cotangent(self, run: Run, flow: Flow) -> Cotangent | None:
+    def loop(self, run: Run) -> PathLoop | None:
+        if not self.monotone:
+            return None
+        if self.norm == "scale":
+            note_closed_norms(run)
+        semantics = Semantics(self.powers[0], self.norm, offsets=run.variant == "published")
+        return path_loop(run, run.flow(semantics), self.powers[1], self._dead)
+
+    def _dead(self, where: str) -> PaikernError:
+        return PaikernError(
+            f"{self.name}: no path from the input to the output is left{where}, so "
+            "no weight scores above 0; use more rounds, a lower sparsity, "
+            "on_collapse='floor', or norm='identity' where norms are initialised to zero"
+        )
+
+    def cotangent(self, run: Run, flow: Flow | Program) -> Cotangent | None:
         """The weights of the outputs in R, asked for between the two sweeps; None for ones."""
         return None
 
@@ -160,6 +172,9 @@ class LogSynFlow(PathScorer):
 
     norm: str = "identity"
 
+    def loop(self, run: Run) -> None:
+        """Its scores are no product of factors."""
+
     summary = "|w| ln(1 + dR/d|w|), norms left out"
     source = "Cavagnero et al. 2023"
 
@@ -182,7 +197,7 @@ def log1p_scaled(x: Tensor, exponent: int) -> Tensor:
     return torch.where(x > 0, x.log() + exponent * math.log(2), 0.0)
 
 
-def _note_closed_norms(run: Run) -> None:
+def note_closed_norms(run: Run) -> None:
     """Residual branches are often initialised to end in a norm of zeros; no path crosses it."""
     closed = [
         step.where
