@@ -11,6 +11,10 @@
 namespace paikern {
 namespace {
 
+// Up to here the scores of all maps are stored once a round: a selection that looks at them several times (sample, band,
+// and histograms where kernels of one score mislead the sample) would compute them again each time. 4 MB.
+constexpr int64_t kStored = int64_t{1} << 20;
+
 bool vectors(const FlowStep &step) { return step.geometry.linear() && step.geometry.batch == 1; }
 
 }  // namespace
@@ -62,6 +66,14 @@ RoundsStatus PathRounds::finish(const std::vector<int64_t> &counts, bool stop_em
 int64_t PathRounds::select(const std::vector<int64_t> &counts) {
   std::vector<ScoreSource> sources;
   std::vector<std::unique_ptr<PathScoreTiles>> tiles;
+  int64_t mapped = 0;
+  for (const RoundsLayer &layer : layers_) {
+    const FlowStep &step = flow_.steps()[static_cast<size_t>(layer.step)];
+    if (!vectors(step)) mapped += step.weight.numel;
+  }
+  const bool store = mapped <= kStored;
+  scores_.resize(static_cast<size_t>(store ? mapped : 0));
+  float *next = scores_.data();
   for (size_t l = 0; l < layers_.size(); ++l) {
     const FlowStep &step = flow_.steps()[static_cast<size_t>(layers_[l].step)];
     ScoreSource &source = sources.emplace_back();
@@ -79,6 +91,11 @@ int64_t PathRounds::select(const std::vector<int64_t> &counts) {
       source.columns = step.geometry.depth();
       source.power = power_;
       source.candidates = view.mask;
+    } else if (store) {
+      path_score(step.geometry, view, x_[l], g_[l], -1.0f, next);
+      source.data = next;
+      source.candidates = view.mask;
+      next += source.numel;
     } else {
       tiles.push_back(std::make_unique<PathScoreTiles>(step.geometry, view, x_[l], g_[l]));
       source.tiles = tiles.back().get();

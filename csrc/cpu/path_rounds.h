@@ -46,6 +46,7 @@ class PathRounds {
   int64_t current_ = 0, fault_ = -1;
   std::vector<const float *> x_, g_;
   std::vector<int64_t> exponents_;
+  std::vector<float> scores_;
 };
 
 }  // namespace paikern
