@@ -75,10 +75,11 @@ bool DpaiLoop::step(int64_t t, DpaiRecord *record) {
     std::memset(layers_[l].gathered, 0, sizeof(float) * static_cast<size_t>(layers_[l].numel));
     std::fill(gathered_live_[l].begin(), gathered_live_[l].end(), uint8_t{0});
   }
-  flow_.backward([&](FlowStep &step, const float *x, const float *g, int64_t exponent, const FlowValue &out) {
+  flow_.backward([&](FlowStep &step, const float *x, const float *g, int64_t exponent, const FlowValue &out, float *) {
     if (step.parameter >= 0 && step.parameter < static_cast<int64_t>(layers_.size())) {
       update(step, x, g, exponent, out, t, record);
     }
+    return false;
   });
   if (flow_.broken() >= 0) return false;
   for (size_t l = 0; l < layers_.size(); ++l) {
@@ -97,10 +98,10 @@ void DpaiLoop::update(FlowStep &step, const float *x, const float *g, int64_t ex
   const DpaiLayer &layer = layers_[static_cast<size_t>(l)];
   live_.resize(static_cast<size_t>(step.channels));
   live_nodes(out.a, g, step.outer, step.channels, step.inner, live_.data());
-  const double scale =
-      flow_.rules().by_input_max
-          ? 1.0
-          : std::ldexp(1.0 / flow_.mantissa(), static_cast<int>(std::clamp<int64_t>(exponent - flow_.top(), -2000, 2000)));
+  const double scale = flow_.rules().by_input_max
+                           ? 1.0
+                           : std::ldexp(1.0 / flow_.mantissa(),
+                                        static_cast<int>(std::clamp<int64_t>(exponent - flow_.top(), -2000, 2000)));
   if (step.transposed) std::swap(x, g);  // the stored rows are the inputs
   if (layer.gathered) {
     gather(step, layer, x, g, static_cast<float>(scale));
@@ -133,9 +134,13 @@ void DpaiLoop::count(int64_t layer, const DpaiCounts &counts, DpaiRecord *record
 DpaiRule DpaiLoop::rule(const DpaiLayer &layer, double q_scale, int64_t t) const {
   const double effective = 1.0 - settings_.alpha, step = static_cast<double>(t);
   const double lr = settings_.adam ? layer.lr / (1.0 - std::pow(kBeta1, step)) : layer.lr;
-  return {static_cast<float>(q_scale), static_cast<float>(effective + settings_.alpha * settings_.beta),
-          static_cast<float>(effective), static_cast<float>(lr), static_cast<float>(kBeta1),
-          static_cast<float>(kBeta2), static_cast<float>(std::pow(1.0 - std::pow(kBeta2, step), -0.5)),
+  return {static_cast<float>(q_scale),
+          static_cast<float>(effective + settings_.alpha * settings_.beta),
+          static_cast<float>(effective),
+          static_cast<float>(lr),
+          static_cast<float>(kBeta1),
+          static_cast<float>(kBeta2),
+          static_cast<float>(std::pow(1.0 - std::pow(kBeta2, step), -0.5)),
           static_cast<float>(kEpsilon)};
 }
 

@@ -1,6 +1,7 @@
 // Training steps of DPaI without returning to Python: sweeps, fused update and selection, layer by layer.
 //
-// A step reads and writes the state (s, and Adam's m and v) once and one bit a weight. Source: DPaI poster, algorithm 1.
+// A step reads and writes the state (s, and Adam's m and v) once and one bit a weight. Source: DPaI poster,
+// algorithm 1.
 #pragma once
 
 #include <cstdint>
@@ -11,14 +12,14 @@
 namespace paikern {
 
 struct DpaiLayer {
-  float *s, *m, *v;      // m, v null for plain ascent
-  uint8_t *mask;         // packed, written by every selection
-  int64_t numel, k;      // how many are kept
-  double lr;             // ascent: per step; Adam: before the bias correction
-  double *memory;        // [2], see Ranking
-  float *gathered;       // q summed over uses, for a parameter that is used by rows or more than once; else null
-  PathGeometry update;   // of such a parameter: one position
-  int64_t nodes;         // output units of such a parameter
+  float *s, *m, *v;     // m, v null for plain ascent
+  uint8_t *mask;        // packed, written by every selection
+  int64_t numel, k;     // how many are kept
+  double lr;            // ascent: per step; Adam: before the bias correction
+  double *memory;       // [2], see Ranking
+  float *gathered;      // q summed over uses, for a parameter that is used by rows or more than once; else null
+  PathGeometry update;  // of such a parameter: one position
+  int64_t nodes;        // output units of such a parameter
   bool node_is_channel;
 };
 
@@ -41,8 +42,8 @@ class DpaiLoop {
   // The mask of the scores as they are: top-k of |s| in every layer. Returns the layer whose scores are NaN, else -1.
   int64_t select();
 
-  // Up to `steps` steps from step number `done` on, or as many as fit into `seconds` and one more. `patience` > 0: stops
-  // once the mask has not changed for so many steps. Records are of the mask before each update.
+  // Up to `steps` steps from step number `done` on, or as many as fit into `seconds` and one more. `patience` > 0:
+  // stops once the mask has not changed for so many steps. Records are of the mask before each update.
   DpaiStatus run(int64_t done, int64_t steps, double seconds, int64_t patience, std::vector<DpaiRecord> *records);
 
   int64_t layer_at_fault() const { return fault_; }

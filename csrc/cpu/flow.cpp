@@ -11,8 +11,8 @@
 namespace paikern {
 namespace {
 
-// Path counts are integers times means: one that would underflow is held at 2**-60 of the maximum, so that "reached" and
-// "not reached" never depend on rounding. It cannot matter before 2**50.
+// Path counts are integers times means: one that would underflow is held at 2**-60 of the maximum, so that "reached"
+// and "not reached" never depend on rounding. It cannot matter before 2**50.
 constexpr float kFloor = 0x1p-60f;
 constexpr int64_t kFloorFrom = 50;
 
@@ -179,11 +179,11 @@ void PathFlow::backward(const Visit &visit) {
 void PathFlow::backward_weight(FlowStep &step, const Visit &visit) {
   FlowValue &in = value(step.inputs[0]), &out = value(step.output);
   const float *x = rules_.by_input_max ? step.divided : in.a;
-  visit(step, x, out.g, in.a_exponent + out.g_exponent, out);
-  if (in.start) return;
   FloatBuffer scratch(0);
-  float *gx = target(in, &scratch);
-  product(step, true, out.g, gx, in.numel);
+  float *gx = in.start ? nullptr : target(in, &scratch);
+  const bool swept = visit(step, x, out.g, in.a_exponent + out.g_exponent, out, gx);
+  if (in.start) return;
+  if (!swept) product(step, true, out.g, gx, in.numel);
   int64_t exponent = out.g_exponent;
   if (rules_.by_input_max) {
     through_maximum(gx, x, in.numel, step.maximum);

@@ -45,8 +45,8 @@ struct FlowStep {
   float *divided = nullptr;  // x / max, where inputs are divided by their maximum
   double maximum = 1.0;
 
-  // The output (or, for kMean, the input) as [outer, channels, inner]; `factor` and `offset` are per channel, null for 1
-  // and 0. kMean sums over `channels`.
+  // The output (or, for kMean, the input) as [outer, channels, inner]; `factor` and `offset` are per channel, null for
+  // 1 and 0. kMean sums over `channels`.
   int64_t outer = 1, channels = 1, inner = 1;
   const float *factor = nullptr, *offset = nullptr;
   bool average = false;
@@ -71,12 +71,13 @@ struct FlowRules {
 
 class PathFlow {
  public:
-  // What a weight step hands over in the backward sweep: its score is |w|**p * (g^T x) * 2**exponent.
-  using Visit =
-      std::function<void(FlowStep &step, const float *x, const float *g, int64_t exponent, const FlowValue &out)>;
+  // What a weight step hands over in the backward sweep: its score is |w|**p * (g^T x) * 2**exponent. The visitor
+  // returns true if it has put the adjoint V^T g where `gx` points; null where nothing lies before the layer.
+  using Visit = std::function<bool(FlowStep &step, const float *x, const float *g, int64_t exponent,
+                                   const FlowValue &out, float *gx)>;
 
-  PathFlow(std::vector<FlowValue> values, std::vector<FlowStep> steps, std::vector<int64_t> outputs,
-           int64_t parameters, FlowRules rules, FlowCalls calls)
+  PathFlow(std::vector<FlowValue> values, std::vector<FlowStep> steps, std::vector<int64_t> outputs, int64_t parameters,
+           FlowRules rules, FlowCalls calls)
       : values_(std::move(values)),
         steps_(std::move(steps)),
         outputs_(std::move(outputs)),

@@ -2,8 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cmath>
-#include <memory>
+#include <limits>
 
 #include "path_score_tiles.h"
 #include "topk.h"
@@ -11,13 +10,38 @@
 namespace paikern {
 namespace {
 
-// Up to here the scores of all maps are stored once a round: a selection that looks at them several times (sample, band,
-// and histograms where kernels of one score mislead the sample) would compute them again each time. 4 MB.
+// Up to here a selection that samples has the scores of all maps stored first: it looks at them several times (sample,
+// band, and histograms where kernels of one score mislead the sample). 4 MB.
 constexpr int64_t kStored = int64_t{1} << 20;
+
+// Scores a thread makes at a time for the stream: 2 MB, columns of a layer are laid out once for each.
+constexpr int64_t kPiece = int64_t{1} << 19;
+
+constexpr float kExcluded = -std::numeric_limits<float>::infinity();
 
 bool vectors(const FlowStep &step) { return step.geometry.linear() && step.geometry.batch == 1; }
 
 }  // namespace
+
+void KthForecast::observe(double log2_kth) {
+  if (std::isnan(log2_kth)) {
+    *this = KthForecast();
+    return;
+  }
+  if (known() && !std::isnan(before_)) reach_ = std::clamp(4.0 * std::abs(log2_kth - centre()), kLeast, kMost);
+  before_ = last_;
+  last_ = log2_kth;
+}
+
+void KthForecast::missed() { reach_ = std::min(2.0 * reach_, kMost); }
+
+PathRounds::PathRounds(PathFlow &flow, std::vector<RoundsLayer> layers, int power)
+    : flow_(flow), layers_(std::move(layers)), power_(power), maps_(layers_.size()), memory_(2 * layers_.size(), NAN) {
+  for (size_t l = 0; l < layers_.size(); ++l) {
+    total_ += step(l).weight.numel;
+    if (!vectors(step(l))) mapped_ += step(l).weight.numel;
+  }
+}
 
 RoundsStatus PathRounds::run(int64_t done, const std::vector<std::vector<int64_t>> &counts, double seconds,
                              bool stop_empty, std::vector<double> *log_flows) {
@@ -42,81 +66,135 @@ RoundsStatus PathRounds::begin(double *log_flow) {
 }
 
 RoundsStatus PathRounds::finish(const std::vector<int64_t> &counts, bool stop_empty) {
-  const size_t layers = layers_.size();
-  x_.resize(layers);
-  g_.resize(layers);
-  exponents_.resize(layers);
-  flow_.backward([&](FlowStep &step, const float *x, const float *g, int64_t exponent, const FlowValue &) {
-    if (step.parameter < 0 || step.parameter >= static_cast<int64_t>(layers)) return;
+  TopkStream *stream = nullptr;
+  if (counts.size() == 1 && layers_.size() > 1 && forecast_.known()) {
+    auto &held = streams_[1 - current_];
+    if (!held) {
+      std::vector<TopkStream::Source> sources;
+      for (size_t l = 0; l < layers_.size(); ++l)
+        sources.push_back({step(l).weight.numel, layers_[l].masks[1 - current_]});
+      held = std::make_unique<TopkStream>(std::move(sources));
+    }
+    stream = held.get();
+    stream->begin(counts[0], forecast_.centre() - forecast_.reach(), forecast_.centre() + forecast_.reach());
+  }
+  const int64_t layers = static_cast<int64_t>(layers_.size());
+  flow_.backward([&](FlowStep &step, const float *x, const float *g, int64_t exponent, const FlowValue &, float *gx) {
+    if (step.parameter < 0 || step.parameter >= layers) return false;
     const size_t l = static_cast<size_t>(step.parameter);
-    x_[l] = step.transposed ? g : x;  // the stored rows are the inputs
-    g_[l] = step.transposed ? x : g;
-    exponents_[l] = exponent;
+    // Transposed: the stored rows are the inputs.
+    maps_[l] = {step.transposed ? g : x, step.transposed ? x : g, exponent};
+    return stream && stream_layer(l, gx);
   });
   if (flow_.broken() >= 0) return RoundsStatus::kBroken;
-  fault_ = select(counts);
-  if (fault_ >= 0) return RoundsStatus::kNotFinite;
+  if (stream && stream->finish()) {
+    forecast_.observe(stream->log2_kth());
+    ++streamed_;
+  } else {
+    if (stream) forecast_.missed();
+    fault_ = select(counts);
+    if (fault_ >= 0) return RoundsStatus::kNotFinite;
+  }
   current_ = 1 - current_;
   begun_ = true;
-  for (size_t l = 0; l < layers; ++l) flow_.set_mask(static_cast<int64_t>(l), layers_[l].masks[current_]);
+  for (size_t l = 0; l < layers_.size(); ++l) flow_.set_mask(static_cast<int64_t>(l), layers_[l].masks[current_]);
   return stop_empty && emptied() ? RoundsStatus::kEmptied : RoundsStatus::kDone;
 }
 
-// Fills the other masks. Returns the layer whose scores are NaN, else -1.
+// The weight as the score sees it.
+WeightView PathRounds::view(size_t layer) {
+  WeightView w = step(layer).weight;
+  w.power = power_;
+  w.mask = begun_ ? layers_[layer].masks[current_] : nullptr;
+  return w;
+}
+
+// Feeds the scores of a layer; true if the adjoint came with them.
+bool PathRounds::stream_layer(size_t layer, float *gx) {
+  TopkStream &stream = *streams_[1 - current_];
+  const FlowStep &step = this->step(layer);
+  const Maps &maps = maps_[layer];
+  const int64_t source = static_cast<int64_t>(layer), numel = step.weight.numel;
+  if (vectors(step)) {
+    const bool adjoint = gx && !step.transposed && step.weight.power == power_;
+    stream.sweep(source, maps.exponent,
+                 {view(layer), step.geometry.rows, step.geometry.depth(), maps.columns, maps.rows},
+                 adjoint ? gx : nullptr);
+    return adjoint;
+  }
+  if (numel <= kPiece) {
+    const FloatBuffer scores(numel);
+    path_score(step.geometry, view(layer), maps.columns, maps.rows, kExcluded, scores.get());
+    stream.tile(source, maps.exponent, 0, numel, scores.get());
+    return false;
+  }
+  const PathScoreTiles tiles(step.geometry, view(layer), maps.columns, maps.rows);
+  const int64_t pieces = divide_up(numel, kPiece);
+#pragma omp parallel for schedule(dynamic)
+  for (int64_t p = 0; p < pieces; ++p) {
+    const int64_t start = p * kPiece, count = std::min(kPiece, numel - start);
+    const FloatBuffer scores(count);
+    tiles.fill(start, count, scores.get());
+    stream.tile(source, maps.exponent, start, count, scores.get());
+  }
+  return false;
+}
+
+// Fills the other masks from the maps of all layers. Returns the layer whose scores are NaN, else -1.
 int64_t PathRounds::select(const std::vector<int64_t> &counts) {
+  const bool global = counts.size() == 1 && layers_.size() > 1, store = mapped_ <= kStored;
   std::vector<ScoreSource> sources;
   std::vector<std::unique_ptr<PathScoreTiles>> tiles;
-  int64_t mapped = 0;
-  for (const RoundsLayer &layer : layers_) {
-    const FlowStep &step = flow_.steps()[static_cast<size_t>(layer.step)];
-    if (!vectors(step)) mapped += step.weight.numel;
-  }
-  const bool store = mapped <= kStored;
-  scores_.resize(static_cast<size_t>(store ? mapped : 0));
+  scores_.resize(static_cast<size_t>(store ? mapped_ : 0));
   float *next = scores_.data();
   for (size_t l = 0; l < layers_.size(); ++l) {
-    const FlowStep &step = flow_.steps()[static_cast<size_t>(layers_[l].step)];
+    const FlowStep &step = this->step(l);
+    const WeightView w = view(l);
+    const Maps &maps = maps_[l];
     ScoreSource &source = sources.emplace_back();
-    source.numel = step.weight.numel;
+    source.numel = w.numel;
     source.bits = layers_[l].masks[1 - current_];
-    source.exponent = exponents_[l];
-    WeightView view = step.weight;
-    view.power = power_;
-    view.mask = begun_ ? layers_[l].masks[current_] : nullptr;
+    source.exponent = global ? maps.exponent : 0;  // a layer by itself needs none
     if (vectors(step)) {
-      source.data = view.data;
-      source.type = static_cast<ScoreType>(view.type);
-      source.a = x_[l];
-      source.g = g_[l];
+      source.data = w.data;
+      source.type = static_cast<ScoreType>(w.type);
+      source.a = maps.columns;
+      source.g = maps.rows;
       source.columns = step.geometry.depth();
       source.power = power_;
-      source.candidates = view.mask;
+      source.candidates = w.mask;
     } else if (store) {
-      path_score(step.geometry, view, x_[l], g_[l], -1.0f, next);
+      path_score(step.geometry, w, maps.columns, maps.rows, -1.0f, next);
       source.data = next;
-      source.candidates = view.mask;
+      source.candidates = w.mask;
       next += source.numel;
     } else {
-      tiles.push_back(std::make_unique<PathScoreTiles>(step.geometry, view, x_[l], g_[l]));
+      tiles.push_back(std::make_unique<PathScoreTiles>(step.geometry, w, maps.columns, maps.rows));
       source.tiles = tiles.back().get();
     }
   }
+  double log2_kth = NAN;
   std::vector<Ranking> rankings;
   const int64_t all = static_cast<int64_t>(sources.size());
-  if (counts.size() == 1 && all != 1) {
-    rankings.push_back({0, all, counts[0]});
+  if (global) {
+    rankings.push_back({0, all, counts[0], nullptr, &log2_kth});
   } else {
-    for (int64_t l = 0; l < all; ++l) rankings.push_back({l, l + 1, counts[static_cast<size_t>(l)]});
+    for (int64_t l = 0; l < all; ++l) {
+      rankings.push_back({l, l + 1, counts[static_cast<size_t>(l)], memory_.data() + 2 * l});
+    }
   }
-  return topk_mask(sources, rankings);
+  const int64_t nan = topk_mask(sources, rankings);
+  if (global) forecast_.observe(log2_kth);
+  return nan;
 }
 
-bool PathRounds::emptied() const {
-  return std::any_of(layers_.begin(), layers_.end(), [&](const RoundsLayer &layer) {
-    const int64_t numel = flow_.steps()[static_cast<size_t>(layer.step)].weight.numel;
-    const uint8_t *bits = layer.masks[current_];
-    return numel > 0 && std::all_of(bits, bits + (numel + 7) / 8, [](uint8_t byte) { return byte == 0; });
-  });
+bool PathRounds::emptied() {
+  for (size_t l = 0; l < layers_.size(); ++l) {
+    const uint8_t *bits = layers_[l].masks[current_];
+    const int64_t bytes = divide_up(step(l).weight.numel, 8);
+    if (bytes > 0 && std::all_of(bits, bits + bytes, [](uint8_t byte) { return byte == 0; })) return true;
+  }
+  return false;
 }
 
 }  // namespace paikern

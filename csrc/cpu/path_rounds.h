@@ -1,52 +1,85 @@
 // Rounds of a path method without returning to Python: both sweeps, then one exact selection over all layers.
+//
+// A round reads the weights twice: forwards, and in the adjoint sweep, where the scores of a layer meet the band in
+// which the k-th of all is expected (topk_stream.h) as they are made. Where it was in the last rounds says where it
+// will be. A band that misses costs a third read: the maps of all layers are kept, and the selection of topk.h samples.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "flow.h"
+#include "topk_stream.h"
 
 namespace paikern {
 
 struct RoundsLayer {
-  int64_t step;        // its weight step; its parameter is the layer's number
-  uint8_t *masks[2];   // packed: the current one and the next
+  int64_t step;       // its weight step, whose parameter is the number of the layer
+  uint8_t *masks[2];  // packed: the current one and the next
 };
 
 enum class RoundsStatus : int { kDone = 0, kTime = 1, kDead = 2, kBroken = 3, kNotFinite = 4, kEmptied = 5 };
 
+// Where the k-th score of the next round is looked for, as log2: on the line through the last two, as far around it as
+// the last guess was wrong, and some more.
+class KthForecast {
+ public:
+  bool known() const { return !std::isnan(last_); }
+  double centre() const { return std::isnan(before_) ? last_ : 2.0 * last_ - before_; }
+  double reach() const { return reach_; }
+  void observe(double log2_kth);
+  void missed();
+
+ private:
+  static constexpr double kFirst = 0.25, kLeast = 0.01, kMost = 4.0;
+  double last_ = NAN, before_ = NAN, reach_ = kFirst;
+};
+
 class PathRounds {
  public:
   // `power` is that of the score. Weights that were pruned stay pruned.
-  PathRounds(PathFlow &flow, std::vector<RoundsLayer> layers, int power)
-      : flow_(flow), layers_(std::move(layers)), power_(power) {}
+  PathRounds(PathFlow &flow, std::vector<RoundsLayer> layers, int power);
 
   // Rounds `done`, `done` + 1, ...: keep counts[round][0] over all layers or counts[round][l] in each. Stops after
   // `seconds` and one more round, and with `stop_empty` after a round that leaves a layer without a weight.
   RoundsStatus run(int64_t done, const std::vector<std::vector<int64_t>> &counts, double seconds, bool stop_empty,
                    std::vector<double> *log_flows);
 
-  // One round in two parts, for a cotangent that depends on the outputs: the sweep forwards, which gives log R, and what
-  // follows it.
+  // One round in two parts, for a cotangent that depends on the outputs: the sweep forwards, which gives log R, and
+  // what follows it.
   RoundsStatus begin(double *log_flow);
   RoundsStatus finish(const std::vector<int64_t> &counts, bool stop_empty);
 
   // Which of the two masks of the layers is the current one.
   int64_t current() const { return current_; }
   int64_t layer_at_fault() const { return fault_; }
+  // Rounds whose selection needed no more than the two sweeps.
+  int64_t streamed() const { return streamed_; }
 
  private:
+  struct Maps {
+    const float *columns, *rows;  // of the stored matrix
+    int64_t exponent;
+  };
+
+  FlowStep &step(size_t layer) { return flow_.steps()[static_cast<size_t>(layers_[layer].step)]; }
+  WeightView view(size_t layer);
+  bool stream_layer(size_t layer, float *gx);
   int64_t select(const std::vector<int64_t> &counts);
-  bool emptied() const;
+  bool emptied();
 
   PathFlow &flow_;
   std::vector<RoundsLayer> layers_;
   int power_;
   bool begun_ = false;
-  int64_t current_ = 0, fault_ = -1;
-  std::vector<const float *> x_, g_;
-  std::vector<int64_t> exponents_;
+  int64_t current_ = 0, fault_ = -1, total_ = 0, mapped_ = 0, streamed_ = 0;
+  std::vector<Maps> maps_;
   std::vector<float> scores_;
+  std::vector<double> memory_;
+  KthForecast forecast_;
+  std::unique_ptr<TopkStream> streams_[2];  // one for each set of masks
 };
 
 }  // namespace paikern

@@ -364,6 +364,19 @@ bool any_exponent(const std::vector<ScoreSource> &sources) {
 }
 
 template <class Value, bool Scaled>
+double log2_of(typename TopkKeys<Value, Scaled>::Key kth, const std::vector<ScoreSource> &sources,
+               const Ranking &ranking) {
+  if constexpr (Scaled && std::is_same_v<Value, float>) {
+    int64_t lowest = sources[static_cast<size_t>(ranking.first)].exponent;
+    for (int64_t l = ranking.first; l < ranking.last; ++l) {
+      lowest = std::min(lowest, sources[static_cast<size_t>(l)].exponent);
+    }
+    if (kth > 0 && kth < 0x1p61) return scaled_log2(static_cast<int64_t>(kth)) + static_cast<double>(lowest);
+  }
+  return std::numeric_limits<double>::quiet_NaN();
+}
+
+template <class Value, bool Scaled>
 int64_t run(const std::vector<ScoreSource> &sources, const std::vector<Ranking> &rankings) {
   std::vector<int64_t> nan(rankings.size(), -1);
   int64_t largest = 0, total = 0;
@@ -381,6 +394,8 @@ int64_t run(const std::vector<ScoreSource> &sources, const std::vector<Ranking> 
     typename TopkKeys<Value, Scaled>::Key kth{};
     Selector<Value, Scaled> selector(sources, rankings[static_cast<size_t>(r)], !across, true);
     nan[static_cast<size_t>(r)] = selector.run(&kth);
+    const Ranking &ranking = rankings[static_cast<size_t>(r)];
+    if (ranking.log2_kth) *ranking.log2_kth = log2_of<Value, Scaled>(kth, sources, ranking);
   }
   for (const int64_t found : nan) {
     if (found >= 0) return found;

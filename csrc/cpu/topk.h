@@ -56,6 +56,8 @@ struct Ranking {
   // Where the k-th score was last time and how far it had moved (NaN: not known): the place to look for it first. The
   // result is the same without. Not used where exponents differ.
   double *memory = nullptr;
+  // Receives log2 of the k-th score where sources have exponents and it is positive and finite; NaN otherwise.
+  double *log2_kth = nullptr;
 };
 
 // Fills the bits of all sources. Returns the index of the first source that holds NaN, else -1 (bits mean nothing

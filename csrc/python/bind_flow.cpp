@@ -72,8 +72,7 @@ FlowStep read_step(const py::dict &d) {
   step.argmax = address<int32_t>(d, "argmax");
   if (d.contains("pool")) {
     const auto p = d["pool"].cast<std::vector<int64_t>>();
-    step.pool = {p[0],         {p[1], p[2]},  {p[3], p[4]},  {p[5], p[6]},
-                 {p[7], p[8]}, {p[9], p[10]}, {p[11], p[12]}};
+    step.pool = {p[0], {p[1], p[2]}, {p[3], p[4]}, {p[5], p[6]}, {p[7], p[8]}, {p[9], p[10]}, {p[11], p[12]}};
   }
   return step;
 }
@@ -137,14 +136,10 @@ void bind_flow(py::module_ &m) {
   py::class_<PathFlow>(m, "PathFlow")
       .def(py::init(&make_flow))
       .def("forward", &PathFlow::forward, py::call_guard<py::gil_scoped_release>())
-      .def("set_mask",
-           [](PathFlow &flow, int64_t parameter, uintptr_t mask) {
-             flow.set_mask(parameter, pointer<const uint8_t>(mask));
-           })
-      .def("set_cotangent",
-           [](PathFlow &flow, int64_t output, uintptr_t values) {
-             flow.set_cotangent(output, pointer<const float>(values));
-           })
+      .def("set_mask", [](PathFlow &flow, int64_t parameter,
+                          uintptr_t mask) { flow.set_mask(parameter, pointer<const uint8_t>(mask)); })
+      .def("set_cotangent", [](PathFlow &flow, int64_t output,
+                               uintptr_t values) { flow.set_cotangent(output, pointer<const float>(values)); })
       .def("exponent", &PathFlow::exponent)
       .def_property_readonly("dead", &PathFlow::dead)
       .def_property_readonly("broken", &PathFlow::broken)
@@ -153,31 +148,31 @@ void bind_flow(py::module_ &m) {
   py::class_<DpaiLoop>(m, "DpaiLoop")
       .def(py::init(&make_loop), py::keep_alive<1, 2>())
       .def("select", &DpaiLoop::select, py::call_guard<py::gil_scoped_release>())
-      .def(
-          "run",
-          [](DpaiLoop &loop, int64_t done, int64_t steps, double seconds, int64_t patience) {
-            std::vector<paikern::DpaiRecord> records;
-            paikern::DpaiStatus status;
-            {
-              const py::gil_scoped_release release;
-              status = loop.run(done, steps, seconds, patience, &records);
-            }
-            py::list rows;
-            for (const auto &r : records) rows.append(py::make_tuple(r.objective, r.nodes, r.kernels, r.weights));
-            return py::make_tuple(static_cast<int>(status), rows);
-          })
+      .def("run",
+           [](DpaiLoop &loop, int64_t done, int64_t steps, double seconds, int64_t patience) {
+             std::vector<paikern::DpaiRecord> records;
+             paikern::DpaiStatus status;
+             {
+               const py::gil_scoped_release release;
+               status = loop.run(done, steps, seconds, patience, &records);
+             }
+             py::list rows;
+             for (const auto &r : records) rows.append(py::make_tuple(r.objective, r.nodes, r.kernels, r.weights));
+             return py::make_tuple(static_cast<int>(status), rows);
+           })
       .def_readwrite("unchanged", &DpaiLoop::unchanged)
       .def_property_readonly("layer_at_fault", &DpaiLoop::layer_at_fault);
 
   py::class_<PathRounds>(m, "PathRounds")
-      .def(py::init([](PathFlow &flow, const std::vector<std::tuple<int64_t, uintptr_t, uintptr_t>> &layers, int power) {
-             std::vector<paikern::RoundsLayer> made;
-             for (const auto &[step, first, second] : layers) {
-               made.push_back({step, {pointer<uint8_t>(first), pointer<uint8_t>(second)}});
-             }
-             return std::make_unique<PathRounds>(flow, std::move(made), power);
-           }),
-           py::keep_alive<1, 2>())
+      .def(
+          py::init([](PathFlow &flow, const std::vector<std::tuple<int64_t, uintptr_t, uintptr_t>> &layers, int power) {
+            std::vector<paikern::RoundsLayer> made;
+            for (const auto &[step, first, second] : layers) {
+              made.push_back({step, {pointer<uint8_t>(first), pointer<uint8_t>(second)}});
+            }
+            return std::make_unique<PathRounds>(flow, std::move(made), power);
+          }),
+          py::keep_alive<1, 2>())
       .def("run",
            [](PathRounds &rounds, int64_t done, const std::vector<std::vector<int64_t>> &counts, double seconds,
               bool stop_empty) {
@@ -206,5 +201,6 @@ void bind_flow(py::module_ &m) {
           },
           py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("current", &PathRounds::current)
+      .def_property_readonly("streamed", &PathRounds::streamed)
       .def_property_readonly("layer_at_fault", &PathRounds::layer_at_fault);
 }

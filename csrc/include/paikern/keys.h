@@ -2,6 +2,7 @@
 // a thread that flushes subnormals to zero (torch.set_flush_denormal) ranks like any other.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -57,6 +58,14 @@ inline int64_t scaled_rank(float value, int64_t shift) {
     rank += (shift + 23) * kOne + 1;  // the smallest subnormal, unshifted, gets a positive rank
   }
   return negative ? -rank : rank;
+}
+
+// log2 of the score with a positive rank that is not infinite, shift included.
+inline double scaled_log2(int64_t rank) {
+  constexpr int64_t kOne = int64_t{1} << 23;
+  const int64_t bits = rank - 1, exponent = (bits >= 0 ? bits : bits - kOne + 1) / kOne;
+  const double fraction = static_cast<double>(bits - exponent * kOne) / static_cast<double>(kOne);
+  return static_cast<double>(exponent - 23 - 127) + std::log2(1.0 + fraction);
 }
 
 inline __int128 scaled_rank(double value, int64_t shift) {
