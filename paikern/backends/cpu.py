@@ -31,6 +31,7 @@ from paikern.backends.cpu_path import (
     path_conv_score,
     path_forward,
     path_score,
+    path_sweep,
     score_geometry,
 )
 from paikern.backends.cpu_patterns import (
@@ -67,6 +68,7 @@ __all__ = [
     "path_geometry",
     "path_rounds",
     "path_score",
+    "path_sweep",
     "takes",
     "through_maximum_",
     "topk_mask",
