@@ -1,0 +1,168 @@
+"""DPaI runs that are saved, interrupted and resumed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import paikern as pk
+from paikern import zoo
+from paikern.scorers import dpai_state, dpai_trainer
+
+
+def net() -> nn.Module:
+    return zoo.create("mlp", sizes=(12, 20, 16, 4), seed=0)
+
+
+def run(state: Path | None, steps: int, **options: Any) -> pk.MaskSet:
+    given = {"sparsity": 0.6, "progress": False, **options}
+    return pk.prune(
+        net(), "dpai", example_inputs=torch.ones(1, 12), apply=False, steps=steps, state=state, **given
+    )
+
+
+def same(a: pk.MaskSet, b: pk.MaskSet) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+VARIANTS = [
+    {"variant": "paper", "alpha": 0.5},
+    {"variant": "published", "lr": 0.05},
+    {"variant": "paper", "optimizer": "adam", "lr": 0.05},
+]
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+@pytest.mark.parametrize("native", [True, False])
+def test_resumed_run_equals_an_uninterrupted_one(
+    tmp_path: Path, options: dict[str, Any], native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not native:
+        monkeypatch.setattr(dpai_trainer, "_native", lambda trainer: None)
+    file = tmp_path / "run.safetensors"
+    run(file, 7, **options)
+    resumed = run(file, 40, **options)
+    straight = run(None, 40, **options)
+    assert same(resumed, straight)
+    assert resumed.metadata["history"] == straight.metadata["history"]
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+def test_interrupted_run_is_saved_and_goes_on(tmp_path: Path, options: dict[str, Any]) -> None:
+    file = tmp_path / "run.safetensors"
+
+    def stop(done: int, total: int, values: dict[str, float]) -> None:
+        if done == 11:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(file, 60, progress=stop, **options)
+    assert [p.name for p in tmp_path.iterdir()] == [file.name]
+    seen: list[int] = []
+    resumed = run(file, 60, progress=lambda done, total, values: seen.append(done), **options)
+    assert seen == list(range(1, 61))
+    assert same(resumed, run(None, 60, **options))
+
+
+def test_a_step_broken_off_halfway_is_not_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dpai_trainer, "_native", lambda trainer: None)
+    file = tmp_path / "run.safetensors"
+    run(file, 3)
+    before = file.read_bytes()
+    update = dpai_trainer.DPaITrainer._update
+    calls = iter(range(100))
+
+    def interrupted(*args: Any) -> tuple[int, int]:
+        if next(calls) == 4:
+            raise KeyboardInterrupt
+        return update(*args)
+
+    monkeypatch.setattr(dpai_trainer.DPaITrainer, "_update", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(file, 30)
+    assert file.read_bytes() == before
+
+
+def test_finished_run_is_not_trained_again(tmp_path: Path) -> None:
+    file = tmp_path / "run.safetensors"
+    first = run(file, 9)
+    assert same(run(file, 9), first)
+
+
+def test_saved_once_a_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dpai_state, "_SAVE_EVERY_SECONDS", -1.0)
+    file = tmp_path / "run.safetensors"
+    there: list[bool] = []
+    run(file, 5, progress=lambda done, total, values: there.append(file.exists()))
+    assert there[0]
+
+
+def test_patience_goes_on_counting(tmp_path: Path) -> None:
+    file = tmp_path / "run.safetensors"
+    options: dict[str, Any] = {"alpha": 0.5, "patience": 4}
+    with pytest.warns(pk.PaikernWarning, match="stopped after"):
+        straight = run(None, 500, **options)
+    stopped = len(straight.metadata["history"])
+    run(file, 20, alpha=0.5)
+    with pytest.warns(pk.PaikernWarning, match="stopped after"):
+        resumed = run(file, 500, **options)
+    assert same(resumed, straight) or stopped < 20
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"alpha": 0.3}, "was made with alpha=0.99, this run has alpha=0.3"),
+        ({"seed": 4}, "was made with seed=0, this run has seed=4"),
+        ({"variant": "published"}, "was made with variant='paper'"),
+        ({"optimizer": "adam"}, "lr=0.1, this run has lr=0.005"),
+        ({"sparsity": 0.5}, "other layers or another sparsity"),
+        ({"steps": 2}, "has done 5 steps, more than steps=2"),
+    ],
+)
+def test_other_settings_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    file = tmp_path / "run.safetensors"
+    run(file, 5)
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match=message):
+        run(file, **{"steps": 8, **change})
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "empty", "mask file"])
+def test_damaged_files_are_refused_and_kept(tmp_path: Path, damage: str) -> None:
+    file = tmp_path / "run.safetensors"
+    masks = run(file, 3)
+    content = file.read_bytes()
+    if damage == "mask file":
+        masks.save(file)
+    else:
+        file.write_bytes({"cut": content[: len(content) // 2], "text": b"hello", "empty": b""}[damage])
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match="is no saved run of this model and method"):
+        run(file, 5)
+    assert file.read_bytes() == before
+
+
+def test_folder_is_checked_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="state: folder .* does not exist"):
+        run(tmp_path / "missing" / "run.safetensors", 3)
+    with pytest.raises(ValueError, match="is a folder"):
+        run(tmp_path, 3)
+
+
+def test_scores_on_disk_are_those_of_the_run(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    file = tmp_path / "run.safetensors"
+    options = {"sparsity": 0.6, "steps": 6, "example_inputs": torch.ones(1, 12)}
+    scores = pk.score(net(), "dpai", state=file, **options)
+    saved: dict[str, Tensor] = load_file(file)
+    for name in scores:
+        assert torch.equal(saved[f"s.{name}"].abs(), scores.dense(name))
