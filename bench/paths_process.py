@@ -3,14 +3,16 @@
     python -m bench.paths_process                                  paikern on three networks
     python -m bench.paths_process paikern:vgg16_bn torch:stack-64  the cases that are named
 
-`bench/paths_scaling.py` names the cases of the benchmark. A case is `who:model`; `stack-64` is four square linear layers of 64 * 2**20 weights in all. The
-case makes its model, lets Linux forget the process's peak (`/proc/self/clear_refs`), prunes, and
-reads the peak again: masks and everything in between are counted, the model is not.
+`bench/paths_scaling.py` names the cases of the benchmark. A case is `who:model`; `stack-64` is four
+square linear layers of 64 * 2**20 weights in all. The case makes its model, lets Linux forget the
+process's peak (`/proc/self/clear_refs`), prunes, and reads the peak again: masks and everything in
+between are counted, the model is not.
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import math
 import os
@@ -124,19 +126,19 @@ def prepared(model: str) -> tuple[nn.Module, Tensor]:
 
 def runner(
     who: str, model: str, net: nn.Module, example: Tensor
-) -> Callable[[Callable[[], object]], int]:
+) -> Callable[[Callable[[], None]], int]:
     """`run(tick)` prunes, calls `tick` after every round and returns how many weights it keeps."""
     import paikern as pk
     from bench.references.synflow import synflow
 
-    def ours(tick: Callable[[], object]) -> int:
+    def ours(tick: Callable[[], None]) -> int:
         masks = pk.prune(
             net, "synflow", sparsity=SPARSITY, example_inputs=example, rounds=ROUNDS[OURS],
             apply=False, progress=lambda *_: tick(),
         )  # fmt: skip
         return masks.kept
 
-    def loop(tick: Callable[[], object]) -> int:
+    def loop(tick: Callable[[], None]) -> int:
         dtype = torch.float64 if model in WIDE else torch.float32
         masks = synflow(net, example, SPARSITY, ROUNDS[LOOP], dtype=dtype, report=lambda _: tick())
         return sum(int(torch.count_nonzero(mask)) for mask in masks.values())
@@ -157,7 +159,7 @@ def _measure_here(case: Case, threads: int) -> Usage:
         nonlocal kept
         stamps: list[float] = []
         kept = run(lambda: stamps.append(time.perf_counter()))
-        seconds.extend(b - a for a, b in zip(stamps, stamps[1:], strict=False))
+        seconds.extend(b - a for a, b in itertools.pairwise(stamps))
 
     ctypes.CDLL(None).malloc_trim(0)  # or memory that is free but not given back would be reused
     start = time.perf_counter()
@@ -179,41 +181,59 @@ def _measure_here(case: Case, threads: int) -> Usage:
     )
 
 
-def measure(names: Sequence[str], threads: int) -> list[Usage]:
-    """Measure the named cases one after another, in processes that run nothing else."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.paths_process", "--json", *names],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode != 0:
-        raise RuntimeError(f"bench.paths_process failed:\n{done.stderr}")
-    return [Usage(**json.loads(line)) for line in done.stdout.splitlines()]
+class Measurer:
+    """Measures cases one after another, each in a process that runs nothing else.
+
+    A context manager: the process that the others are forked from is started once.
+    """
+
+    def __init__(self, threads: int) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
+        self._parent = subprocess.Popen(
+            [sys.executable, "-m", "bench.paths_process", "--serve"],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self) -> Measurer:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._parent.communicate()
+
+    def __call__(self, name: str) -> Usage:
+        """The case `who:model`; RuntimeError if its process failed."""
+        asked, answered = self._parent.stdin, self._parent.stdout
+        assert asked is not None
+        assert answered is not None
+        asked.write(f"{name}\n")
+        asked.flush()
+        line = answered.readline()
+        if not line:
+            raise RuntimeError(f"bench.paths_process: {name} failed")
+        return Usage(**json.loads(line))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure cases, each in a child that was forked before any thread ran."""
+    """Measure the named cases, or those that come line by line, and print one JSON a line."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    as_json = "--json" in given
-    names = [name for name in given if name != "--json"]
-    names = names or [f"{OURS}:{model}" for model in MODELS]
+    serve = given == ["--serve"]
     try:
-        cases = [Case.parse(name) for name in names]
+        cases = [Case.parse(name) for name in given if not serve]
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
     threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
     _load()
-    for case in cases:
+    usual = [Case(OURS, model) for model in MODELS]
+    for case in map(Case.parse, map(str.strip, sys.stdin)) if serve else cases or usual:
         sys.stdout.flush()
-        child = os.fork()
+        child = os.fork()  # before any thread ran
         if child == 0:
-            usage = _measure_here(case, threads)
-            line = json.dumps(usage._asdict()) if as_json else str(usage)
-            print(line, flush=True)
+            print(json.dumps(_measure_here(case, threads)._asdict()), flush=True)
             os._exit(0)
         _, status = os.waitpid(child, 0)
         if status != 0:

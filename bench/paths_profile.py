@@ -64,7 +64,7 @@ class Layer(NamedTuple):
         return round(weights / math.prod(self.weight[2:]) * self.positions)
 
     def bytes(self, part: str) -> int:
-        """Scores, first and second moment in float32 read and written, and a bit for each weight."""
+        """Scores and both moments in float32, read and written, and a bit for each weight."""
         weights = math.prod(self.weight)
         return (weights + 7) // 8 + (24 * weights if part == "update" else 0)
 

@@ -10,6 +10,7 @@ the counts and the number of paths that are left.
 
 from __future__ import annotations
 
+import math
 import statistics
 import warnings
 from collections.abc import Callable, Mapping
@@ -19,9 +20,11 @@ import torch
 from torch import Tensor, nn
 
 import paikern as pk
+from bench.references.px import px
 from bench.references.synflow import synflow
 from bench.timing import Row, interleave
 from paikern import zoo
+from paikern.errors import PaikernWarning
 
 SEED = 0
 SPARSITY = 0.98
@@ -31,7 +34,10 @@ VARIANTS = ("published", "paper")
 #: name -> arguments of the zoo, repeats of the whole run
 SYNFLOW = {"resnet20": ({"num_classes": 10}, 3), "vgg16_bn": ({"num_classes": 100}, 2)}
 
+LOOP, ONE_H = "loop", "loop, h on one sample"
+
 Masks = Mapping[str, Tensor]
+Run = Callable[[int], Masks]  # of so many rounds
 
 
 def kept_count(masks: Masks) -> int:
@@ -45,57 +51,60 @@ def overlap(ours: Masks, reference: Masks) -> float:
 
 
 def whole_runs(
-    name: str,
     model: nn.Module,
     example: Tensor,
-    ours: Mapping[str, Callable[[int], Masks]],
-    reference: Callable[[int], Masks],
+    ours: Mapping[str, Run],
+    loops: Mapping[str, Run],
     *,
-    method: str,
     rounds: int,
     repeats: int,
+    check: Run | None = None,
 ) -> list[Row]:
-    """Time variant name -> `run(rounds)` of paikern in turn with the loop; a row each."""
-    with warnings.catch_warnings():  # few rounds may leave a shortcut without weights
-        warnings.simplefilter("ignore", pk.errors.PaikernWarning)
-        early = reference(FEW_ROUNDS)
-        agreed = {variant: overlap(run(FEW_ROUNDS), early) for variant, run in ours.items()}
+    """Time variants of paikern in turn with the loops; a row for each pair.
+
+    The overlap after `FEW_ROUNDS` is that with `check`, the first loop unless another is given.
+    """
     held: dict[str, Masks] = {}
 
-    def keep(who: str, run: Callable[[int], Masks]) -> Callable[[], object]:
+    def keep(who: str, run: Run) -> Callable[[], object]:
         return lambda: held.__setitem__(who, run(rounds))
 
-    contenders = {variant: keep(variant, run) for variant, run in ours.items()}
-    times = interleave(contenders | {"": keep("", reference)}, repeats=repeats, warmup=0)
+    with warnings.catch_warnings():  # few rounds may leave a shortcut without weights
+        warnings.simplefilter("ignore", PaikernWarning)
+        early = (check or next(iter(loops.values())))(FEW_ROUNDS)
+        agreed = {variant: overlap(run(FEW_ROUNDS), early) for variant, run in ours.items()}
+        contenders = {who: keep(who, run) for who, run in {**ours, **loops}.items()}
+        times = interleave(contenders, repeats=repeats, warmup=0)
     seconds = {who: statistics.median(samples) for who, samples in times.items()}
     paths = {who: _log_paths(model, masks, example) for who, masks in held.items()}
     return [
         {
-            "section": "runs",
-            "method": method,
-            "model": name,
             "sparsity": SPARSITY,
             "variant": variant,
+            "reference": loop,
             "rounds": rounds,
             "threads": torch.get_num_threads(),
             "seconds": seconds[variant],
-            "reference_seconds": seconds[""],
-            "ratio": seconds[""] / seconds[variant],
+            "reference_seconds": seconds[loop],
+            "ratio": seconds[loop] / seconds[variant],
             "samples": repeats,
             "kept": kept_count(held[variant]),
-            "reference_kept": kept_count(held[""]),
-            "overlap": overlap(held[variant], held[""]),
+            "reference_kept": kept_count(held[loop]),
+            "overlap": overlap(held[variant], held[loop]),
             f"overlap_{FEW_ROUNDS}_rounds": agreed[variant],
             "log_paths": paths[variant],
-            "reference_log_paths": paths[""],
+            "reference_log_paths": paths[loop],
         }
         for variant in ours
+        for loop in loops
     ]
 
 
-def _log_paths(model: nn.Module, masks: Masks, example: Tensor) -> float:
+def _log_paths(model: nn.Module, masks: Masks, example: Tensor) -> float | None:
+    """None where no path is left, which JSON has no number for."""
     held = pk.MaskSet.from_bool({name: mask.bool() for name, mask in masks.items()})
-    return pk.analyze(model, held, example_inputs=example).log_paths
+    found = pk.analyze(model, held, example_inputs=example).log_paths
+    return found if math.isfinite(found) else None
 
 
 def compare_synflow(name: str, *, rounds: int = ROUNDS, repeats: int | None = None) -> list[Row]:
@@ -104,32 +113,21 @@ def compare_synflow(name: str, *, rounds: int = ROUNDS, repeats: int | None = No
     model = zoo.create(name, seed=SEED, **options).eval()
     example = zoo.example_input(model)
 
-    def ours(variant: str) -> Callable[[int], Masks]:
+    def ours(variant: str) -> Run:
         return lambda rounds: pk.prune(
             model, "synflow", sparsity=SPARSITY, example_inputs=example, rounds=rounds,
             variant=variant, apply=False, progress=False,
         )  # fmt: skip
 
-    return whole_runs(
-        name,
+    rows = whole_runs(
         model,
         example,
         {variant: ours(variant) for variant in VARIANTS},
-        lambda rounds: synflow(model, example, SPARSITY, rounds),
-        method="synflow",
+        {LOOP: lambda rounds: synflow(model, example, SPARSITY, rounds)},
         rounds=rounds,
         repeats=repeats or usual,
     )
-
-
-def px_reference() -> Callable[..., Masks] | None:
-    """The loop of PX, where this checkout has it and the method."""
-    try:
-        from bench.references import px
-    except ImportError:
-        return None
-    has_method: bool = "px" in pk.scorers.scorer_names()
-    return px.px if has_method else None
+    return [{"section": "runs", "method": "synflow", "model": name, **row} for row in rows]
 
 
 def images(count: int, size: int = 32, seed: int = SEED) -> Tensor:
@@ -138,31 +136,34 @@ def images(count: int, size: int = 32, seed: int = SEED) -> Tensor:
 
 
 def compare_px(*, rounds: int = ROUNDS, samples: int = SAMPLES, repeats: int = 2) -> list[Row]:
-    """PX on ResNet-20 with the same images as one batch."""
-    reference = px_reference()
-    if reference is None:
-        print("px: not in this checkout, left out")
-        return []
+    """PX on ResNet-20, all images in one batch, against the loop in two forms.
+
+    In float32 the loop's scores overflow and it keeps nothing, in the same time as a run that
+    would; what paikern keeps is compared with the loop in float64.
+    """
     model = zoo.create("resnet20", seed=SEED, num_classes=10).eval()
     data = images(samples)
 
     def ours(rounds: int) -> Masks:
         return pk.prune(
-            model, "px", sparsity=SPARSITY, example_inputs=data[:1], data=[data], rounds=rounds,
+            model, "px", sparsity=SPARSITY, example_inputs=data[:1], data=data, rounds=rounds,
             apply=False, progress=False,
         )  # fmt: skip
 
+    def loop(one_h: bool, dtype: torch.dtype = torch.float32) -> Run:
+        return lambda rounds: px(model, [data], SPARSITY, rounds, one_h=one_h, dtype=dtype)
+
     rows = whole_runs(
-        "resnet20",
         model,
         data[:1],
         {"paper": ours},
-        lambda rounds: reference(model, [data], SPARSITY, rounds),
-        method="px",
+        {LOOP: loop(False), ONE_H: loop(True)},
         rounds=rounds,
         repeats=repeats,
+        check=loop(True, torch.float64),
     )
-    return [row | {"section": "px", "images": samples} for row in rows]
+    about = {"section": "px", "method": "px", "model": "resnet20", "images": samples}
+    return [about | row for row in rows]
 
 
 def compare_dpai(name: str, *, quick: bool) -> Row:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from tqdm import tqdm
 
-from bench.paths_process import LOOP, MILLION, MODELS, OURS, ROUNDS, Case, Usage, measure, side_of
+from bench.paths_process import LOOP, MILLION, MODELS, OURS, ROUNDS, Case, Measurer, Usage, side_of
 from bench.timing import Row
 
 #: Millions (2**20) of weights.
@@ -54,23 +54,24 @@ def run_memory(threads: int, quick: bool, left_out: list[str]) -> list[Usage]:
     cases = [Case(who, model) for model in (QUICK_MEMORY if quick else MEMORY) for who in ROUNDS]
     left_out += [case.name for case in cases if not fits(case)]
     names = [case.name for case in cases if fits(case)]
-    return [usage for name in tqdm(names, unit="model") for usage in measure([name], threads)]
+    with Measurer(threads) as measure:
+        return [measure(name) for name in tqdm(names, unit="model")]
 
 
 def run_scaling(threads: int, quick: bool, left_out: list[str]) -> list[Usage]:
     """Both on stacks of growing size, the loop up to where it no longer fits."""
     found: list[Usage] = []
     last: dict[str, Usage] = {}
-    with tqdm([*_cases(QUICK_SIZES if quick else SIZES)], unit="size") as bar:
+    cases = [*_cases(QUICK_SIZES if quick else SIZES)]
+    with Measurer(threads) as measure, tqdm(cases, unit="size") as bar:
         for case in bar:
             bar.set_description(case.name)
             slow = case.who == LOOP and grown(last.get(LOOP), case) > LOOP_SECONDS
             if slow or not fits(case):
                 left_out.append(case.name)
                 continue
-            (usage,) = measure([case.name], threads)
-            last[case.who] = usage
-            found.append(usage)
+            last[case.who] = measure(case.name)
+            found.append(last[case.who])
     return found
 
 

@@ -56,12 +56,17 @@ def make_layer(side: int, dtype: torch.dtype, removed: float, seed: int = SEED) 
 
 
 def threshold_of(layer: Layer, kept: float = KEPT) -> float:
-    """The score that `kept` of the unpruned weights exceed, from every 64th row."""
-    rows = layer.weight[::64].float().abs() * layer.x * layer.g[::64, None]
+    """What `kept` of the scores that are not masked exceed, by a sample of 128 rows or so.
+
+    It lies between two scores, so that rounding does not decide which side one is on.
+    """
+    every = max(1, layer.weight.shape[0] // 128)
+    scores = layer.weight[::every].float().abs() * layer.x * layer.g[::every, None]
     if layer.floats is not None:
-        rows = rows[layer.floats[::64] > 0]
-    values = rows.flatten().sort().values
-    return float(values[int((1 - kept) * (values.numel() - 1))])
+        scores = scores[layer.floats[::every] > 0]
+    values = scores.flatten().sort().values
+    middle = int((1 - kept) * (values.numel() - 1))
+    return float(values[middle : middle + 2].mean())
 
 
 def reads(layer: Layer, threads: int) -> dict[str, Contender]:
@@ -76,6 +81,7 @@ def contenders(layer: Layer, threads: int) -> Iterator[tuple[str, dict[str, Cont
     """Operation name -> paikern and its contenders. PyTorch has a float mask, paikern has bits."""
     weight, packed, floats, x, g, _ = layer
     plain_x, plain_g = x.to(weight.dtype), g.to(weight.dtype)
+    threshold = threshold_of(layer)
     actions: dict[str, dict[str, Callable[[], object]]] = {
         "path_forward": {
             OURS: lambda: ops.path_forward(weight, x, mask=packed),
@@ -87,14 +93,11 @@ def contenders(layer: Layer, threads: int) -> Iterator[tuple[str, dict[str, Cont
             ABS: lambda: path_layer.backward(weight, g, floats),
             PLAIN: lambda: plain_g @ weight,
         },
-    }
-    fused = getattr(ops, "path_sweep", None)
-    if fused is not None:
-        threshold = threshold_of(layer)
-        actions["path_sweep"] = {
-            OURS: lambda: fused(weight, x, g, threshold, mask=packed),
+        "path_sweep": {
+            OURS: lambda: ops.path_sweep(weight, x, g, threshold, mask=packed),
             COMPOSITION: lambda: path_layer.sweep(weight, x, g, threshold, floats),
-        }
+        },
+    }
     for name, held in actions.items():
         made = {who: Contender(action) for who, action in held.items()}
         yield name, made | reads(layer, threads)
