@@ -1,6 +1,9 @@
 // The adjoint of a linear layer and the selection among its scores, in one read of the weight.
 #pragma once
 
+#include <cmath>
+#include <limits>
+
 #include "path_kernels.h"
 
 namespace paikern {
@@ -18,6 +21,17 @@ struct SweepLayer {
 struct SweepBand {
   float low, high;
 };
+
+// The largest float that is at most `bound`, and the smallest that is at least that: a score is above the bound where
+// it is above the one, and not below it where it is not below the other.
+inline float rounded_down(double bound) {
+  constexpr float kMost = std::numeric_limits<float>::max();
+  if (bound > kMost) return std::isinf(bound) ? static_cast<float>(bound) : kMost;
+  if (bound < -kMost) return -std::numeric_limits<float>::infinity();
+  const float near = static_cast<float>(bound);
+  return static_cast<double>(near) > bound ? std::nextafter(near, -kMost) : near;
+}
+inline float rounded_up(double bound) { return -rounded_down(-bound); }
 
 class SweepSink {
  public:

@@ -16,25 +16,11 @@ constexpr int kPositionBits = 44;
 constexpr int64_t kPosition = (int64_t{1} << kPositionBits) - 1;
 constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
 constexpr int64_t kPiece = 8192;  // scores of a tile at a time: candidates and their positions stay in L1 and L2
-constexpr float kInfinity = std::numeric_limits<float>::infinity(), kMost = std::numeric_limits<float>::max();
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // mantissa * 2**exponent, or what lies as far outside of the range of float.
 double scaled(double mantissa, int64_t exponent) {
   return std::ldexp(mantissa, static_cast<int>(std::clamp<int64_t>(exponent, -400, 400)));
-}
-
-// The largest float that is at most `value`: a score is above the one where it is above the other.
-float rounded_down(double value) {
-  if (value > kMost) return std::isinf(value) ? kInfinity : kMost;
-  const float near = static_cast<float>(value);
-  return static_cast<double>(near) > value ? std::nextafter(near, -kInfinity) : near;
-}
-
-// The smallest that is at least `value`.
-float rounded_up(double value) {
-  if (value > kMost) return kInfinity;
-  const float near = static_cast<float>(value);
-  return static_cast<double>(near) < value ? std::nextafter(near, kInfinity) : near;
 }
 
 }  // namespace
