@@ -28,7 +28,6 @@ from bench.paths_scaling import rows_of, slope, usage_rows
 from bench.paths_sweeps import ABS, COMPOSITION, READ, make_layer, threshold_of
 from bench.references import path_layer
 from bench.references.peaks import Peaks, measure, multiply_adds
-from bench.references.synflow import synflow
 from bench.run_paths import main
 from paikern import ops, zoo
 
@@ -196,12 +195,6 @@ def test_overlap_by_hand() -> None:
     left = {"a": torch.tensor([True, False, True]), "b": torch.tensor([True])}
     right = {"a": torch.tensor([True, True, False]), "b": torch.tensor([True])}
     assert overlap(left, right) == pytest.approx(2 / 3)
-
-
-def test_the_loop_reports_its_rounds() -> None:
-    done: list[int] = []
-    synflow(stack(8), (1, 8), 0.5, 3, report=done.append)
-    assert done == [1, 2, 3]
 
 
 def test_cases_say_what_they_do_not_know() -> None:
