@@ -149,7 +149,9 @@ def test_overflow_is_named() -> None:
 def test_maps_share_memory() -> None:
     model, state, x = built("resnet20")
     flow = Flow(trace(model, x), Semantics(0))
-    maps = sum(2 * math.prod(v.shape) for v in compile_for(flow, state, [], "nodes")._values.values())
+    maps = sum(
+        2 * math.prod(v.shape) for v in compile_for(flow, state, [], "nodes")._values.values()
+    )
     assert compile_for(flow, state, [], "nodes").arena_bytes < 0.6 * 4 * maps
 
 
