@@ -120,6 +120,12 @@ class GatedModel:
                 )
         return [(t.double().sum(0, keepdim=True), _exponent(t) or 0) for t in found]
 
+    @torch.no_grad()
+    def output(self, x: Tensor) -> Tensor | None:
+        """f(x), for a model that returns one tensor."""
+        found: Any = self._model(x)
+        return found if isinstance(found, Tensor) else None
+
     @property
     def where(self) -> str:
         return repr(self._where[-1]) if self._where and self._where[-1] else "the model's forward"
