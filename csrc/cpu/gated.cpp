@@ -52,8 +52,8 @@ float power_of_two(int64_t e) { return std::ldexp(1.0f, static_cast<int>(std::cl
 struct GatedProgram::Impl {
   std::vector<GatedMap> maps;
   std::vector<GatedStep> steps;
-  std::vector<GatedLists> lists;           // of each step
-  std::vector<int64_t> lattice_of;         // of each map
+  std::vector<GatedLists> lists;    // of each step
+  std::vector<int64_t> lattice_of;  // of each map
   std::vector<GatedLattice> lattices;
   std::vector<std::vector<uint8_t>> valid;  // of each lattice
   int64_t output = 0, samples = 1;
@@ -65,7 +65,9 @@ struct GatedProgram::Impl {
   };
   std::vector<std::unique_ptr<Worker>> workers;
 
-  const GatedLattice &lattice(int64_t map) const { return lattices[static_cast<size_t>(lattice_of[static_cast<size_t>(map)])]; }
+  const GatedLattice &lattice(int64_t map) const {
+    return lattices[static_cast<size_t>(lattice_of[static_cast<size_t>(map)])];
+  }
   int64_t floats(int64_t map) const { return maps[static_cast<size_t>(map)].channels * lattice(map).span; }
 
   Worker &worker(int thread);
@@ -104,7 +106,7 @@ GatedProgram::GatedProgram(std::vector<GatedMap> maps, std::vector<GatedStep> st
     p.valid.push_back(lattice.valid(p.samples));
   }
   for (const GatedStep &s : p.steps) {
-    p.lists.emplace_back(s, map_at(s.in), map_at(s.out), p.lattice(s.in), p.lattice(s.out));
+    p.lists.emplace_back(s, map_at(s.in), map_at(s.out), p.lattice(s.out));
   }
 }
 
@@ -202,10 +204,18 @@ void GatedProgram::Impl::run_chunk(Worker &w) const {
     const GatedStep &s = steps[i];
     switch (s.kind) {
       case GatedKind::kWeight:
-      case GatedKind::kElementwise: run_weight(w, i); break;
-      case GatedKind::kMean: run_mean(w, s); break;
-      case GatedKind::kMaxPool: run_pool(w, s); break;
-      case GatedKind::kReshape: run_reshape(w, s); break;
+      case GatedKind::kElementwise:
+        run_weight(w, i);
+        break;
+      case GatedKind::kMean:
+        run_mean(w, s);
+        break;
+      case GatedKind::kMaxPool:
+        run_pool(w, s);
+        break;
+      case GatedKind::kReshape:
+        run_reshape(w, s);
+        break;
     }
   }
 }
@@ -231,21 +241,32 @@ void GatedProgram::Impl::run_weight(Worker &w, size_t index) const {
   const float add_scale = add ? power_of_two(add->exponent - out.exponent) : 0.0f;
   const GatedKernels &k = kernels();
   const std::vector<uint8_t> &bits = valid[static_cast<size_t>(lattice_of[static_cast<size_t>(s.out)])];
-  // Blocks of whole 16 positions, the unit of the valid bits.
+  // Blocks of whole 16 positions, the unit of the valid bits. All channels of one block at a time: the window of the
+  // input stays in the first cache.
   const int64_t units = l.positions(samples) / 16;
   const int64_t most = std::max(1, (list.dense() ? 2 * k.tile_vectors : k.gather_vectors) * k.lanes / 16);
   const int64_t blocks = divide_up(units, most);
+  const FloatBuffer all(16 * most);
   out.top = 0.0f;
-  // All channels of a few hundred positions at a time: the window of the input stays in the first cache.
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t q = 16 * (units * block / blocks), end = 16 * (units * (block + 1) / blocks);
-    const int64_t vectors = (end - q) / k.lanes;
-    GatedBlock f{f_in + q, out.f.get() + l.lead + q, add ? add->f.get() + l.lead + q : nullptr, nullptr,
-                 bits.data() + q / 8, l.span, vectors, 1.0f, s.gate};
-    GatedBlock g{g_in + q, out.g.get() + l.lead + q, add ? add->g.get() + l.lead + q : nullptr,
-                 s.gate ? f.out : nullptr, f.valid, l.span, vectors, add_scale, false};
-    list.run(k, f, false, 1.0f);
-    out.top = std::max(out.top, list.run(k, g, true, g_scale));
+    const int64_t vectors = (end - q) / k.lanes, at = l.lead + q;
+    const GatedBlock f{f_in + q, out.f.get() + at, add ? add->f.get() + at : nullptr,
+                       nullptr,  nullptr,          bits.data() + q / 8,
+                       l.span,   vectors,          1.0f,
+                       s.gate};
+    const GatedBlock g{g_in + q,
+                       out.g.get() + at,
+                       add ? add->g.get() + at : nullptr,
+                       s.gate ? f.out : nullptr,
+                       nullptr,
+                       f.valid,
+                       l.span,
+                       vectors,
+                       add_scale,
+                       false};
+    list.run_values(k, f);
+    out.top = std::max(out.top, list.run_paths(k, g, g_scale, all.get()));
   }
 }
 

@@ -13,6 +13,7 @@ struct GatedBlock {
   float *out;            // channel 0 of the rows at the first position
   const float *add;      // another map in the layout of `out`, or null
   const float *gate;     // keep where this map is positive, or null
+  const float *all;      // g: the sum over all columns, from which pruned weights are taken, or null
   const uint8_t *valid;  // bits of the positions that are pixels, from the first position on
   int64_t stride;        // floats from channel to channel of out, add and gate
   int64_t vectors;
@@ -23,13 +24,19 @@ struct GatedBlock {
 struct GatedKernels {
   int lanes, gather_vectors, tile_vectors;  // vectors a block at most, 1 for each accumulator
 
-  // One channel from its kept weights; null values are ones. Returns the maximum of what was written.
-  float (*gather)(const GatedBlock &block, const int32_t *offsets, const float *values, int64_t count, float scale,
-                  float shift);
+  // f, one channel from its kept weights.
+  void (*gather)(const GatedBlock &block, const int32_t *offsets, const float *values, int64_t count,
+                 const float *scale, const float *shift);
 
-  // kGatedRows channels from weights [count][kGatedRows].
-  float (*tile)(const GatedBlock &block, const int32_t *offsets, const float *values, int64_t count,
-                const float *scale, const float *shift);
+  // f, kGatedRows channels from weights [count][kGatedRows].
+  void (*tile)(const GatedBlock &block, const int32_t *offsets, const float *values, int64_t count, const float *scale,
+               const float *shift);
+
+  // g, one channel from its kept weights, or from the pruned ones where `all` is given. Returns the maximum.
+  float (*paths)(const GatedBlock &block, const int32_t *offsets, int64_t count, float scale);
+
+  // out = the sum of the planes at `offsets`.
+  void (*sum)(const GatedBlock &block, const int32_t *offsets, int64_t count, float *out);
 };
 
 const GatedKernels &gated_kernels_portable();

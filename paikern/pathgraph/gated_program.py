@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -48,14 +48,16 @@ class _Node:
         return self.kind in (_WEIGHT, _ELEMENTWISE) and not self.gate
 
 
-class _Unsupported(Exception):
+class _UnsupportedError(Exception):
     pass
 
 
 class GatedGraph:
     """The native f and g of a graph, see `lower`; the interface of `gated.GatedModel`."""
 
-    def __init__(self, nodes: list[_Node], maps: list[Shape], program: Any, shape: Any) -> None:
+    def __init__(
+        self, nodes: list[_Node], maps: list[Shape], program: Any, shape: tuple[int, ...]
+    ) -> None:
         self._nodes = nodes
         self._program = program
         self._shape = shape
@@ -96,9 +98,9 @@ def lower(
     try:
         make = registry.resolve("gated_program", device, dtype == torch.float64)
         nodes, shapes = _nodes(graph, state)
-    except (BackendError, _Unsupported):
+        maps, number = _assign(nodes, shapes, next(iter(graph.inputs)))
+    except (BackendError, _UnsupportedError):
         return None
-    maps, number = _assign(nodes, shapes, next(iter(graph.inputs)))
     steps = [
         (
             node.kind, number[node.source], number[node.out],
@@ -108,15 +110,14 @@ def lower(
         for node in nodes
     ]  # fmt: skip
     program = make(maps, steps, number[nodes[-1].out])
-    out = next(s.out_shape for s in graph.steps if getattr(s, "output", 0) == graph.outputs[0])
-    return GatedGraph(nodes, maps, program, out)
+    return GatedGraph(nodes, maps, program, shapes[graph.outputs[0]])
 
 
-def _nodes(graph: PathGraph, state: State) -> tuple[list[_Node], dict[int, Shape]]:
+def _nodes(graph: PathGraph, state: State) -> tuple[list[_Node], dict[int, tuple[int, ...]]]:
     if len(graph.inputs) != 1 or len(graph.outputs) != 1 or not graph.steps:
-        raise _Unsupported
+        raise _UnsupportedError
     ((start, shape),) = graph.inputs.items()
-    shapes = {start: _map(shape)}
+    shapes = {start: shape}
     readers = Counter(i for step in graph.steps for i in step.inputs)
     readers[graph.outputs[0]] += 1
     nodes: list[_Node] = []
@@ -138,7 +139,7 @@ def _nodes(graph: PathGraph, state: State) -> tuple[list[_Node], dict[int, Shape
         if isinstance(step, Norm):
             shapes[out] = shapes[source]
             if step.var is None:
-                raise _Unsupported
+                raise _UnsupportedError
             if held is not None and held.add is None:
                 held.norms.append(step)
                 become(held, out)
@@ -147,7 +148,7 @@ def _nodes(graph: PathGraph, state: State) -> tuple[list[_Node], dict[int, Shape
         elif isinstance(step, Rectify):
             shapes[out] = shapes[source]
             if step.op not in ("aten.relu", "aten.relu_"):
-                raise _Unsupported
+                raise _UnsupportedError
             if held is not None:
                 held.gate = True
                 become(held, out)
@@ -156,7 +157,7 @@ def _nodes(graph: PathGraph, state: State) -> tuple[list[_Node], dict[int, Shape
         elif isinstance(step, Add):
             shapes[out] = shapes[source]
             if len(step.inputs) != 2 or set(step.in_shapes) != {step.out_shape}:
-                raise _Unsupported
+                raise _UnsupportedError
             if (last := _last_branch(step, nodes, made, joins)) is not None:
                 last.add = next(i for i in step.inputs if i != last.out)
                 become(last, out)
@@ -164,10 +165,10 @@ def _nodes(graph: PathGraph, state: State) -> tuple[list[_Node], dict[int, Shape
             nodes.append(_Node(_ELEMENTWISE, source, out, add=step.inputs[1]))
         else:
             nodes.append(_other(step, state))
-            shapes[out] = _map(step.out_shape)  # type: ignore[attr-defined]
+            shapes[out] = cast(Any, step).out_shape
         made[out] = len(nodes) - 1
     if nodes[-1].out != graph.outputs[0]:
-        raise _Unsupported
+        raise _UnsupportedError
     return nodes, shapes
 
 
@@ -183,47 +184,48 @@ def _last_branch(step: Step, nodes: list[_Node], made: dict[int, int], joins: An
 def _other(step: Step, state: State) -> _Node:
     if isinstance(step, Weight):
         if step.transposed or step.rows is not None:
-            raise _Unsupported
+            raise _UnsupportedError
         if step.kind == "linear":
             return _Node(_WEIGHT, step.inputs[0], step.output, weight=step)
         if len(step.stride) != 2:
-            raise _Unsupported
+            raise _UnsupportedError
         kernel = state[step.parameter].shape[2:]
         geometry = (step.groups, *kernel, *step.stride, *step.padding, *step.dilation)
         return _Node(_WEIGHT, step.inputs[0], step.output, geometry, weight=step)
     if isinstance(step, Mean):
         if not step.average or step.dims != (2, 3) or len(step.in_shape) != 4:
-            raise _Unsupported
+            raise _UnsupportedError
         return _Node(_MEAN, step.inputs[0], step.output)
     if isinstance(step, MaxPool):
         if step.spatial != 2 or len(step.in_shape) != 4:
-            raise _Unsupported
+            raise _UnsupportedError
         geometry = (1, *step.kernel, *step.stride, *step.padding, *step.dilation)
         return _Node(_MAX_POOL, step.inputs[0], step.output, geometry)
     if isinstance(step, Reshape) and step.in_shape[0] == step.out_shape[0] == 1:
         return _Node(_RESHAPE, step.inputs[0], step.output)
-    raise _Unsupported
+    raise _UnsupportedError
 
 
 def _map(shape: tuple[int, ...]) -> Shape:
     """`[1, C, H, W]` or `[1, C]` as (channels, h, w)."""
     if len(shape) not in (2, 4) or shape[0] != 1:
-        raise _Unsupported
+        raise _UnsupportedError
     return (shape[1], 1, 1) if len(shape) == 2 else (shape[1], shape[2], shape[3])
 
 
 def _assign(
-    nodes: list[_Node], shapes: dict[int, Shape], start: int
+    nodes: list[_Node], shapes: dict[int, tuple[int, ...]], start: int
 ) -> tuple[list[Shape], dict[int, int]]:
     """A map for each value; one that nobody reads any more serves the next value of its shape."""
     last: dict[int, int] = {}
     for index, node in enumerate(nodes):
         last.update({value: index for value in (node.source, node.add) if value is not None})
-    maps, number, free = [shapes[start]], {start: 0}, list[int]()
+    maps, number, free = [_map(shapes[start])], {start: 0}, list[int]()
     for index, node in enumerate(nodes):
-        found = next((m for m in free if maps[m] == shapes[node.out]), None)
+        shape = _map(shapes[node.out])
+        found = next((m for m in free if maps[m] == shape), None)
         if found is None:
-            maps.append(shapes[node.out])
+            maps.append(shape)
             found = len(maps) - 1
         else:
             free.remove(found)
