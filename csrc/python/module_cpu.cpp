@@ -9,6 +9,7 @@ void bind_bits(py::module_ &m);
 void bind_topk(py::module_ &m);
 void bind_maps(py::module_ &m);
 void bind_path(py::module_ &m);
+void bind_gated(py::module_ &m);
 void bind_patterns(py::module_ &m);
 void bind_flow(py::module_ &m);
 
@@ -19,6 +20,7 @@ PYBIND11_MODULE(_C, m) {
   bind_topk(m);
   bind_maps(m);
   bind_path(m);
+  bind_gated(m);
   bind_patterns(m);
   bind_flow(m);
 }

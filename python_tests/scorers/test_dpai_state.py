@@ -159,7 +159,7 @@ def test_damaged_files_are_refused_and_kept(tmp_path: Path, damage: str) -> None
 
 
 def test_folder_is_checked_before_training(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="state: folder .* does not exist"):
+    with pytest.raises(ValueError, match=r"state: folder .* does not exist"):
         run(tmp_path / "missing" / "run.safetensors", 3)
     with pytest.raises(ValueError, match="is a folder"):
         run(tmp_path, 3)
