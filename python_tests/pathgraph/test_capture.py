@@ -273,6 +273,12 @@ def test_hooks_of_the_model_run() -> None:
     assert [s.where for s in graph.steps] == ["0", "0", "1", "1"]
 
 
+def test_compiled_models_run_as_written() -> None:
+    part = torch.compile(nn.Linear(4, 4), backend="eager")
+    model = torch.compile(nn.Sequential(part, nn.ReLU(), nn.Linear(4, 2)), backend="eager")
+    assert len(check(model, X).weights) == 2
+
+
 def written_constant(net: Net, x: Tensor) -> Tensor:
     total = torch.zeros(1, 4)
     total.add_(net.a(x))
