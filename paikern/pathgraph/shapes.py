@@ -170,16 +170,23 @@ def _conv(n: int) -> Shape:
             return None
         if not _fits(bias, (out,)) or not x.shape[1] or not out:
             return None
-        size = [
-            (length + 2 * p - d * (k - 1) - 1) // s + 1 if s > 0 and d > 0 and p >= 0 else 0
-            for length, k, s, p, d in zip(
-                x.shape[2:], w.shape[2:], _each(stride, n), _each(padding, n),
-                _each(dilation, n), strict=True,
-            )
-        ]  # fmt: skip
-        return _new(x, (x.shape[0], out, *size)) if min(size) > 0 else None
+        size = _windows(x, w.shape[2:], stride, padding, dilation)
+        return None if size is None else _new(x, (x.shape[0], out, *size))
 
     return shape
+
+
+def _windows(x: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any) -> list[int] | None:
+    """How many windows fit in each dimension of `[N, C, ...]`; None where none does."""
+    n = x.dim() - 2
+    size = [
+        (length + 2 * p - d * (k - 1) - 1) // s + 1 if min(k, s, d) > 0 and p >= 0 else 0
+        for length, k, s, p, d in zip(
+            x.shape[2:], kernel, _each(stride, n), _each(padding, n), _each(dilation, n),
+            strict=True,
+        )
+    ]  # fmt: skip
+    return size if min(size) > 0 else None
 
 
 def _each(value: Any, n: int) -> list[int]:
@@ -187,6 +194,29 @@ def _each(value: Any, n: int) -> list[int]:
 
 
 _KNOWN.update({f"aten.conv{n}d": _conv(n) for n in (1, 2, 3)})
+
+
+def _max_pool(n: int) -> Shape:
+    def shape(
+        x: Tensor,
+        kernel: Any,
+        stride: Any = (),
+        padding: Any = 0,
+        dilation: Any = 1,
+        ceil_mode: bool = False,
+    ) -> Tensor | None:
+        if x.dim() != n + 2 or not x.numel() or not x.is_contiguous() or ceil_mode:
+            return None
+        kernel, padding = _each(kernel, n), _each(padding, n)
+        if any(2 * p > k for p, k in zip(padding, kernel, strict=True)):
+            return None
+        size = _windows(x, kernel, stride or kernel, padding, dilation)
+        return None if size is None else _new(x, (*x.shape[:2], *size))
+
+    return shape
+
+
+_KNOWN.update({f"aten.max_pool{n}d": _max_pool(n) for n in (1, 2, 3)})
 
 
 @_knows("batch_norm")

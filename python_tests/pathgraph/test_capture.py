@@ -406,7 +406,7 @@ sys.exit(f"imported {{slow}}" if slow else 0)
 """
 
 
-@pytest.mark.parametrize("name", ["resnet20", "gpt2", "llama-tiny", "vit_b_16"])
+@pytest.mark.parametrize("name", ["resnet20", "resnet50", "gpt2", "llama-tiny", "vit_b_16"])
 def test_the_first_trace_imports_no_compiler(name: str) -> None:
     """torch._dynamo takes 0.9 s, sympy 0.3 s; tracing resnet20 takes 0.08 s with neither."""
     sizes = SMALL.get(name, {})

@@ -117,6 +117,27 @@ def test_convolutions(name: str) -> None:
     check(getattr(aten, f"conv{len(args[3]) if name != 'one number' else 2}d").default, *args)
 
 
+POOLS = {
+    "plain": ([2],),
+    "stride": ([3, 2], [2, 1], [1, 1]),
+    "dilation": ([2, 2], [1], [0, 0], [2, 1]),
+    "ceil": ([2, 3], [2], [0], [1], True),
+    "padding": ([2, 2], [2, 2], [2, 2]),
+    "too large": ([7, 7],),
+    "no stride": ([2, 2], [0, 0]),
+}
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_max_pools(name: str) -> None:
+    check(aten.max_pool2d.default, X, *POOLS[name])
+    check(aten.max_pool2d.default, NHWC, *POOLS[name])
+    check(aten.max_pool2d.default, X[0], *POOLS[name])
+    if len(POOLS[name]) == 1:
+        check(aten.max_pool1d.default, t(2, 3, 9), POOLS[name][0][:1])
+        check(aten.max_pool3d.default, t(2, 3, 4, 5, 6), POOLS[name][0][:1])
+
+
 def test_norms() -> None:
     vector, off = t(6), t(5)
     batch = aten.batch_norm.default
