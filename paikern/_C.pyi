@@ -11,6 +11,13 @@ _Scores = tuple[int, int, Sequence[int], Sequence[int], bool, int, int, int, int
 class PathGeometry:
     def __init__(self, values: tuple[int, ...]) -> None: ...
 
+class GatedProgram:
+    def __init__(
+        self, maps: Sequence[tuple[int, int, int]], steps: Sequence[tuple[int, ...]], output: int
+    ) -> None: ...
+    def load(self, step: int, theta: int, mask: int, scale: int, shift: int) -> None: ...
+    def run(self, x: int, samples: int, total: int, f: int) -> int: ...
+
 def isa() -> str: ...
 def pack_mask(mask: int, numel: int, packed: int) -> None: ...
 def unpack_mask(packed: int, numel: int, mask: int) -> None: ...
@@ -51,6 +58,19 @@ def path_score(
     pruned: float,
     score: int,
 ) -> None: ...
+def path_sweep(
+    rows: int,
+    columns: int,
+    w: int,
+    type: int,
+    power: int,
+    mask: int,
+    a: int,
+    grad: int,
+    threshold: float,
+    x: int,
+    bits: int,
+) -> int: ...
 def dpai_step(
     g: PathGeometry,
     s: int,

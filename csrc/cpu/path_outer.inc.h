@@ -22,7 +22,7 @@ void pack_lanes(const float *planes, const int64_t *offsets, int64_t count, int6
   for (int64_t k = 0; k < end; k += kLanes) {
     const int left = static_cast<int>(end - k < kLanes ? end - k : kLanes);
     vf block[kLanes];
-    for (int i = 0; i < kLanes; ++i) block[i] = left == kLanes ? v_load(row[i] + k) : load_tail(row[i] + k, left);
+    for (int i = 0; i < kLanes; ++i) block[i] = left == kLanes ? v_load(row[i] + k) : v_load_part(row[i] + k, left);
     v_transpose(block);
     for (; next < left; next += step, dst += kLanes) v_store(dst, block[next]);
     next -= left;

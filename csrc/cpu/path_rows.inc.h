@@ -5,7 +5,7 @@
 namespace {
 
 // `count` < kLanes floats, the missing lanes 0.
-inline vf load_tail(const float *p, int count) {
+inline vf v_load_part(const float *p, int count) {
 #if defined(__AVX512F__)
   return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
 #else
@@ -15,7 +15,7 @@ inline vf load_tail(const float *p, int count) {
 #endif
 }
 
-inline void store_tail(float *p, int count, vf value) {
+inline void v_store_part(float *p, int count, vf value) {
 #if defined(__AVX512F__)
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), value);
 #else
@@ -31,7 +31,7 @@ void fill_rows(const float *src, int64_t src_pitch, int64_t step, int64_t rows, 
     if (step == 1) {
       int64_t w = 0;
       for (; w + kLanes <= width; w += kLanes) v_store(dst + w, v_load(src + w));
-      if (w < width) v_store(dst + w, load_tail(src + w, static_cast<int>(width - w)));
+      if (w < width) v_store(dst + w, v_load_part(src + w, static_cast<int>(width - w)));
     } else if (step == 2) {
       for (int64_t w = 0; w < width; ++w) dst[w] = src[2 * w];
     } else {
@@ -46,7 +46,7 @@ void write_rows(const float *src, int64_t src_pitch, int64_t step, int64_t rows,
     if (step == 1) {
       int64_t w = 0;
       for (; w + kLanes <= width; w += kLanes) v_store(dst + w, v_load(src + w));
-      if (w < width) store_tail(dst + w, static_cast<int>(width - w), v_load(src + w));
+      if (w < width) v_store_part(dst + w, static_cast<int>(width - w), v_load(src + w));
     } else {
       for (int64_t w = 0; w < width; ++w) dst[w * step] = src[w];
     }

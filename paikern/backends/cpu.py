@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from paikern import _C
+from paikern.backends.cpu_gated import gated_program
 from paikern.backends.cpu_maps import live_nodes, map_maximum, map_scale_, through_maximum_
 from paikern.backends.cpu_path import (
     dpai_step_,
@@ -24,6 +25,7 @@ from paikern.backends.cpu_path import (
     path_conv_score,
     path_forward,
     path_score,
+    path_sweep,
     score_geometry,
 )
 from paikern.backends.cpu_patterns import (
@@ -42,6 +44,7 @@ __all__ = [
     "dpai_step_",
     "dpai_update_",
     "expand_blocks",
+    "gated_program",
     "isa",
     "kth_largest",
     "live_nodes",
@@ -56,6 +59,7 @@ __all__ = [
     "path_conv_score",
     "path_forward",
     "path_score",
+    "path_sweep",
     "takes",
     "through_maximum_",
     "topk_mask",
