@@ -160,6 +160,7 @@ class Tracer:
                 False,
                 x.shape,
                 x.shape,
+                (),
                 root=x.root,
             )
             self._scalar_of[out.id] = x
@@ -171,7 +172,15 @@ class Tracer:
         # A learned scale is a norm: what follows is no longer a function of x alone.
         root = None if learned else x.root
         return self.emit(
-            steps.Scale, [x], shape, evaluate, learned, x.shape, tuple(shape), root=root
+            steps.Scale,
+            [x],
+            shape,
+            evaluate,
+            learned,
+            x.shape,
+            tuple(shape),
+            tuple(size),
+            root=root,
         )
 
     def add(self, branches: Sequence[PathValue]) -> PathValue:
