@@ -56,6 +56,7 @@ sanitize:  ## the native cores without Python under ASan, UBSan and TSan
 
 bench: setup-dev  ## the benchmarks; results under bench/results
 	$(BIN)/python -m bench.run_dpai
+	$(BIN)/python -m bench.run_paths
 	$(BIN)/python -m bench.run_selection
 	$(BIN)/python -m bench.run_patterns
 	$(BIN)/python -m bench.run_torch_prune

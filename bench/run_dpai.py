@@ -1,6 +1,6 @@
 """One DPaI step of paikern against the same step in plain PyTorch, interleaved.
 
-    python -m bench.run_dpai                      both networks at 98 %, 2 threads
+    python -m bench.run_dpai                      all networks at 98 %, 2 threads
     python -m bench.run_dpai --only resnet20 --repeats 5 --no-write
 
 Both start from the same scores and take the same number of steps, so their masks can be compared
@@ -28,7 +28,11 @@ SEED = 0
 THREADS = 2
 
 #: name -> arguments of the zoo, timed steps
-NETWORKS = {"resnet20": ({"num_classes": 10}, 30), "vgg19_bn": ({"num_classes": 100}, 7)}
+NETWORKS = {
+    "resnet20": ({"num_classes": 10}, 30),
+    "vgg19_bn": ({"num_classes": 100}, 7),
+    "resnet50": ({"num_classes": 1000}, 5),
+}
 
 
 class LibrarySteps(NamedTuple):

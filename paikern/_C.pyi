@@ -51,6 +51,19 @@ def path_score(
     pruned: float,
     score: int,
 ) -> None: ...
+def path_sweep(
+    rows: int,
+    columns: int,
+    w: int,
+    type: int,
+    power: int,
+    mask: int,
+    a: int,
+    grad: int,
+    threshold: float,
+    x: int,
+    bits: int,
+) -> int: ...
 def dpai_step(
     g: PathGeometry,
     s: int,

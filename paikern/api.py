@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from paikern import budget
 from paikern.analysis import Topology, topology
 from paikern.backends import registry
+from paikern.batches import Batches
 from paikern.errors import NonFiniteScoreError, PaikernWarning, SparsityError
 from paikern.masks import MaskSet
 from paikern.pathgraph import trace
@@ -38,6 +39,7 @@ def prune(
     amount: float | int | None = None,
     compression: float | None = None,
     example_inputs: Any = None,
+    data: Any = None,
     pattern: str = "unstructured",
     scope: str | None = None,
     rounds: int | None = None,
@@ -65,6 +67,9 @@ def prune(
             Exactly `N - floor(sparsity * N)` weights are kept.
         example_inputs: one input for methods that trace the model: a tensor, a tuple, or a dict of
             keyword inputs. Only its shape matters, unless it holds integers (token ids).
+        data: samples for methods that read some: a tensor `[n, ...]`, an (inputs, labels) pair, or
+            an iterable of batches of either form, such as a `DataLoader`, which is read once a
+            round. `example_inputs` may be left out then.
         scope: "global", "local" (the same fraction of every layer), "erk" or "lamp"; default by
             method.
         rounds, schedule: how often to score and prune (100 for the SynFlow family, else 1), and
@@ -86,7 +91,7 @@ def prune(
 
     Raises:
         SparsityError: the sparsity is out of range, or keeps nothing.
-        ValueError: unknown method or option, missing example_inputs, nothing to prune.
+        ValueError: unknown method or option, missing example_inputs or data, nothing to prune.
         NonFiniteScoreError: NaN or infinite weights or scores, named by parameter.
         PathRuleError: the model holds an operation without a path rule.
         The model is unchanged whenever an error is raised.
@@ -102,7 +107,7 @@ def prune(
     scorer = _scorer(method, method_options)
     _check_choices(scorer, variant, selection, on_collapse, rounds)
     shape = parse_pattern(pattern)
-    run = _run(model, scorer, example_inputs, ignore, include, seed, variant)
+    run = _run(model, scorer, example_inputs, ignore, include, seed, variant, data)
     fraction = target_sparsity(
         shape,
         sparsity=sparsity,
@@ -157,6 +162,7 @@ def score(
     method: str | Scorer,
     *,
     example_inputs: Any = None,
+    data: Any = None,
     ignore: Filter = (),
     include: Filter = None,
     seed: int = 0,
@@ -180,7 +186,7 @@ def score(
     sparsity = method_options.pop("sparsity", None)
     scorer = _scorer(method, method_options)
     _check_choices(scorer, variant, "exact", "warn", None)
-    run = _run(model, scorer, example_inputs, ignore, include, seed, variant)
+    run = _run(model, scorer, example_inputs, ignore, include, seed, variant, data)
     run.masks = _packed(masks, run.model)
     with registry.using(backend):
         if isinstance(scorer, TrainedScorer):
@@ -303,6 +309,7 @@ def methods() -> list[dict[str, Any]]:
                 "summary": cls.summary,
                 "source": cls.source,
                 "needs_inputs": cls.needs_inputs,
+                "needs_data": cls.needs_data,
                 "rounds": cls.default_rounds,
                 "scope": cls.default_scope,
                 "variants": cls.variants,
@@ -365,13 +372,22 @@ def _run(
     include: Filter,
     seed: int,
     variant: str,
+    data: Any,
 ) -> Run:
     inner = unwrap(model)
     layers = prunable_parameters(inner, ignore=ignore or (), include=include)
     state = _state(inner)
     # A weight pruned by torch.nn.utils.prune is stored under another name than it is known by.
     state.update({name: state[layer.source] for name, layer in layers.items()})
-    run = Run(inner, state, layers, example_inputs, seed, variant)
+    batches = None if data is None else Batches(data, getattr(scorer, "batch_size", 128))
+    if scorer.needs_data and batches is None:
+        raise ValueError(
+            f"data: method {scorer.name!r} reads samples; pass data=, a tensor [n, ...] or an "
+            "iterable of batches"
+        )
+    if scorer.needs_inputs and example_inputs is None and batches is not None:
+        example_inputs = next(iter(batches))[0][:1]
+    run = Run(inner, state, layers, example_inputs, seed, variant, batches)
     if scorer.needs_inputs and example_inputs is None:
         raise ValueError(
             f"example_inputs: method {scorer.name!r} traces the model and needs one input, for "

@@ -47,19 +47,24 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
-@functools.cache
-def library() -> ctypes.CDLL:
-    """Load the compiled source, compiling it if this machine has not done so before."""
-    parts = (SOURCE.read_text(), *FLAGS, compiler_version(), _processor())
+def compiled(source: Path) -> ctypes.CDLL:
+    """Load a compiled source file, compiling it if this machine has not done so before."""
+    parts = (source.read_text(), *FLAGS, compiler_version(), _processor())
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    path = cache_folder() / f"nth_element-{key}.so"
+    path = cache_folder() / f"{source.stem}-{key}.so"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             built = Path(folder) / path.name
-            subprocess.run(["g++", *FLAGS, "-o", str(built), str(SOURCE)], check=True)
+            subprocess.run(["g++", *FLAGS, "-o", str(built), str(source)], check=True)
             os.replace(built, path)
-    loaded = ctypes.CDLL(str(path))
+    return ctypes.CDLL(str(path))
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """`nth_element.cpp`, with the types of its functions."""
+    loaded = compiled(SOURCE)
     address, count = ctypes.c_void_p, ctypes.c_int64
     loaded.nth_element_float32.argtypes = [address, count, count]
     loaded.nth_element_float32.restype = ctypes.c_float

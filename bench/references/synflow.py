@@ -9,6 +9,7 @@ too); signs are restored after the score. Source: specification of the path fami
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -78,12 +79,14 @@ def synflow(
     schedule: str = "exponential",
     selection: str = "published",
     dtype: torch.dtype = torch.float32,
+    report: Callable[[int], object] | None = None,
 ) -> Masks:
     """Return name -> bool mask of `model`, which is left untouched.
 
     `example` is a batch or its shape `[batch, features...]`; the input is one sample of ones.
     `selection` is "published" (ties at the threshold go) or "exact" (lower index, exact count).
     Scores that overflow float32 (ResNet-50 at 224) leave nothing: use `dtype=torch.float64` there.
+    `report` is called with the number of rounds done after each of them.
     """
     work = copy.deepcopy(model).to(dtype).eval()
     masked = {id(layer): MaskedLayer(layer) for layer in prunable_layers(work).values()}
@@ -93,8 +96,11 @@ def synflow(
 
     total = sum(layer.weight.numel() for layer in layers.values())
     masks: Masks = {}
-    for removed in round_removals(total, sparsity, rounds, schedule):
+    removals = round_removals(total, sparsity, rounds, schedule)
+    for done, removed in enumerate(removals, 1):
         masks = select_global(_score(work, layers, ones), removed, selection)
         for name, layer in layers.items():
             layer.mask.copy_(masks[name])
+        if report is not None:
+            report(done)
     return masks

@@ -47,6 +47,9 @@ struct DpaiCounts {
   bool finite = true;
 };
 
+struct SweepRows;  // path_sweep.h
+struct SweepFound;
+
 constexpr int64_t kDepth = 192;  // reduction indices a panel: 8 rows of A and 48 columns of B stay in L1
 
 struct PathKernels {
@@ -84,6 +87,9 @@ struct PathKernels {
   // columns].
   void (*matvec_columns)(const WeightView &w, int64_t columns, int64_t first, int64_t last, int64_t j0, int64_t j1,
                          const float *g, int64_t batch, int64_t ldg, float *partial, int64_t ldp);
+
+  // x' and the selection of a few rows in one read.
+  void (*sweep_rows)(const SweepRows &rows, SweepFound &found);
 
   // out[i] = V[start + i] * q[i], `pruned` where the mask bit is 0.
   void (*score)(const WeightView &w, int64_t start, int64_t count, const float *q, float pruned, float *out);

@@ -245,12 +245,13 @@ void score(const WeightView &w, int64_t start, int64_t count, const float *q, fl
 
 #include "dpai_row.inc.h"
 #include "path_matvec.inc.h"
+#include "path_sweep.inc.h"
 
 namespace {
 
 constexpr paikern::PathKernels make_path_kernels(const char *name) {
-  return {name,     kLanes,    kTileRows, kTileColumns, decode,         pack_columns, pack_transposed,
-          multiply, list_kept, gather,    matvec_rows,  matvec_columns, score,        dpai_row};
+  return {name,      kLanes, kTileRows,   kTileColumns,   decode,     pack_columns, pack_transposed, multiply,
+          list_kept, gather, matvec_rows, matvec_columns, sweep_rows, score,        dpai_row};
 }
 
 }  // namespace

@@ -27,9 +27,7 @@ void matvec_rows(int64_t rows, int64_t columns, const WeightView &w, const float
 }
 
 void matvec_columns(int64_t rows, int64_t columns, const WeightView &w, const float *g, int64_t batch, float *x) {
-  // Row ranges depend on the shape alone, so the order of the sums does too. 2048 columns of
-  // partial sums are 8 KB.
-  constexpr int64_t kRows = 256, kColumns = 2048;
+  constexpr int64_t kRows = kSumRows, kColumns = 2048;  // columns of partial sums: 8 KB
   const PathKernels &kernels = path_kernels();
   const int64_t chunks = divide_up(rows, kRows), blocks = divide_up(columns, kColumns);
   const int64_t ld = round_up(columns, 16) + 16;
@@ -45,13 +43,13 @@ void matvec_columns(int64_t rows, int64_t columns, const WeightView &w, const fl
     kernels.matvec_columns(w, columns, chunk * kRows, std::min(rows, (chunk + 1) * kRows), j0, j1, g, batch, rows,
                            table, ld);
   }
-  for (int64_t b = 0; b < batch; ++b) {
-    float *target = x + b * columns;
-    std::memset(target, 0, sizeof(float) * static_cast<size_t>(columns));
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const float *table = partial.get() + (chunk * batch + b) * ld;
-      for (int64_t j = 0; j < columns; ++j) target[j] += table[j];
-    }
+  for (int64_t b = 0; b < batch; ++b) add_tables(partial.get() + b * ld, chunks, batch * ld, columns, x + b * columns);
+}
+
+void add_tables(const float *tables, int64_t count, int64_t stride, int64_t columns, float *x) {
+  std::fill(x, x + columns, 0.0f);
+  for (int64_t t = 0; t < count; ++t) {
+    for (int64_t j = 0; j < columns; ++j) x[j] += tables[t * stride + j];
   }
 }
 

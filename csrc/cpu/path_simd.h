@@ -80,6 +80,8 @@ inline vf v_keep(vm m, vf a) { return _mm512_maskz_mov_ps(m, a); }
 inline vf v_select(vm m, vf a, vf b) { return _mm512_mask_mov_ps(b, m, a); }
 inline vm v_nonzero(vf a) { return _mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_NEQ_UQ); }
 inline vm v_isnan(vf a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
+inline vm v_above(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+inline vm v_not_below(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ); }
 inline vf v_sign_of(vf s, vf q) {  // sign(s) * q with sign(0) = 0
   const __m512i flipped =
       _mm512_xor_si512(_mm512_castps_si512(q), _mm512_and_si512(_mm512_castps_si512(s), _mm512_set1_epi32(INT32_MIN)));
@@ -156,6 +158,8 @@ inline vf v_keep(vm m, vf a) { return _mm256_and_ps(m, a); }
 inline vf v_select(vm m, vf a, vf b) { return _mm256_blendv_ps(b, a, m); }
 inline vm v_nonzero(vf a) { return _mm256_cmp_ps(a, _mm256_setzero_ps(), _CMP_NEQ_UQ); }
 inline vm v_isnan(vf a) { return _mm256_cmp_ps(a, a, _CMP_UNORD_Q); }
+inline vm v_above(vf a, vf b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
+inline vm v_not_below(vf a, vf b) { return _mm256_cmp_ps(a, b, _CMP_NLT_UQ); }
 inline vf v_sign_of(vf s, vf q) {
   const vf flipped = _mm256_xor_ps(q, _mm256_and_ps(s, _mm256_set1_ps(-0.0f)));
   return _mm256_and_ps(v_nonzero(s), flipped);
@@ -217,6 +221,8 @@ inline vf v_keep(vm m, vf a) { return (vf)(m & (vm)a); }
 inline vf v_select(vm m, vf a, vf b) { return (vf)((m & (vm)a) | (~m & (vm)b)); }
 inline vm v_nonzero(vf a) { return a != v_zero(); }
 inline vm v_isnan(vf a) { return a != a; }
+inline vm v_above(vf a, vf b) { return a > b; }
+inline vm v_not_below(vf a, vf b) { return ~(a < b); }
 inline vf v_sign_of(vf s, vf q) { return (vf)(v_nonzero(s) & ((vm)q ^ ((vm)s & INT32_MIN))); }
 template <class W>
 inline vf v_weight(const W *p) {

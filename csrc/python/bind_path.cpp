@@ -3,11 +3,14 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <atomic>
 #include <cstdint>
 #include <tuple>
 
 #include "geometry.h"
 #include "path.h"
+#include "path_sweep.h"
+#include "subnormals.h"
 
 namespace py = pybind11;
 
@@ -59,6 +62,20 @@ DpaiState read_state(uintptr_t s, uintptr_t m, uintptr_t v, uintptr_t mask, uint
           node_is_channel};
 }
 
+// Sees the scores that are NaN, where no band asks for others.
+class NanSink final : public paikern::SweepSink {
+ public:
+  void take(const float *scores, const int64_t *, int64_t count) override {
+    for (int64_t i = 0; i < count; ++i) {
+      if (scores[i] != scores[i]) seen_ = true;
+    }
+  }
+  bool seen() const { return seen_; }
+
+ private:
+  std::atomic<bool> seen_{false};
+};
+
 py::tuple counts_tuple(const DpaiCounts &counts) {
   return py::make_tuple(counts.weights, counts.kernels, static_cast<int64_t>(counts.finite));
 }
@@ -87,6 +104,21 @@ void bind_path(py::module_ &m) {
     paikern::path_score(g.value, weight_view(g.value, w, type, power, mask), pointer<const float>(x),
                         pointer<const float>(grad), static_cast<float>(pruned), pointer<float>(score));
   });
+  // The bits set, or -1 where a score is NaN.
+  m.def("path_sweep",
+        [](int64_t rows, int64_t columns, uintptr_t w, int type, int power, uintptr_t mask, uintptr_t a, uintptr_t grad,
+           double threshold, uintptr_t x, uintptr_t bits) -> int64_t {
+          const py::gil_scoped_release release;
+          const paikern::SubnormalsCount guard;
+          const paikern::WeightView view{pointer<const void>(w), pointer<const uint8_t>(mask), rows * columns,
+                                         static_cast<WeightType>(type), power};
+          const float high = paikern::rounded_down(threshold), infinity = std::numeric_limits<float>::infinity();
+          NanSink sink;
+          const int64_t above =
+              paikern::path_sweep({view, rows, columns, pointer<const float>(a), pointer<const float>(grad)},
+                                  {infinity, high}, pointer<uint8_t>(bits), pointer<float>(x), sink);
+          return sink.seen() ? -1 : above;
+        });
   m.def("dpai_step",
         [](const Geometry &g, uintptr_t s, uintptr_t moment1, uintptr_t moment2, uintptr_t mask, uintptr_t live,
            bool node_is_channel, uintptr_t x, uintptr_t grad, const std::array<double, 8> &rule) {

@@ -43,6 +43,7 @@ void bits(Random &random);
 void topk(Random &random, int rounds);
 void topk_sources(Random &random, int rounds);
 void paths(Random &random, int rounds);
+void sweeps(Random &random, int rounds);
 void maps(Random &random);
 void patterns(Random &random, int rounds);
 

@@ -14,6 +14,7 @@ void run_all(uint32_t seed, int rounds) {
   check::topk(random, rounds);
   check::topk_sources(random, rounds);
   check::paths(random, rounds);
+  check::sweeps(random, rounds);
   check::maps(random);
   check::patterns(random, rounds);
 }

@@ -24,6 +24,7 @@ from paikern.backends.cpu_path import (
     path_conv_score,
     path_forward,
     path_score,
+    path_sweep,
     score_geometry,
 )
 from paikern.backends.cpu_patterns import (
@@ -56,6 +57,7 @@ __all__ = [
     "path_conv_score",
     "path_forward",
     "path_score",
+    "path_sweep",
     "takes",
     "through_maximum_",
     "topk_mask",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from paikern import _C
+from paikern.backends.errors import refuse_nan
 from paikern.errors import BackendError
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -142,6 +143,24 @@ def path_score(
     weight: Tensor, x: Tensor, g: Tensor, power: int, mask: Tensor | None, pruned: float
 ) -> Tensor:
     return _score(_linear(_batch(x), *weight.shape), weight, power, mask, x, g, pruned)
+
+
+def path_sweep(
+    weight: Tensor, a: Tensor, g: Tensor, threshold: float, power: int, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, columns = weight.shape
+    x = torch.empty(columns, dtype=torch.float32)
+    bits = torch.empty((weight.numel() + 7) >> 3, dtype=torch.uint8)
+    if weight.numel() == 0:
+        return x.zero_(), bits, torch.tensor(0)
+    w, code, kept = _view(weight, power, mask)
+    left, right = _float(a), _float(g)
+    above = _C.path_sweep(
+        rows, columns, w.data_ptr(), code, power, _address(kept), left.data_ptr(),
+        right.data_ptr(), threshold, x.data_ptr(), bits.data_ptr(),
+    )  # fmt: skip
+    refuse_nan("path_sweep", 0 if above < 0 else -1)
+    return x, bits, torch.tensor(above)
 
 
 def path_conv_forward(

@@ -29,6 +29,7 @@ from paikern.backends.reference_path import (
     path_conv_score,
     path_forward,
     path_score,
+    path_sweep,
 )
 from paikern.backends.reference_patterns import (
     block_means,
@@ -58,6 +59,7 @@ __all__ = [
     "path_conv_score",
     "path_forward",
     "path_score",
+    "path_sweep",
     "through_maximum_",
     "topk_mask",
     "topk_mask_factored",

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import grad as conv_grad
 
+from paikern.backends.errors import refuse_nan
+
 _CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 _CONV_INPUT = {
     3: conv_grad.conv1d_input,
@@ -70,6 +72,20 @@ def path_score(
 def scored(weight: Tensor, q: Tensor, power: int, mask: Tensor | None, pruned: float) -> Tensor:
     score = _values(weight, power, mask, q.dtype) * q
     return score if mask is None else score.masked_fill(~_kept(mask, weight.shape), pruned)
+
+
+def path_sweep(
+    weight: Tensor, a: Tensor, g: Tensor, threshold: float, power: int, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    from paikern.backends.reference import pack_mask
+
+    values = _values(weight, power, None, torch.float32)
+    score = (values * a.detach().float()) * g.detach().float()[:, None]
+    if mask is not None:
+        score = score.masked_fill(~_kept(mask, weight.shape), -torch.inf)
+    refuse_nan("path_sweep", 0 if bool(torch.isnan(score).any()) else -1)
+    above = score.double() > threshold
+    return path_backward(weight, g, power, mask), pack_mask(above), above.sum()
 
 
 def path_conv_forward(

@@ -15,6 +15,7 @@ from paikern.ops.path_conv_forward import path_conv_forward
 from paikern.ops.path_conv_score import path_conv_score
 from paikern.ops.path_forward import path_forward
 from paikern.ops.path_score import path_score
+from paikern.ops.path_sweep import path_sweep
 from paikern.ops.topk_mask import topk_mask
 from paikern.ops.topk_mask_factored import topk_mask_factored
 from paikern.ops.topk_mask_product import topk_mask_product
@@ -40,6 +41,7 @@ __all__ = [
     "path_conv_score",
     "path_forward",
     "path_score",
+    "path_sweep",
     "through_maximum",
     "topk_mask",
     "topk_mask_factored",

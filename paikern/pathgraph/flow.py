@@ -13,7 +13,7 @@ float32, and needs nothing special.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +65,8 @@ class Visit:
 
 Visitor = Callable[[Visit], None]
 _Value = tuple[Tensor, int]
+Cotangent = Sequence[tuple[Tensor, int]]
+"""One tensor and its exponent, `t * 2**e`, for each output of a graph, in its shape."""
 
 
 class Flow:
@@ -102,6 +104,11 @@ class Flow:
         self.total: tuple[float, int] = (0.0, 0)
         self.first_dead: str | None = None
         self._top = 0.0
+
+    @property
+    def outputs(self) -> list[_Value]:
+        """What arrived at each output of the graph, between the two sweeps."""
+        return self._outputs
 
     @property
     def where_dead(self) -> str:
@@ -163,15 +170,18 @@ class Flow:
         return self.log_total
 
     @torch.no_grad()
-    def backward(self, visit: Visitor) -> None:
+    def backward(self, visit: Visitor, cotangent: Cotangent | None = None) -> None:
         """Sweep backwards from a cotangent of ones, calling `visit` at every weight step.
 
-        With "input_max" the cotangent is 1/R, so that the visits hold the derivative of J.
+        With "input_max" the cotangent is 1/R, so that the visits hold the derivative of J. Another
+        `cotangent`, one pair for each output of the graph, makes R = sum(cotangent * outputs).
         """
         gradients: dict[int, _Value] = {}
         seed = 1.0 / self.total[0] if self.by_input_max and self.total[0] > 0 else 1.0
-        for id_, (t, _) in zip(self._plan.outputs, self._outputs, strict=True):
-            _accumulate(gradients, id_, (torch.full_like(t, seed), 0))
+        if cotangent is None:
+            cotangent = [(torch.full_like(t, seed), 0) for t, _ in self._outputs]
+        for id_, (t, _), (c, e) in zip(self._plan.outputs, self._outputs, cotangent, strict=True):
+            _accumulate(gradients, id_, (c.to(t), e))
         self._outputs = []
         for index in range(len(self._plan.steps) - 1, -1, -1):
             step, inputs, output = self._plan.steps[index]

@@ -11,6 +11,7 @@ from paikern.scorers.base import (
 )
 from paikern.scorers.dpai import DPaI, DPaITrainer, StepStatistics
 from paikern.scorers.magnitude import Magnitude
+from paikern.scorers.px import PX
 from paikern.scorers.random import Random
 from paikern.scorers.synflow import LogSynFlow, SynFlow, SynFlowL2
 from paikern.scores import Dense, Factored, Scores
@@ -18,6 +19,7 @@ from paikern.scores import Dense, Factored, Scores
 __all__ = [
     "DPaI",
     "DPaITrainer",
+    "PX",
     "Dense",
     "Factored",
     "LogSynFlow",

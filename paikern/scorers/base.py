@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import dataclass_transform
 
+from paikern.batches import Batches
 from paikern.pathgraph import Flow, PathGraph, Semantics, shift_invariant, trace
 from paikern.pattern import Layout
 from paikern.prunable import Prunable
@@ -29,7 +30,7 @@ class Run:
     """One pruning run: the model's tensors as they are, the layers, and the masks so far.
 
     `masks` maps parameter name to packed bits and is empty before the first round. Nothing here
-    writes to the model.
+    writes to the model. `cache` is the scorer's, for what it keeps between rounds.
     """
 
     model: nn.Module
@@ -38,8 +39,10 @@ class Run:
     example_inputs: Any = None
     seed: int = 0
     variant: str = "paper"
+    data: Batches | None = None
     masks: dict[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    cache: dict[str, Any] = field(default_factory=dict)
     _graph: PathGraph | None = None
     _vectors: PathGraph | None = None
     _flows: dict[Any, Flow] = field(default_factory=dict)
@@ -94,6 +97,7 @@ class Scorer:
 
     name: as given to `pk.prune`. summary, source: one line each for `pk.methods()`.
     needs_inputs: the method traces the model and needs `example_inputs`.
+    needs_data: the method reads samples and needs `data`.
     default_rounds, default_scope: used where the caller gives none.
     reads_weights: NaN or infinite weights are refused before the first round.
     """
@@ -102,6 +106,7 @@ class Scorer:
     summary: ClassVar[str] = ""
     source: ClassVar[str] = ""
     needs_inputs: ClassVar[bool] = False
+    needs_data: ClassVar[bool] = False
     default_rounds: ClassVar[int] = 1
     default_scope: ClassVar[str] = "global"
     reads_weights: ClassVar[bool] = True

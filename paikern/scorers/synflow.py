@@ -19,7 +19,8 @@ from torch import Tensor
 
 from paikern import ops
 from paikern.errors import PaikernError
-from paikern.pathgraph import Semantics, Visit, weights
+from paikern.pathgraph import Flow, Semantics, Visit, weights
+from paikern.pathgraph.flow import Cotangent
 from paikern.pathgraph.steps import Norm, Weight
 from paikern.scorers.base import Run, Scorer, register_scorer
 from paikern.scores import Dense, Factored, Score, Scores
@@ -82,12 +83,16 @@ class PathScorer(Scorer):
                 part = self._score_of(run, v, 0.0)
                 found[name] = _gather(found.get(name), v.step, part, run.shapes[name])
 
-        flow.backward(visit)
+        flow.backward(visit, self.cotangent(run, flow))
         for name, steps in uses.items():
             if name in found and self.monotone and (len(steps) > 1 or steps[0].rows):
                 _exclude_pruned(found[name], run, name)
         none = {n: Dense(torch.zeros(run.shapes[n])) for n in run.layers if n not in found}
         return Scores({name: {**found, **none}[name] for name in run.layers}, run.shapes)
+
+    def cotangent(self, run: Run, flow: Flow) -> Cotangent | None:
+        """The weights of the outputs in R, asked for between the two sweeps; None for ones."""
+        return None
 
     def statistics(self, run: Run) -> dict[str, float]:
         semantics = Semantics(self.powers[0], self.norm, offsets=run.variant == "published")

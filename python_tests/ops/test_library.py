@@ -44,6 +44,10 @@ SAMPLES: dict[str, list[tuple]] = {
     "path_conv_score": [(CONV, MAP, OUT, *GEOMETRY, 1, BITS, -1.0)],
     "path_forward": [(WEIGHT, X, 2, BITS), (WEIGHT, X[0], 1, None)],
     "path_score": [(WEIGHT, X, G, 1, BITS, -1.0)],
+    "path_sweep": [
+        (WEIGHT, X[0], G[0], 0.1, 1, BITS),
+        (WEIGHT.half(), X[0], G[0], 0.0, 0, None),
+    ],
     "topk_mask": [
         ([WEIGHT, X], [7], [0, 3], True, [], None),
         ([WEIGHT, X.half()], [2, 3], [], False, [BITS, BITS[:0]], None),
@@ -84,7 +88,7 @@ def test_shapes_and_dtypes_on_meta_tensors(name: str) -> None:
         return value.to("meta") if isinstance(value, torch.Tensor) else value
 
     def described(result: object) -> list[tuple]:
-        results = result if isinstance(result, list) else [result]
+        results = result if isinstance(result, (list, tuple)) else [result]
         return [(r.shape, r.dtype) for r in results if isinstance(r, torch.Tensor)]
 
     for sample in SAMPLES[name]:

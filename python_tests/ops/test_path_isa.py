@@ -22,6 +22,7 @@ from python_tests.ops import test_path_conv_forward as conv_forward
 from python_tests.ops import test_path_conv_score as conv_score
 from python_tests.ops import test_path_forward as forward
 from python_tests.ops import test_path_score as score
+from python_tests.ops import test_path_sweep as sweep
 torch.manual_seed(0)
 for shape in ((31, 33), (257, 130)):
     for batch in (1, 3, 17):
@@ -30,6 +31,9 @@ for shape in ((31, 33), (257, 130)):
             backward.test_path_backward_equals_the_definition(shape, batch, density)
             for dtype in DTYPES:
                 score.test_path_score_equals_the_definition(dtype, shape, batch, density)
+    for dtype in DTYPES:
+        for density in (None, 0.5):
+            sweep.test_path_sweep_equals_the_definition(shape, dtype, density, ties=True)
 for geometry in GEOMETRIES:
     for dtype in DTYPES:
         for density in (None, 0.1):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.references import magnitude as magnitude_module
+from bench.references import path_layer
 from bench.references.dpai import DeadNetworkError, DPaIReference
 from bench.references.erk import erk_densities, erk_quotas
 from bench.references.layers import prunable_layers
@@ -219,6 +220,29 @@ def test_synflow_reference_follows_the_oracle(selection: str) -> None:
     agree = sum(int((masks[name] == mask).sum()) for name, mask in expected.items())
     assert agree >= 270_896 * 0.9999
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_synflow_reference_reports_its_rounds() -> None:
+    done: list[int] = []
+    synflow(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), (1, 4), 0.5, 3,
+            report=done.append)  # fmt: skip
+    assert done == [1, 2, 3]
+
+
+def test_sweeps_of_one_layer_by_hand() -> None:
+    weight = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, -1.0]])
+    mask = torch.tensor([[1.0, 0.0, 1.0], [1.0, 1.0, 1.0]])
+    before = weight.clone()
+    x, g = torch.tensor([1.0, 1.0, 2.0]), torch.tensor([1.0, 2.0])
+    assert path_layer.forward(weight, x).tolist() == [4.0, 5.0]
+    assert path_layer.forward(weight, x, mask, power=2).tolist() == [1.5, 11.0]
+    assert path_layer.backward(weight, g).tolist() == [1.0, 8.0, 2.5]
+    # scores [[1, 2, 1], [0, 6, 4]]; the mask takes the 2
+    adjoint, kept, count = path_layer.sweep(weight, x, g, 1.0, mask)
+    assert adjoint.tolist() == [1.0, 6.0, 2.5]
+    assert kept.tolist() == [[False, False, False], [False, True, True]]
+    assert count == 2
+    assert torch.equal(weight, before)
 
 
 def test_selection_rules_on_ties() -> None:

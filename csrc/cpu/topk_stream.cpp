@@ -1,0 +1,185 @@
+#include "topk_stream.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <stdexcept>
+
+#include "path_plan.h"
+#include "subnormals.h"
+#include "topk_band.h"
+
+namespace paikern {
+namespace {
+
+constexpr int kPositionBits = 44;
+constexpr int64_t kPosition = (int64_t{1} << kPositionBits) - 1;
+constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
+constexpr int64_t kPiece = 8192;  // scores of a tile at a time: candidates and their positions stay in L1 and L2
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// mantissa * 2**exponent, or what lies as far outside of the range of float.
+double scaled(double mantissa, int64_t exponent) {
+  return std::ldexp(mantissa, static_cast<int>(std::clamp<int64_t>(exponent, -400, 400)));
+}
+
+}  // namespace
+
+// Adds the name of the source to candidates that know their position.
+class TopkStream::Sink final : public SweepSink {
+ public:
+  Sink(TopkStream &stream, int64_t source) : stream_(stream), source_(source) {}
+  void take(const float *scores, const int64_t *positions, int64_t count) override {
+    stream_.keep(source_, scores, positions, count);
+  }
+
+ private:
+  TopkStream &stream_;
+  int64_t source_;
+};
+
+TopkStream::TopkStream(std::vector<Source> sources)
+    : sources_(std::move(sources)), exponents_(new std::atomic<int64_t>[sources_.size()]) {
+  if (sources_.size() > (size_t{1} << (63 - kPositionBits))) throw std::invalid_argument("too many sources");
+  for (const Source &source : sources_) {
+    if (source.numel > kPosition) throw std::invalid_argument("too many scores in a source");
+    total_ += source.numel;
+  }
+  // As a selection has it: with more candidates it is cheaper to look for a narrower band first.
+  room_ = std::min(total_, std::max<int64_t>(1 << 16, total_ >> 5));
+  scores_ = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(room_));
+  places_ = std::make_unique_for_overwrite<int64_t[]>(static_cast<size_t>(room_));
+}
+
+TopkStream::~TopkStream() = default;
+
+void TopkStream::begin(int64_t k, double low, double high) {
+  k_ = k;
+  const auto bound = [](double log2) -> Bound {
+    if (std::isinf(log2)) return {log2 > 0 ? std::numeric_limits<double>::infinity() : 0.0, 0};
+    const double whole = std::floor(log2);
+    return {std::exp2(log2 - whole), static_cast<int64_t>(std::clamp(whole, -0x1p40, 0x1p40))};
+  };
+  valid_ = low <= high;
+  if (valid_) {
+    low_ = bound(low);
+    high_ = bound(high);
+  }
+  for (size_t s = 0; s < sources_.size(); ++s) exponents_[s] = 0;
+  above_ = candidates_ = fed_ = 0;
+  nan_ = kNone;
+}
+
+SweepBand TopkStream::band_of(int64_t exponent) const {
+  if (!valid_) return {kInfinity, kInfinity};
+  // The bounds are the same two real numbers for every source: a score lies between them exactly where it lies between
+  // the outermost floats that do.
+  const SubnormalsCount guard;
+  return {rounded_up(scaled(low_.mantissa, low_.exponent - exponent)),
+          rounded_down(scaled(high_.mantissa, high_.exponent - exponent))};
+}
+
+void TopkStream::feed(int64_t source, int64_t exponent, int64_t count) {
+  exponents_[static_cast<size_t>(source)].store(exponent, std::memory_order_relaxed);
+  fed_.fetch_add(count, std::memory_order_relaxed);
+}
+
+void TopkStream::sweep(int64_t source, int64_t exponent, const SweepLayer &layer, float *x) {
+  Sink sink(*this, source);
+  above_ += path_sweep(layer, band_of(exponent), sources_[static_cast<size_t>(source)].bits, x, sink);
+  feed(source, exponent, layer.rows * layer.columns);
+}
+
+void TopkStream::tile(int64_t source, int64_t exponent, int64_t start, int64_t count, const float *scores) {
+  const SubnormalsCount guard;
+  const SweepBand limits = band_of(exponent);
+  TopkBand<float> band{};
+  band.low = limits.low;
+  band.keep = limits.high == kInfinity ? std::numeric_limits<float>::quiet_NaN()
+                                       : std::nextafter(limits.high + 0.0f, kInfinity);
+  band.end = band.keep;
+  const Scratch<float> values(kPiece + 64);
+  const Scratch<uint16_t> at(kPiece + 64);
+  const Scratch<int64_t> positions(kPiece);
+  const TopkLoops<float> &loops = topk_loops<float>(topk_inner());
+  uint8_t *bits = sources_[static_cast<size_t>(source)].bits;
+  TopkCounts counts{0, 0, 0, false};
+  for (int64_t done = 0; done < count; done += kPiece) {
+    const int64_t here = std::min(kPiece, count - done), first = start + done;
+    TopkFound<float> found{values.get(), at.get(), 0, kPiece};
+    loops.filter(scores + done, here, false, band, 0, bits + (first >> 3), &found, &counts);
+    for (int64_t i = 0; i < found.count; ++i) positions.get()[i] = first + at.get()[i];
+    keep(source, values.get(), positions.get(), found.count);
+  }
+  above_ += counts.above;
+  feed(source, exponent, count);
+}
+
+void TopkStream::keep(int64_t source, const float *scores, const int64_t *positions, int64_t count) {
+  bool nan = false;
+  for (int64_t i = 0; i < count; ++i) nan |= scores[i] != scores[i];
+  if (nan) {
+    int64_t first = nan_;
+    while (source < first && !nan_.compare_exchange_weak(first, source)) {
+    }
+  }
+  const int64_t at = candidates_.fetch_add(count, std::memory_order_relaxed);
+  if (at + count > room_) return;  // finish() sees the count
+  std::copy_n(scores, count, scores_.get() + at);
+  for (int64_t i = 0; i < count; ++i) places_[static_cast<size_t>(at + i)] = source << kPositionBits | positions[i];
+}
+
+void TopkStream::set(int64_t place) const {
+  const int64_t position = place & kPosition;
+  uint8_t &byte = sources_[static_cast<size_t>(place >> kPositionBits)].bits[position >> 3];
+  byte = static_cast<uint8_t>(byte | 1u << (position & 7));
+}
+
+int64_t TopkStream::nan() const { return nan_ == kNone ? -1 : nan_.load(); }
+
+bool TopkStream::finish() {
+  const int64_t count = candidates_, need = k_ - above_;
+  if (!valid_ || count > room_ || nan_ != kNone || fed_ != total_ || need <= 0 || need > count) return false;
+  const SubnormalsCount guard;
+  // Exponents above the lowest, as TopkKeys takes them.
+  std::vector<int64_t> shifts;
+  for (size_t s = 0; s < sources_.size(); ++s) {
+    if (sources_[s].numel > 0) shifts.push_back(exponents_[s]);
+  }
+  const int64_t lowest = *std::min_element(shifts.begin(), shifts.end());
+  shifts.clear();
+  for (size_t s = 0; s < sources_.size(); ++s) shifts.push_back(exponents_[s] - lowest);
+  const auto key = [&](int64_t i) {
+    const size_t at = static_cast<size_t>(i);
+    return TopkKeys<float, true>::key(scores_[at], shifts[static_cast<size_t>(places_[at] >> kPositionBits)]);
+  };
+  TopkBuffer<double> keys, work;
+  double *const all = keys.reserve(count);
+  const bool parallel = count > kParallelWork / 4;
+#pragma omp parallel for schedule(static) if (parallel)
+  for (int64_t i = 0; i < count; ++i) all[i] = key(i);
+  int64_t greater = 0;
+  const double kth = nth_key(all, count, need, &work, &greater);
+  std::vector<int64_t> tied;
+  for (int64_t i = 0; i < count; ++i) {
+    const size_t at = static_cast<size_t>(i);
+    if (all[i] > kth) {
+      set(places_[at]);
+    } else if (all[i] == kth) {
+      if (tied.empty()) {
+        int power = 0;
+        const double mantissa = std::frexp(static_cast<double>(scores_[at]), &power);
+        log2_kth_ = std::log2(mantissa) +
+                    static_cast<double>(power + exponents_[static_cast<size_t>(places_[at] >> kPositionBits)]);
+      }
+      tied.push_back(places_[at]);
+    }
+  }
+  // Candidates lie as threads left them; the first in order stay.
+  const int64_t stay = need - greater;
+  std::nth_element(tied.begin(), tied.begin() + (stay - 1), tied.end());
+  for (int64_t i = 0; i < stay; ++i) set(tied[static_cast<size_t>(i)]);
+  return true;
+}
+
+}  // namespace paikern
