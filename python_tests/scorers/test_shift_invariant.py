@@ -248,6 +248,28 @@ def test_zero_padded_networks_are_close_to_exact() -> None:
     assert 0.97 * exact.kept < shared < exact.kept
 
 
+def test_masks_do_not_depend_on_the_size_of_the_image() -> None:
+    model = zoo.create("resnet20", seed=0)
+    options = {"sparsity": 0.5, "rounds": 3, **VECTORS}
+    small, large = (prune(model, "synflow", torch.ones(1, 3, n, n), **options) for n in (32, 72))
+    assert small == large
+    assert log_flow(small) == log_flow(large)
+
+
+def test_px_on_a_circular_network() -> None:
+    """Only h is on vectors; what the data say is computed on whole images."""
+    model, data = build("plain"), torch.randn(4, *SIZE[1:])
+    masks = pk.prune(model, "random", sparsity=0.3, scope="local", apply=False)
+    expected = pk.score(model, "px", data=data, masks=masks)
+    found = pk.score(model, "px", data=data, masks=masks, **VECTORS)
+    for name in expected:
+        torch.testing.assert_close(
+            found.dense(name, relative_to=found.exponent),
+            expected.dense(name, relative_to=found.exponent).clamp(min=0),
+            rtol=1e-5, atol=1e-12,
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("method", ["synflow", "synflow_l2", "logsynflow"])
 def test_bad_values(method: str) -> None:
     for value in ("circular", None, True):
@@ -257,7 +279,7 @@ def test_bad_values(method: str) -> None:
 
 def test_where_it_is_listed() -> None:
     options = {row["name"]: row["options"] for row in pk.methods()}
-    for method in ("synflow", "synflow_l2", "logsynflow"):
+    for method in ("synflow", "synflow_l2", "logsynflow", "px"):
         assert options[method]["conv"] == "exact"
     assert "conv" not in options["dpai"]
 
