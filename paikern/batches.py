@@ -17,8 +17,8 @@ class Batches:
     Args:
         data: a tensor `[n, ...]`; a pair (inputs, labels) of tensors; or anything that can be
             iterated, a `DataLoader` for instance, and gives batches of either form. A list of two
-            tensors of one length is a pair unless both have the same shape. An iterator, which can
-            be read only once, is read into memory first.
+            tensors is a pair where the second is integer or has fewer dimensions, as labels do. An
+            iterator, which can be read only once, is read into memory first.
         size: tensors given whole are cut into batches of this many samples.
 
     Raises:
@@ -90,9 +90,8 @@ def _pair(data: Any) -> Batch | None:
     x, y = data
     if not isinstance(x, Tensor) or not isinstance(y, Tensor) or not x.dim() or not y.dim():
         return None
-    if len(x) != len(y) or (isinstance(data, list) and x.shape == y.shape):
-        return None
-    return x, y
+    labels = isinstance(data, tuple) or not y.is_floating_point() or y.dim() < x.dim()
+    return (x, y) if labels and len(x) == len(y) else None
 
 
 def _first_two(batch: Any) -> Batch | None:

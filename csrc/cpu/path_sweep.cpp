@@ -43,14 +43,12 @@ int64_t sweep_range(SweepRows rows, int64_t first, int64_t last, uint8_t *bits, 
   SweepFound found;
   found.scores = scores.get();
   found.positions = positions.get();
-  found.count = 0;
-  const int64_t columns = rows.layer->columns, width = rows.j1 - rows.j0, words = divide_up(width, 64);
-  int64_t above = 0;
+  found.count = found.set = 0;
+  const int64_t columns = rows.layer->columns, width = rows.j1 - rows.j0;
   for (rows.row = first; rows.row < last; rows.row += rows.rows) {
     rows.rows = rows.row + kSweepRows <= last ? kSweepRows : 1;
     kernels.sweep_rows(rows, found);
     for (int64_t r = 0; r < rows.rows; ++r) {
-      for (int64_t n = 0; n < words; ++n) above += __builtin_popcountll(found.above[r][n]);
       place(found.above[r], width, (rows.row + r) * columns + rows.j0, columns % 8 != 0, bits);
     }
     if (found.count + kSweepRows * kSweepColumns > SweepFound::kRoom || rows.row + rows.rows == last) {
@@ -58,7 +56,7 @@ int64_t sweep_range(SweepRows rows, int64_t first, int64_t last, uint8_t *bits, 
       found.count = 0;
     }
   }
-  return above;
+  return found.set;
 }
 
 }  // namespace

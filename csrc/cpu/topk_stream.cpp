@@ -129,57 +129,61 @@ void TopkStream::keep(int64_t source, const float *scores, const int64_t *positi
   for (int64_t i = 0; i < count; ++i) places_[static_cast<size_t>(at + i)] = source << kPositionBits | positions[i];
 }
 
-void TopkStream::set(int64_t place) const {
-  const int64_t position = place & kPosition;
-  uint8_t &byte = sources_[static_cast<size_t>(place >> kPositionBits)].bits[position >> 3];
-  byte = static_cast<uint8_t>(byte | 1u << (position & 7));
-}
-
 int64_t TopkStream::nan() const { return nan_ == kNone ? -1 : nan_.load(); }
 
 bool TopkStream::finish() {
   const int64_t count = candidates_, need = k_ - above_;
   if (!valid_ || count > room_ || nan_ != kNone || fed_ != total_ || need <= 0 || need > count) return false;
   const SubnormalsCount guard;
-  // Exponents above the lowest, as TopkKeys takes them.
-  std::vector<int64_t> shifts;
+  int64_t lowest = kNone, highest = -kNone;
   for (size_t s = 0; s < sources_.size(); ++s) {
-    if (sources_[s].numel > 0) shifts.push_back(exponents_[s]);
+    if (sources_[s].numel == 0) continue;
+    lowest = std::min<int64_t>(lowest, exponents_[s]);
+    highest = std::max<int64_t>(highest, exponents_[s]);
   }
-  const int64_t lowest = *std::min_element(shifts.begin(), shifts.end());
-  shifts.clear();
-  for (size_t s = 0; s < sources_.size(); ++s) shifts.push_back(exponents_[s] - lowest);
-  const auto key = [&](int64_t i) {
-    const size_t at = static_cast<size_t>(i);
-    return TopkKeys<float, true>::key(scores_[at], shifts[static_cast<size_t>(places_[at] >> kPositionBits)]);
-  };
-  TopkBuffer<double> keys, work;
+  if (lowest == highest) {
+    settle(scores_.get(), count, need);
+    return true;
+  }
+  TopkBuffer<double> keys;
   double *const all = keys.reserve(count);
   const bool parallel = count > kParallelWork / 4;
 #pragma omp parallel for schedule(static) if (parallel)
-  for (int64_t i = 0; i < count; ++i) all[i] = key(i);
-  int64_t greater = 0;
-  const double kth = nth_key(all, count, need, &work, &greater);
+  for (int64_t i = 0; i < count; ++i) {
+    const size_t at = static_cast<size_t>(i), source = static_cast<size_t>(places_[at] >> kPositionBits);
+    all[i] = TopkKeys<float, true>::key(scores_[at], exponents_[source] - lowest);
+  }
+  settle(all, count, need);
+  return true;
+}
+
+template <class Key>
+void TopkStream::settle(const Key *keys, int64_t count, int64_t need) {
+  TopkBuffer<Key> work;
+  int64_t greater = 0, first = -1;
+  const Key kth = nth_key(keys, count, need, &work, &greater);
+  const auto set = [this](int64_t place, bool value) {
+    const int64_t position = place & kPosition;
+    uint8_t &byte = sources_[static_cast<size_t>(place >> kPositionBits)].bits[position >> 3];
+    byte = static_cast<uint8_t>(byte | static_cast<unsigned>(value) << (position & 7));
+  };
   std::vector<int64_t> tied;
   for (int64_t i = 0; i < count; ++i) {
-    const size_t at = static_cast<size_t>(i);
-    if (all[i] > kth) {
-      set(places_[at]);
-    } else if (all[i] == kth) {
-      if (tied.empty()) {
-        int power = 0;
-        const double mantissa = std::frexp(static_cast<double>(scores_[at]), &power);
-        log2_kth_ = std::log2(mantissa) +
-                    static_cast<double>(power + exponents_[static_cast<size_t>(places_[at] >> kPositionBits)]);
-      }
-      tied.push_back(places_[at]);
+    const int64_t place = places_[static_cast<size_t>(i)];
+    set(place, keys[i] > kth);  // no branch, which would be guessed wrong half the time
+    if (keys[i] == kth) {
+      first = i;
+      tied.push_back(place);
     }
   }
   // Candidates lie as threads left them; the first in order stay.
   const int64_t stay = need - greater;
   std::nth_element(tied.begin(), tied.begin() + (stay - 1), tied.end());
-  for (int64_t i = 0; i < stay; ++i) set(tied[static_cast<size_t>(i)]);
-  return true;
+  for (int64_t i = 0; i < stay; ++i) set(tied[static_cast<size_t>(i)], true);
+  int power = 0;
+  const double mantissa = std::frexp(static_cast<double>(scores_[static_cast<size_t>(first)]), &power);
+  const int64_t exponent = exponents_[static_cast<size_t>(places_[static_cast<size_t>(first)] >> kPositionBits)];
+  log2_kth_ = std::log2(mantissa) + static_cast<double>(power + exponent);
 }
 
 }  // namespace paikern

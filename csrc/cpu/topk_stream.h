@@ -63,7 +63,8 @@ class TopkStream {
   SweepBand band_of(int64_t exponent) const;
   void feed(int64_t source, int64_t exponent, int64_t count);
   void keep(int64_t source, const float *scores, const int64_t *positions, int64_t count);
-  void set(int64_t place) const;
+  template <class Key>
+  void settle(const Key *keys, int64_t count, int64_t need);
 
   std::vector<Source> sources_;
   int64_t k_ = 0, total_ = 0, room_;

@@ -9,6 +9,7 @@ void bind_bits(py::module_ &m);
 void bind_topk(py::module_ &m);
 void bind_maps(py::module_ &m);
 void bind_path(py::module_ &m);
+void bind_gated(py::module_ &m);
 void bind_patterns(py::module_ &m);
 
 PYBIND11_MODULE(_C, m) {
@@ -18,5 +19,6 @@ PYBIND11_MODULE(_C, m) {
   bind_topk(m);
   bind_maps(m);
   bind_path(m);
+  bind_gated(m);
   bind_patterns(m);
 }

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from paikern import _C
+from paikern.backends.cpu_gated import gated_program
 from paikern.backends.cpu_maps import live_nodes, map_maximum, map_scale_, through_maximum_
 from paikern.backends.cpu_path import (
     dpai_step_,
@@ -43,6 +44,7 @@ __all__ = [
     "dpai_step_",
     "dpai_update_",
     "expand_blocks",
+    "gated_program",
     "isa",
     "kth_largest",
     "live_nodes",

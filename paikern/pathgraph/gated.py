@@ -120,6 +120,12 @@ class GatedModel:
                 )
         return [(t.double().sum(0, keepdim=True), _exponent(t) or 0) for t in found]
 
+    @torch.no_grad()
+    def output(self, x: Tensor) -> Tensor | None:
+        """f(x), for a model that returns one tensor."""
+        found: Any = self._model(x)
+        return found if isinstance(found, Tensor) else None
+
     @property
     def where(self) -> str:
         return repr(self._where[-1]) if self._where and self._where[-1] else "the model's forward"
@@ -150,7 +156,7 @@ class _Gates(TorchFunctionMode):
             self.found.append(indices)
             return y
         y = func(*args, **kwargs)
-        if func in _RELUS:
+        if _is_relu(func, args, kwargs):
             self.found.append(y > 0)  # a copy: the output may be written to later
         return y
 
@@ -173,7 +179,7 @@ class _Paths(TorchFunctionMode):
         paths = [t for t in leaves if isinstance(t, Tensor) and _exponent(t) is not None]
         if not paths:
             return func(*args, **kwargs)
-        if func in _RELUS:
+        if _is_relu(func, args, kwargs):
             return self._gated(args[0] if args else kwargs["input"])
         if func in _NORMS or func is nn.Identity.forward:
             return args[0]
@@ -277,6 +283,12 @@ class _Paths(TorchFunctionMode):
         factor = abs(other)
         divides = "div" in name
         return _mark(x / factor if divides else x * factor, exponent)
+
+
+def _is_relu(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    if func is F.hardtanh:  # how nn.ReLU6 is written
+        return bool((args[1] if len(args) > 1 else kwargs.get("min_val", -1.0)) == 0)
+    return func in _RELUS
 
 
 def _mark(t: Tensor, exponent: int) -> Tensor:

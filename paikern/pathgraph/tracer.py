@@ -39,12 +39,10 @@ class Tracer:
     def out_shape(self) -> tuple[int, ...]:
         return self.out_shapes[0]
 
-    def at(self, node: Any, op: str) -> None:
+    def at(self, where: str, op: str, value: Any) -> None:
         """Move to an ATen call; steps made from here on are named after it."""
-        stack = node.meta.get("nn_module_stack") or {}
-        self.where = next(reversed(stack.values()))[0] if stack else ""
+        self.where = where
         self.op = op
-        value = node.meta.get("val")
         values = value if isinstance(value, (list, tuple)) else [value]
         self.out_shapes = tuple(tuple(v.shape) for v in values if isinstance(v, Tensor))
 
@@ -168,19 +166,11 @@ class Tracer:
         learned = isinstance(factor, ParamValue)
         evaluate = factor.evaluate if isinstance(factor, ParamValue) else _constantly(factor)
         size = factor.shape if isinstance(factor, ParamValue) else _tensor(factor).shape
-        shape = torch.broadcast_shapes(x.shape, tuple(size))
+        shape = _broadcast(x.shape, tuple(size))
         # A learned scale is a norm: what follows is no longer a function of x alone.
         root = None if learned else x.root
         return self.emit(
-            steps.Scale,
-            [x],
-            shape,
-            evaluate,
-            learned,
-            x.shape,
-            tuple(shape),
-            tuple(size),
-            root=root,
+            steps.Scale, [x], shape, evaluate, learned, x.shape, shape, tuple(size), root=root
         )
 
     def add(self, branches: Sequence[PathValue]) -> PathValue:
@@ -188,7 +178,7 @@ class Tracer:
 
         A sum of functions of one tensor is a function of it: `x + 0.04 * x**3` inside a GELU.
         """
-        shape = tuple(torch.broadcast_shapes(*(b.shape for b in branches)))
+        shape = _broadcast(*(b.shape for b in branches))
         roots = {b.root for b in branches}
         return self.emit(
             steps.Add, branches, shape, tuple(b.shape for b in branches), shape,
@@ -238,6 +228,13 @@ class Tracer:
             return value.evaluate
         name = self.buffer_names.get(id(value))
         return _constantly(value) if name is None else lambda state: state[name]
+
+
+def _broadcast(*shapes: tuple[int, ...]) -> tuple[int, ...]:
+    """What the model broadcast these to. (`torch.broadcast_shapes` imports sympy, 0.3 s.)"""
+    rank = max(map(len, shapes))
+    padded = [(1,) * (rank - len(shape)) + shape for shape in shapes]
+    return tuple(next((n for n in sizes if n != 1), 1) for sizes in zip(*padded, strict=True))
 
 
 def _tensor(value: Any) -> Tensor:

@@ -23,11 +23,13 @@ from paikern.errors import PaikernError
 from paikern.pathgraph import Flow, PathGraph
 from paikern.pathgraph.flow import Cotangent
 from paikern.pathgraph.gated import GatedModel
+from paikern.pathgraph.gated_program import GatedGraph, lower
 from paikern.pathgraph.steps import Norm, Reshape, Weight
 from paikern.scorers.base import Run, register_scorer
 from paikern.scorers.synflow import PathScorer
 
 _Total = tuple[Tensor, int]
+_TRIED = 4  # samples on which the native f and g are compared with the model
 
 
 @register_scorer("px")
@@ -97,8 +99,7 @@ class PX(PathScorer):
     def _totals(self, run: Run, samples: int | None) -> list[_Total]:
         """`sum_n g` of each output over the first `samples`, all where None."""
         assert run.data is not None
-        gated = _gated_model(run, self.pool_gate)
-        gated.load(run.state, run.masks)
+        networks = None
         expected = next(iter(run.graph.inputs.values()))[1:]
         totals: list[_Total] = []
         for x, _ in run.data:
@@ -108,19 +109,36 @@ class PX(PathScorer):
                     f"{tuple(expected)}; pass samples that the model accepts"
                 )
             x = x[:samples].to(run.weight(next(iter(run.layers))))
-            found = gated.totals(x)
+            if networks is None:
+                networks = _networks(run, self.pool_gate, x)
+            found = networks.totals(x)
             totals = [_sum(*pair) for pair in zip(totals, found, strict=True)] if totals else found
             if samples is not None:
                 break
         return [_normalised(*total) for total in totals]
 
 
-def _gated_model(run: Run, pool_gate: bool) -> GatedModel:
-    if "gated" not in run.cache:
+def _networks(run: Run, pool_gate: bool, x: Tensor) -> GatedModel | GatedGraph:
+    """f and g under the masks of this round: the native program where it is known to be right.
+
+    It reads the path graph, which leaves out what carries no path; so it has to give f and g of
+    the model on a few samples, once, before it is used.
+    """
+    networks: GatedModel | GatedGraph | None = run.cache.get("networks")
+    if networks is None:
         names = {name: layer.source for name, layer in run.layers.items()}
-        run.cache["gated"] = GatedModel(run.model, names, pool_gate)
-    gated: GatedModel = run.cache["gated"]
-    return gated
+        model = networks = GatedModel(run.model, names, pool_gate)
+        model.load(run.state, run.masks)
+        few = x[:_TRIED]
+        totals, output = model.totals(few), model.output(few)  # refuses what has no gates
+        program = lower(run.graph, run.state, x.device.type, x.dtype, pool_gate)
+        if program is not None and output is not None:
+            program.load(run.state, run.masks)
+            if program.agrees(few, output, totals):
+                networks = program
+        run.cache["networks"] = networks
+    networks.load(run.state, run.masks)
+    return networks
 
 
 def _outputs_are_equal(run: Run) -> bool:

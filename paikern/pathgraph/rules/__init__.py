@@ -6,7 +6,7 @@ attention), `pools` (and whatever is replayed as it is), `views`.
 
 from paikern.pathgraph.rules import attention, elementwise, pools, products, views
 from paikern.pathgraph.rules.elementwise import COPIES
-from paikern.pathgraph.rules.table import RULES, apply, op_name, register_path_rule
+from paikern.pathgraph.rules.table import RULES, apply, is_value, op_name, register_path_rule
 from paikern.pathgraph.rules.views import slice_range
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "apply",
     "attention",
     "elementwise",
+    "is_value",
     "op_name",
     "pools",
     "products",

@@ -1,0 +1,11 @@
+// The kernels of gated.cpp for AVX2 and FMA. The code is gated_kernels.inc.h.
+#include "gated_kernels.inc.h"
+
+namespace paikern {
+
+const GatedKernels &gated_kernels_avx2() {
+  static constexpr GatedKernels kTable = make_gated_kernels();
+  return kTable;
+}
+
+}  // namespace paikern
