@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from tqdm import tqdm
 
+from bench import run_selection
 from bench.paths_process import LOOP, MILLION, MODELS, OURS, ROUNDS, Case, Measurer, Usage, side_of
 from bench.timing import Row
 
@@ -23,22 +24,19 @@ QUICK_MEMORY = ("vgg16_bn", "stack-4")
 #: Bytes a weight, model included: what a case is expected to need at most.
 BYTES = {OURS: 4 + 4, LOOP: 4 + 36}
 MOST_BYTES = 14 << 30
-SPARE = 2 << 30
 LOOP_SECONDS = 60.0  # of all rounds of the loop
 
 
-def memory_available() -> int:
+def memory_allowed() -> int:
     """Bytes that a case may take."""
-    from bench.run_selection import memory_available as available
-
-    return min(MOST_BYTES, available() - SPARE)
+    return min(MOST_BYTES, run_selection.memory_available() - run_selection.SPARE)
 
 
 def fits(case: Case) -> bool:
     """Whether a case is expected to fit into memory; the zoo's models always do."""
     if case.model in MODELS:
         return True
-    return BYTES[case.who] * 4 * side_of(case.model) ** 2 < memory_available()
+    return BYTES[case.who] * 4 * side_of(case.model) ** 2 < memory_allowed()
 
 
 def grown(last: Usage | None, case: Case) -> float:
