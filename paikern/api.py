@@ -372,7 +372,7 @@ def _run(
     include: Filter,
     seed: int,
     variant: str,
-    data: Any,
+    data: Any = None,
 ) -> Run:
     inner = unwrap(model)
     layers = prunable_parameters(inner, ignore=ignore or (), include=include)

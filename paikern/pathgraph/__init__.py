@@ -3,6 +3,15 @@
 from paikern.pathgraph.flow import Flow, Semantics, Visit
 from paikern.pathgraph.graph import PathGraph
 from paikern.pathgraph.rules import register_path_rule
+from paikern.pathgraph.shift_invariant import shift_invariant
 from paikern.pathgraph.trace import trace
 
-__all__ = ["Flow", "PathGraph", "Semantics", "Visit", "register_path_rule", "trace"]
+__all__ = [
+    "Flow",
+    "PathGraph",
+    "Semantics",
+    "Visit",
+    "register_path_rule",
+    "shift_invariant",
+    "trace",
+]
