@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -405,12 +406,17 @@ def _refuse_non_finite(run: Run) -> None:
             raise ValueError(
                 f"{name} is on the meta device and holds no values; load the weights first"
             )
-        if not bool(torch.isfinite(weight).all()):
+        if weight.numel() and not _is_finite(weight):
             bad = int((~torch.isfinite(weight)).sum())
             raise NonFiniteScoreError(
                 f"{name} holds {bad} NaN or infinite weights; repair the checkpoint, or leave the "
                 f"layer out with ignore=[{name!r}]"
             )
+
+
+def _is_finite(weight: Tensor) -> bool:
+    """Without `torch.isfinite`, whose temporaries are larger than the weight."""
+    return all(math.isfinite(float(bound)) for bound in weight.aminmax())
 
 
 def _options(scorer: Scorer) -> dict[str, Any]:

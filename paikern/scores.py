@@ -41,7 +41,9 @@ class Factored:
     `[batch, in]` and `[batch, out]` a sum of those; with `conv` = (stride, padding, dilation,
     groups) and maps `[batch, in, *size]`, `[batch, out, *size']` the weight gradient of that
     convolution. `weight` is `[out, in]` or `[out, in / groups, *kernel]` (views allowed), float32,
-    float16 or bfloat16; `a` and `g` are float32 and at least 0; `power` is 1 or 2. `mask` packs the
+    float16 or bfloat16; the kernel of a convolution whose maps are constant over space enters as
+    `[out, in * taps]`, with vectors. `a` and `g` are float32 and at least 0; `power` is 1 or 2.
+    `mask` packs the
     weights that may still be kept, or is None for all of them. Ties and NaN as in `Dense`.
 
     Source: SynFlow, Tanaka et al. 2020 (arXiv:2006.05467), equation 2.

@@ -120,10 +120,10 @@ def _select_groups(scores: Scores, pattern: NM) -> dict[str, Tensor]:
             packed[name] = _all_kept(math.prod(shape))
         elif isinstance(entry, Dense):
             dense[entry.absolute][name] = _grouped(entry.values, pattern, shape, layout)
-        elif _rank_one(entry):
+        elif _rank_one(entry) and entry.weight.dim() == len(shape):
             factored[entry.power][name] = entry
-        else:  # from maps: one layer at a time, gone before the next
-            values, dim = _grouped(entry.dense(-1.0).values, pattern, shape, layout)
+        else:  # from maps, or groups across the taps: one layer at a time, gone before the next
+            values, dim = _grouped(entry.dense(-1.0).values.view(shape), pattern, shape, layout)
             (packed[name],) = ops.nm_mask(values, pattern.n, pattern.m, dims=dim, names=[name])
     for absolute, group in dense.items():
         bits = ops.nm_mask(

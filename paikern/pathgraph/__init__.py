@@ -4,6 +4,7 @@ from paikern.pathgraph.flow import Flow, Semantics, Visit
 from paikern.pathgraph.graph import PathGraph
 from paikern.pathgraph.program import Program, compiled
 from paikern.pathgraph.rules import register_path_rule
+from paikern.pathgraph.shift_invariant import shift_invariant
 from paikern.pathgraph.trace import trace
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "Visit",
     "compiled",
     "register_path_rule",
+    "shift_invariant",
     "trace",
 ]

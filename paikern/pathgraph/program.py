@@ -222,6 +222,8 @@ class Program:
         w = self.flow.state[step.parameter]
         rows = slice(None) if step.rows is None else slice(*step.rows)
         used = w[rows]
+        if step.kind == "linear":
+            used = used.flatten(1)
         columns_of = out if step.transposed else shapes[0]
         found: dict[str, Any] = {
             "kind": 0,

@@ -199,13 +199,14 @@ class Scale(Step):
 
     `factor` maps the model's state to the tensor. `learned` marks a factor made from parameters
     (LayerScale, a hand-written norm weight): it belongs to the norms, so it is 1 where the method
-    takes norms as identity. A constant is replayed in every method.
+    takes norms as identity. A constant is replayed in every method. `factor_shape` is the tensor's.
     """
 
     factor: Callable[[State], Tensor]
     learned: bool
     in_shape: tuple[int, ...]
     out_shape: tuple[int, ...]
+    factor_shape: tuple[int, ...]
 
 
 @dataclass
@@ -346,7 +347,9 @@ class Weight(Step):
 
     `kind` is "linear" or "conv". With `transposed` the stored matrix is used the other way round:
     HF `Conv1D` and `x @ W` (stored `[in, out]`) and transposed convolutions run the adjoint kernel
-    forwards. `in_shape` and `out_shape` are those of the activations.
+    forwards. `in_shape` and `out_shape` are those of the activations; `kernel` is the size of a
+    convolution's kernel. A "linear" step by a parameter of more dimensions sees it as a matrix,
+    `weight.flatten(1)`.
     """
 
     parameter: str
@@ -360,6 +363,7 @@ class Weight(Step):
     dilation: tuple[int, ...] = ()
     groups: int = 1
     bias: Callable[[State], Tensor] | None = None
+    kernel: tuple[int, ...] = ()
 
     @property
     def positions(self) -> int:

@@ -158,6 +158,7 @@ class Tracer:
                 False,
                 x.shape,
                 x.shape,
+                (),
                 root=x.root,
             )
             self._scalar_of[out.id] = x
@@ -168,7 +169,9 @@ class Tracer:
         shape = _broadcast(x.shape, tuple(size))
         # A learned scale is a norm: what follows is no longer a function of x alone.
         root = None if learned else x.root
-        return self.emit(steps.Scale, [x], shape, evaluate, learned, x.shape, shape, root=root)
+        return self.emit(
+            steps.Scale, [x], shape, evaluate, learned, x.shape, shape, tuple(size), root=root
+        )
 
     def add(self, branches: Sequence[PathValue]) -> PathValue:
         """Residual adds and gates: the paths of all branches together.

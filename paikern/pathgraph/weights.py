@@ -28,6 +28,8 @@ def tensor(step: Weight, state: State, like: Tensor) -> Tensor:
         w = torch.empty_like(w, device=like.device)
     if step.rows is not None:
         w = w[step.rows[0] : step.rows[1]]
+    if step.kind == "linear" and w.dim() > 2:
+        w = w.flatten(1)  # a view; a convolution of constant maps is a product with vectors
     return w.double() if like.dtype == torch.float64 else w
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from typing_extensions import dataclass_transform
 
 from paikern.batches import Batches
-from paikern.pathgraph import Flow, PathGraph, Semantics, trace
+from paikern.pathgraph import Flow, PathGraph, Semantics, shift_invariant, trace
 from paikern.pattern import Layout
 from paikern.prunable import Prunable
 from paikern.scores import Scores
@@ -47,6 +48,7 @@ class Run:
     notes: list[str] = field(default_factory=list)
     cache: dict[str, Any] = field(default_factory=dict)
     _graph: PathGraph | None = None
+    _vectors: PathGraph | None = None
     _flows: dict[Any, Flow] = field(default_factory=dict)
 
     @property
@@ -62,14 +64,22 @@ class Run:
                 )
         return self._graph
 
-    def flow(self, semantics: Semantics, **options: Any) -> Flow:
-        """The sweeps under `semantics`, planned once for all rounds."""
-        key = (semantics, tuple(options.items()))
+    def graph_of(self, conv: str) -> PathGraph:
+        """`graph` for conv="exact", and on channel vectors for "shift_invariant"."""
+        if conv == "exact":
+            return self.graph
+        if self._vectors is None:
+            self._vectors = shift_invariant(self.graph)
+        return self._vectors
+
+    def flow(self, semantics: Semantics, conv: str = "exact", **options: Any) -> Flow:
+        """The sweeps of `graph_of(conv)` under `semantics`, planned once for all rounds."""
+        key = (semantics, conv, tuple(options.items()))
         if key not in self._flows:
-            self._flows[key] = Flow(self.graph, semantics, **options)
+            self._flows[key] = Flow(self.graph_of(conv), semantics, **options)
         return self._flows[key]
 
-    @property
+    @functools.cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: layer.shape for name, layer in self.layers.items()}
 

@@ -68,7 +68,7 @@ class PX(PathScorer):
             return None
         if self.norm == "scale":
             note_closed_norms(run)
-        flow = run.flow(Semantics(self.powers[0], self.norm))
+        flow = run.flow(Semantics(self.powers[0], self.norm), self.conv)
 
         def prepare(program: Program) -> float:
             program.set_cotangent(self.cotangent(run, program))

@@ -36,10 +36,13 @@ class PathScorer(Scorer):
             standard deviation where running statistics exist); "identity" leaves norms out,
             which is what a network with zero-initialised gammas needs.
         monotone: pruned weights stay pruned in later rounds.
+        conv: "exact", or "shift_invariant" to take every map as constant over space, without
+            border effects: faster on large images (see `paikern.pathgraph.shift_invariant`).
     """
 
     norm: str = "scale"
     monotone: bool = True
+    conv: str = "exact"
 
     needs_inputs: ClassVar[bool] = True
     default_rounds: ClassVar[int] = 100
@@ -48,6 +51,8 @@ class PathScorer(Scorer):
     def __post_init__(self) -> None:
         if self.norm not in ("scale", "identity"):
             raise ValueError(f"norm must be 'scale' or 'identity', got {self.norm!r}")
+        if self.conv not in ("exact", "shift_invariant"):
+            raise ValueError(f"conv must be 'exact' or 'shift_invariant', got {self.conv!r}")
 
     @property
     def powers(self) -> tuple[int, int]:
@@ -57,12 +62,12 @@ class PathScorer(Scorer):
     def score(self, run: Run) -> Scores:
         p_net, _ = self.powers
         semantics = Semantics(p_net, self.norm, offsets=run.variant == "published")
-        flow = run.flow(semantics)
+        flow = run.flow(semantics, self.conv)
         if self.norm == "scale" and not run.masks:
             note_closed_norms(run)
         if flow.forward(run.state, run.masks) == -math.inf:
             raise self._dead(flow.where_dead)
-        uses = run.graph.uses()
+        uses = run.graph_of(self.conv).uses()
         found: dict[str, Score] = {}
 
         def visit(v: Visit) -> None:
@@ -88,7 +93,7 @@ class PathScorer(Scorer):
         if self.norm == "scale":
             note_closed_norms(run)
         semantics = Semantics(self.powers[0], self.norm, offsets=run.variant == "published")
-        return path_loop(run, run.flow(semantics), self.powers[1], self._dead)
+        return path_loop(run, run.flow(semantics, self.conv), self.powers[1], self._dead)
 
     def _dead(self, where: str) -> PaikernError:
         return PaikernError(
@@ -103,13 +108,13 @@ class PathScorer(Scorer):
 
     def statistics(self, run: Run) -> dict[str, float]:
         semantics = Semantics(self.powers[0], self.norm, offsets=run.variant == "published")
-        return {"log_flow": run.flow(semantics).log_total}
+        return {"log_flow": run.flow(semantics, self.conv).log_total}
 
     def _score_of(self, run: Run, v: Visit, pruned: float) -> Score:
         """The score of one weight step; `pruned` is the value where the mask is 0."""
         step, power = v.step, self.powers[1]
         vectors = step.kind == "linear" and step.positions == 1
-        if pruned < 0 and step.rows is None and (vectors or _maps_are_small(run)):
+        if pruned < 0 and step.rows is None and (vectors or self._maps_are_small(run)):
             a, g = (v.g, v.x) if step.transposed else (v.x, v.g)
             conv = None
             if vectors:
@@ -119,19 +124,21 @@ class PathScorer(Scorer):
             else:
                 conv = (step.stride, step.padding, step.dilation, step.groups)
             mask = run.masks.get(step.parameter)
-            return Factored(run.weight(step.parameter), power, a, g, v.exponent, mask, conv)
+            w = run.weight(step.parameter)
+            if step.kind == "linear":
+                w = w.flatten(1)
+            return Factored(w, power, a, g, v.exponent, mask, conv)
         values = weights.score(step, v.x, v.g, run.state, run.masks, power, pruned)
-        return Dense(values, v.exponent)
+        return Dense(_shaped(values, run, step), v.exponent)
 
+    def _maps_are_small(self, run: Run) -> bool:
+        """Whether the maps of all layers take less than half the memory of their scores.
 
-def _maps_are_small(run: Run) -> bool:
-    """Whether the maps of all layers take less than half the memory of their scores.
-
-    Scores that are left as factors keep both maps of their layer until the selection.
-    """
-    steps = [s for s in run.graph.steps if isinstance(s, Weight) and s.parameter in run.layers]
-    maps = sum(math.prod(s.in_shape) + math.prod(s.out_shape) for s in steps)
-    return 2 * maps <= sum(math.prod(run.shapes[name]) for name in run.layers)
+        Scores that are left as factors keep both maps of their layer until the selection.
+        """
+        steps = [s for s in run.graph_of(self.conv).weights if s.parameter in run.layers]
+        maps = sum(math.prod(s.in_shape) + math.prod(s.out_shape) for s in steps)
+        return 2 * maps <= sum(math.prod(run.shapes[name]) for name in run.layers)
 
 
 @register_scorer("synflow")
@@ -187,7 +194,7 @@ class LogSynFlow(PathScorer):
         slope = weights.score(v.step, v.x, v.g, run.state, run.masks, 0, pruned).double()
         w = weights.tensor(v.step, run.state, v.x).abs().double()
         values = w * log1p_scaled(slope.clamp(min=0), v.exponent)
-        return Dense(torch.where(slope < 0, pruned, values).float())
+        return Dense(_shaped(torch.where(slope < 0, pruned, values).float(), run, v.step))
 
 
 def log1p_scaled(x: Tensor, exponent: int) -> Tensor:
@@ -195,6 +202,11 @@ def log1p_scaled(x: Tensor, exponent: int) -> Tensor:
     if exponent < 900:
         return torch.log1p(x * 2.0**exponent)
     return torch.where(x > 0, x.log() + exponent * math.log(2), 0.0)
+
+
+def _shaped(values: Tensor, run: Run, step: Weight) -> Tensor:
+    """In the shape of the parameter, or of its rows: a step may use it as a matrix."""
+    return values.reshape(-1, *run.shapes[step.parameter][1:])
 
 
 def note_closed_norms(run: Run) -> None:

@@ -40,7 +40,8 @@ def scores_of(
         score = score * 2.0 ** (v.exponent - top) / mantissa
         name, rows = v.step.parameter, v.step.rows
         whole = found.setdefault(name, torch.zeros(state[name].shape, dtype=torch.float64))
-        whole[slice(None) if rows is None else slice(*rows)] += score
+        part = whole[slice(None) if rows is None else slice(*rows)]
+        part += score.reshape(part.shape)
 
     flow.backward(visit)
     return log_total, found

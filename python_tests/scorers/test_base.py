@@ -49,9 +49,8 @@ def test_names_are_forgiving(name: str) -> None:
 def test_unknown_method_suggests_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"unknown method 'synflw'; did you mean 'synflow'\?"):
         pk.prune(net(), "synflw", sparsity=0.5)
-    expected = r"unknown method 'zzz'; see pk.methods\(\) Available: dpai"
-    with pytest.raises(ValueError, match=expected):
-        pk.prune(net(), "zzz", sparsity=0.5)
+    with pytest.raises(ValueError, match=r"unknown method 'q'; see pk.methods\(\) Available: dpai"):
+        pk.prune(net(), "q", sparsity=0.5)
 
 
 def test_unknown_option_suggests_the_nearest() -> None:

@@ -81,7 +81,7 @@ def _conv(tracer: Tracer, args: Any, kwargs: Any) -> PathValue:
             padding = [r // 2 for r in reach] if padding == "same" else 0
     return tracer.weight(
         x, w, kind="conv", transposed=False, stride=stride, padding=per_dimension(padding, n),
-        dilation=dilation, groups=groups, bias=tracer.reader(bias),
+        dilation=dilation, groups=groups, bias=tracer.reader(bias), kernel=tuple(w.shape[2:]),
     )  # fmt: skip
 
 
@@ -89,7 +89,7 @@ def _conv(tracer: Tracer, args: Any, kwargs: Any) -> PathValue:
 def _conv_transpose(tracer: Tracer, args: Any, kwargs: Any) -> PathValue:
     n = int(tracer.op[-2])
     return tracer.weight(
-        args[0], args[1], kind="conv", transposed=True,
+        args[0], args[1], kind="conv", transposed=True, kernel=tuple(args[1].shape[2:]),
         stride=per_dimension(argument(args, kwargs, 3, "stride", 1), n),
         padding=per_dimension(argument(args, kwargs, 4, "padding", 0), n),
         dilation=per_dimension(argument(args, kwargs, 7, "dilation", 1), n),
