@@ -67,7 +67,8 @@ class Total {
 DpaiCounts dpai_step(const PathGeometry &geometry, const DpaiState &state, const DpaiRule &rule, const float *x,
                      const float *g) {
   Total total;
-  for_outer_tiles(geometry, x, g,
+  const OuterMaps maps(geometry, x, g);
+  for_outer_tiles(geometry, maps,
                   [&](int64_t row, int64_t rows, int64_t j0, int64_t count, const float *q, int64_t ld) {
                     total.add(update_tile(geometry, state, rule, row, rows, j0, count, q, ld));
                   });

@@ -38,18 +38,18 @@ struct KeptList {
 
 class RowLists {
  public:
-  explicit RowLists(const Product &p) : p_(p) {
-    list_.reserve(p.depth(), 0);
-    offsets_.reserve(static_cast<size_t>(p.depth()) + 16);
-    for (int64_t c = 0; c < p.geometry.group_channels(); ++c) {
-      for (const Tap &tap : p.taps) offsets_.push_back(static_cast<int32_t>(p.offset(c, tap)));
+  explicit RowLists(const std::vector<Product> &products) : p_(products.front()) {
+    list_.reserve(p_.depth(), 0);
+    offsets_.reserve(static_cast<size_t>(p_.depth()) + 16);
+    for (int64_t c = 0; c < p_.geometry.group_channels(); ++c) {
+      for (const Tap &tap : p_.taps) offsets_.push_back(static_cast<int32_t>(p_.offset(c, tap)));
     }
     offsets_.resize(offsets_.size() + 16);
   }
 
   void build(int64_t, int64_t, int64_t) {}
 
-  int64_t select(int64_t group, int64_t row, int64_t) {
+  int64_t select(int64_t group, int64_t row, int64_t, int64_t) {
     const int64_t start = (group * p_.rows + row) * p_.depth();
     return path_kernels().list_kept(p_.weights, start, p_.depth(), offsets_.data(), list_.keys.get(),
                                     list_.values.get());
@@ -65,9 +65,9 @@ class RowLists {
 
 class ColumnLists {
  public:
-  explicit ColumnLists(const Product &p) : p_(p) {}
+  explicit ColumnLists(const std::vector<Product> &products) : products_(products), p_(products.front()) {}
 
-  // Columns c0 .. c1, each list in ascending (row of V, tap).
+  // Columns c0 .. c1, a list for each phase of each column, in ascending (row of V, tap).
   void build(int64_t group, int64_t c0, int64_t c1) {
     const int64_t taps = p_.geometry.taps(), depth = p_.geometry.depth(), rows = p_.geometry.group_rows();
     const int64_t width = (c1 - c0) * taps;
@@ -93,8 +93,8 @@ class ColumnLists {
     }
   }
 
-  int64_t select(int64_t, int64_t row, int64_t first) {
-    const size_t c = static_cast<size_t>(row - first);
+  int64_t select(int64_t, int64_t row, int64_t first, int64_t phase) {
+    const size_t c = static_cast<size_t>(phases() * (row - first) + phase);
     at_ = begin_[c];
     return begin_[c + 1] - at_;
   }
@@ -102,25 +102,30 @@ class ColumnLists {
   const float *values() const { return sorted_.values.get() + at_; }
 
  private:
-  // Position in the block -> column and shift; taps that another phase handles go to one column more.
+  int64_t phases() const { return static_cast<int64_t>(products_.size()); }
+
+  // Position in the block -> list and shift. Taps that no phase reads go to a list of their own behind the others.
   void start_tables(int64_t columns) {
-    const int64_t taps = p_.geometry.taps(), width = columns * taps;
-    begin_.assign(static_cast<size_t>(columns) + 3, 0);
+    const int64_t taps = p_.geometry.taps(), width = columns * taps, lists = columns * phases();
+    begin_.assign(static_cast<size_t>(lists) + 3, 0);
     if (static_cast<int64_t>(bucket_.size()) == width) return;
     index_.assign(static_cast<size_t>(width) + 16, 0);
-    bucket_.assign(static_cast<size_t>(width), static_cast<int32_t>(columns));
+    bucket_.assign(static_cast<size_t>(width), static_cast<int32_t>(lists));
     shift_.assign(static_cast<size_t>(width), 0);
     for (int64_t j = 0; j < width; ++j) index_[static_cast<size_t>(j)] = static_cast<int32_t>(j);
     for (int64_t c = 0; c < columns; ++c) {
-      for (const Tap &tap : p_.taps) {
-        bucket_[static_cast<size_t>(c * taps + tap.index)] = static_cast<int32_t>(c);
-        shift_[static_cast<size_t>(c * taps + tap.index)] = static_cast<int32_t>(tap.shift);
+      for (int64_t phase = 0; phase < phases(); ++phase) {
+        for (const Tap &tap : products_[static_cast<size_t>(phase)].taps) {
+          bucket_[static_cast<size_t>(c * taps + tap.index)] = static_cast<int32_t>(c * phases() + phase);
+          shift_[static_cast<size_t>(c * taps + tap.index)] = static_cast<int32_t>(tap.shift);
+        }
       }
     }
   }
 
   size_t bucket(int64_t i) const { return static_cast<size_t>(bucket_[static_cast<size_t>(flat_.keys.get()[i])]); }
 
+  const std::vector<Product> &products_;
   const Product &p_;
   KeptList flat_, sorted_;
   std::vector<int32_t> index_, bucket_, shift_;
@@ -129,10 +134,12 @@ class ColumnLists {
 };
 
 template <class Lists>
-void gather_rows(const Product &p, double density) {
+void gather_rows(const std::vector<Product> &products, double density) {
+  const Product &p = products.front();
   const PathKernels &kernels = path_kernels();
   const int64_t width = round_up(p.lattice.positions, kernels.lanes);
-  const double kept = density * static_cast<double>(p.depth());
+  const double kept =
+      density * static_cast<double>(p.adjoint ? p.geometry.group_rows() * p.geometry.taps() : p.depth());
   const double work = kept * static_cast<double>(p.geometry.groups * p.rows * width);
   const bool parallel = work > static_cast<double>(kParallelWork * kernels.lanes) ||
                         p.geometry.groups * p.rows * p.depth() > kParallelWork;
@@ -144,19 +151,22 @@ void gather_rows(const Product &p, double density) {
 #pragma omp parallel if (parallel && tasks > 1)
   {
     const FloatBuffer c(kWidth);
-    Lists lists(p);
+    Lists lists(products);
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < tasks; ++task) {
       const int64_t group = task / blocks, r0 = task % blocks * block, r1 = std::min(p.rows, r0 + block);
       lists.build(group, r0, r1);
       const float *base = p.base + group * p.group_stride;
       for (int64_t r = r0; r < r1; ++r) {
-        const int64_t count = lists.select(group, r, r0);
-        float *out = p.out + (group * p.rows + r) * pixels;
-        for (int64_t q = 0; q < width; q += kWidth) {
-          const int64_t w = std::min(kWidth, width - q);
-          kernels.gather(lists.offsets(), lists.values(), count, base + q, w, c.get());
-          write_positions(p.lattice, p.grid, p.batch, p.channels, q, w, 1, c.get(), kWidth, out);
+        for (size_t phase = 0; phase < products.size(); ++phase) {
+          const Product &part = products[phase];
+          const int64_t count = lists.select(group, r, r0, static_cast<int64_t>(phase));
+          float *out = p.out + (group * p.rows + r) * pixels;
+          for (int64_t q = 0; q < width; q += kWidth) {
+            const int64_t w = std::min(kWidth, width - q);
+            kernels.gather(lists.offsets(), lists.values(), count, base + q, w, c.get());
+            write_positions(p.lattice, part.grid, p.batch, p.channels, q, w, 1, c.get(), kWidth, out);
+          }
         }
       }
     }
@@ -165,11 +175,11 @@ void gather_rows(const Product &p, double density) {
 
 }  // namespace
 
-void run_gather(const Product &product, double density) {
-  if (product.adjoint) {
-    gather_rows<ColumnLists>(product, density);
+void run_gather(const std::vector<Product> &products, double density) {
+  if (products.front().adjoint) {
+    gather_rows<ColumnLists>(products, density);
   } else {
-    gather_rows<RowLists>(product, density);
+    gather_rows<RowLists>(products, density);
   }
 }
 

@@ -47,6 +47,11 @@ struct DpaiCounts {
   bool finite = true;
 };
 
+// Positions side by side: where they start in a row of G and in a block of X.
+struct OuterRun {
+  int64_t g, x, length;
+};
+
 struct SweepRows;  // path_sweep.h
 struct SweepFound;
 
@@ -59,11 +64,20 @@ struct PathKernels {
   // dst[i] = V[start + i] for i < count; the rest up to a multiple of `lanes` becomes 0.
   void (*decode)(const WeightView &w, int64_t start, int64_t count, float *dst);
 
+  // Bits set in `bytes` bytes.
+  int64_t (*count_bits)(const uint8_t *mask, int64_t bytes);
+
+  // Rows of a map, every `step`-th float, to rows of a plane in ascending order: whole vectors are written, zeros
+  // behind.
+  void (*fill_rows)(const float *src, int64_t src_pitch, int64_t step, int64_t rows, int64_t width, float *dst,
+                    int64_t dst_pitch);
+
+  // Rows of a plane, read in whole vectors, to every `step`-th float of the rows of a map; nothing else is written.
+  void (*write_rows)(const float *src, int64_t src_pitch, int64_t step, int64_t rows, int64_t width, float *dst,
+                     int64_t dst_pitch);
+
   // Columns q .. q + width (a multiple of lanes) of the rows base + offset[k] as tiles [tile][depth][tile_columns].
   void (*pack_columns)(const float *base, const int64_t *offset, int64_t depth, int64_t width, float *dst);
-
-  // The transpose: rows offset[j], j < count, become columns; dst as tiles [tile][depth][tile_columns].
-  void (*pack_transposed)(const float *base, const int64_t *offset, int64_t count, int64_t depth, float *dst);
 
   // C[r, n] (+)= sum_k A[r, k] B[k, n], k ascending, one fused multiply-add each. A: panels of tile_rows rows,
   // [panel][tile_rows][kDepth], or [panel][kDepth][tile_rows] when depth_major. C: rows padded to whole panels.
@@ -93,6 +107,26 @@ struct PathKernels {
 
   // out[i] = V[start + i] * q[i], `pruned` where the mask bit is 0.
   void (*score)(const WeightView &w, int64_t start, int64_t count, const float *q, float pruned, float *out);
+
+  // dst[k * lanes + i] = planes[offsets[i] + k * step] for k < length and i < count <= lanes.
+  void (*pack_lanes)(const float *planes, const int64_t *offsets, int64_t count, int64_t length, int64_t step,
+                     float *dst);
+
+  // c[r * ldc + v * lanes + i] (+)= sum over the positions k of `runs`, in their order, of
+  // a[r * row_step + k.g * step] * b[v][k.x * lanes + i], for tile_rows rows and 1 to 3 vectors.
+  void (*outer)(const float *a, int64_t row_step, int64_t step, const float *const *b, int64_t vectors,
+                const OuterRun *runs, int64_t count, float *c, int64_t ldc, bool accumulate);
+
+  // dst[i * taps + t] = src[t * lanes + i] for i < channels <= lanes; up to lanes - 1 floats behind are overwritten.
+  void (*interleave)(const float *src, int64_t taps, int64_t channels, float *dst);
+
+  // c[r * ldc + j] = sum over k < length, a whole number of vectors, of g[r * row_step + k] * x[offsets[j] + k]: one
+  // partial sum a lane, k ascending, then a fold.
+  void (*dots)(const float *g, int64_t row_step, int64_t rows, const float *x, const int32_t *offsets, int64_t count,
+               int64_t length, float *c, int64_t ldc);
+
+  // out[i] = the next of `kept` where mask bit start + i is 1, else `pruned`; `kept` is read up to lanes behind.
+  void (*expand)(const WeightView &w, int64_t start, int64_t count, const float *kept, float pruned, float *out);
 
   void (*dpai_row)(const DpaiRow &row, const DpaiRule &rule, DpaiCounts &counts);
 };

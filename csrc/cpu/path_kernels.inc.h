@@ -87,6 +87,17 @@ void decode(const WeightView &w, int64_t start, int64_t count, float *dst) {
   });
 }
 
+int64_t count_bits(const uint8_t *mask, int64_t bytes) {
+  int64_t bits = 0, i = 0;
+  for (; i + 8 <= bytes; i += 8) {
+    uint64_t word;
+    std::memcpy(&word, mask + i, 8);
+    bits += __builtin_popcountll(word);
+  }
+  for (; i < bytes; ++i) bits += __builtin_popcount(mask[i]);
+  return bits;
+}
+
 void pack_columns(const float *base, const int64_t *offset, int64_t depth, int64_t width, float *dst) {
   for (int64_t n = 0; n < width; n += kTileColumns) {
     const int64_t vectors = (width - n < kTileColumns ? width - n : kTileColumns) / kLanes;
@@ -94,21 +105,6 @@ void pack_columns(const float *base, const int64_t *offset, int64_t depth, int64
       const float *src = base + offset[k] + n;
       for (int64_t v = 0; v < vectors; ++v) v_store(dst + v * kLanes, v_load(src + v * kLanes));
       dst += kTileColumns;
-    }
-  }
-}
-
-void pack_transposed(const float *base, const int64_t *offset, int64_t count, int64_t depth, float *dst) {
-  for (int64_t j = 0; j < count; j += kLanes) {
-    float *tile = dst + (j / kTileColumns) * depth * kTileColumns + j % kTileColumns;
-    const float *row[kLanes];
-    for (int i = 0; i < kLanes; ++i) row[i] = base + offset[j + i < count ? j + i : count - 1];
-    for (int64_t k = 0; k < depth; k += kLanes) {
-      vf block[kLanes];
-      for (int i = 0; i < kLanes; ++i) block[i] = v_load(row[i] + k);
-      v_transpose(block);
-      const int64_t left = depth - k < kLanes ? depth - k : kLanes;
-      for (int64_t i = 0; i < left; ++i) v_store(tile + (k + i) * kTileColumns, block[i]);
     }
   }
 }
@@ -245,13 +241,15 @@ void score(const WeightView &w, int64_t start, int64_t count, const float *q, fl
 
 #include "dpai_row.inc.h"
 #include "path_matvec.inc.h"
+#include "path_outer.inc.h"
 #include "path_sweep.inc.h"
 
 namespace {
 
 constexpr paikern::PathKernels make_path_kernels(const char *name) {
-  return {name,      kLanes, kTileRows,   kTileColumns,   decode,     pack_columns, pack_transposed, multiply,
-          list_kept, gather, matvec_rows, matvec_columns, sweep_rows, score,        dpai_row};
+  return {name,         kLanes,   kTileRows,  kTileColumns, decode,      count_bits,     fill_rows,  write_rows,
+          pack_columns, multiply, list_kept,  gather,       matvec_rows, matvec_columns, sweep_rows, score,
+          pack_lanes,   outer,    interleave, dots,         expand,      dpai_row};
 }
 
 }  // namespace

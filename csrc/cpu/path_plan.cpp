@@ -131,6 +131,7 @@ BackwardPlan plan_backward(const PathGeometry &g, int64_t batch) {
 
 void fill_planes(const Lattice &lattice, const std::vector<Grid> &grids, int64_t batch, int64_t channels,
                  const float *map, float *planes) {
+  const PathKernels &kernels = path_kernels();
   const int64_t count = static_cast<int64_t>(grids.size());
   const int64_t pixels = grids[0].size[0] * grids[0].size[1] * grids[0].size[2];
 #pragma omp parallel for schedule(static) if (channels * count * lattice.span > kParallelWork)
@@ -143,16 +144,9 @@ void fill_planes(const Lattice &lattice, const std::vector<Grid> &grids, int64_t
       for (int64_t n = 0; n < batch; ++n) {
         const float *image = map + (n * channels + c) * pixels;
         for (int64_t d = 0; d < grid.count[0]; ++d) {
-          const float *slice = image + (grid.first[0] + d * grid.step[0]) * grid.size[1] * grid.size[2];
-          for (int64_t h = 0; h < grid.count[1]; ++h) {
-            const float *row = slice + (grid.first[1] + h * grid.step[1]) * grid.size[2] + grid.first[2];
-            float *target = plane + lattice.flat(n, d, h, 0);
-            if (grid.step[2] == 1) {
-              std::memcpy(target, row, sizeof(float) * static_cast<size_t>(grid.count[2]));
-            } else {
-              for (int64_t w = 0; w < grid.count[2]; ++w) target[w] = row[w * grid.step[2]];
-            }
-          }
+          const int64_t row = (grid.first[0] + d * grid.step[0]) * grid.size[1] + grid.first[1];
+          kernels.fill_rows(image + row * grid.size[2] + grid.first[2], grid.step[1] * grid.size[2], grid.step[2],
+                            grid.count[1], grid.count[2], plane + lattice.flat(n, d, 0, 0), lattice.pitch[2]);
         }
       }
     }
@@ -161,6 +155,7 @@ void fill_planes(const Lattice &lattice, const std::vector<Grid> &grids, int64_t
 
 void write_positions(const Lattice &lattice, const Grid &grid, int64_t batch, int64_t channels, int64_t first,
                      int64_t width, int64_t rows, const float *block, int64_t ld, float *map) {
+  const PathKernels &kernels = path_kernels();
   const int64_t pixels = grid.size[0] * grid.size[1] * grid.size[2], last = first + width;
   if (pixels == 1 && lattice.image() == 1) {  // a linear layer: the block is the transpose of the map
     for (int64_t n = first; n < std::min(last, batch); ++n) {
@@ -170,23 +165,20 @@ void write_positions(const Lattice &lattice, const Grid &grid, int64_t batch, in
   }
   for (int64_t n = first / lattice.image(); n < batch; ++n) {
     for (int64_t d = 0; d < grid.count[0]; ++d) {
-      for (int64_t h = 0; h < grid.count[1]; ++h) {
+      for (int64_t h = 0; h < grid.count[1];) {
         const int64_t start = lattice.flat(n, d, h, 0);
         if (start >= last) return;
         const int64_t from = std::max<int64_t>(0, first - start), to = std::min(grid.count[2], last - start);
-        if (from >= to) continue;
-        const int64_t pixel =
-            ((grid.first[0] + d * grid.step[0]) * grid.size[1] + grid.first[1] + h * grid.step[1]) * grid.size[2] +
-            grid.first[2] + from * grid.step[2];
-        for (int64_t r = 0; r < rows; ++r) {
-          const float *source = block + r * ld + start + from - first;
-          float *target = map + (n * channels + r) * pixels + pixel;
-          if (grid.step[2] == 1) {
-            std::memcpy(target, source, sizeof(float) * static_cast<size_t>(to - from));
-          } else {
-            for (int64_t w = 0; w < to - from; ++w) target[w * grid.step[2]] = source[w];
-          }
+        // As many rows as lie whole in the block, else what there is of one.
+        const bool whole = from == 0 && to == grid.count[2];
+        const int64_t lines = whole ? std::min(grid.count[1] - h, (last - start - to) / lattice.pitch[2] + 1) : 1;
+        const int64_t row = (grid.first[0] + d * grid.step[0]) * grid.size[1] + grid.first[1] + h * grid.step[1];
+        float *target = map + n * channels * pixels + row * grid.size[2] + grid.first[2] + from * grid.step[2];
+        for (int64_t r = 0; r < rows && from < to; ++r) {
+          kernels.write_rows(block + r * ld + start + from - first, lattice.pitch[2], grid.step[2], lines, to - from,
+                             target + r * pixels, grid.step[1] * grid.size[2]);
         }
+        h += lines;
       }
     }
   }
@@ -194,15 +186,14 @@ void write_positions(const Lattice &lattice, const Grid &grid, int64_t batch, in
 
 double mask_density(const WeightView &w) {
   if (!w.mask || w.numel == 0) return 1.0;
-  const int64_t bytes = (w.numel + 7) / 8, words = bytes / 8;
+  constexpr int64_t kBlock = 1 << 16;
+  const int64_t bytes = (w.numel + 7) / 8, blocks = divide_up(bytes, kBlock);
+  const PathKernels &kernels = path_kernels();
   int64_t kept = 0;
 #pragma omp parallel for schedule(static) reduction(+ : kept) if (bytes > kParallelWork)
-  for (int64_t i = 0; i < words; ++i) {
-    uint64_t word;
-    std::memcpy(&word, w.mask + 8 * i, 8);
-    kept += __builtin_popcountll(word);
+  for (int64_t i = 0; i < blocks; ++i) {
+    kept += kernels.count_bits(w.mask + i * kBlock, std::min(kBlock, bytes - i * kBlock));
   }
-  for (int64_t i = 8 * words; i < bytes; ++i) kept += __builtin_popcount(w.mask[i]);
   return static_cast<double>(kept) / static_cast<double>(w.numel);
 }
 

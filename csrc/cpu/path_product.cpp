@@ -31,14 +31,15 @@ double gather_density(int64_t positions, bool adjoint) {
 constexpr int64_t kMatvecBatch = 16;
 constexpr double kMatvecDensity = 0.02;
 
-void run(const Product &p, double density, int64_t planes) {
+void run(const std::vector<Product> &products, double density, int64_t planes) {
   // Gather lists hold 32-bit offsets; with few rows a group the tiles would be mostly padding.
+  const Product &first = products.front();
   const bool short_planes = planes < (int64_t{1} << 31);
   if (short_planes &&
-      (density < gather_density(p.lattice.positions, p.adjoint) || p.rows < path_kernels().tile_rows / 2)) {
-    run_gather(p, density);
+      (density < gather_density(first.lattice.positions, first.adjoint) || first.rows < path_kernels().tile_rows / 2)) {
+    run_gather(products, density);
   } else {
-    run_tiles(p);
+    for (const Product &product : products) run_tiles(product);
   }
 }
 
@@ -61,8 +62,8 @@ void path_forward(const PathGeometry &g, const WeightView &w, const float *x, fl
     const FloatBuffer buffer(planes + 64);
     fill_planes(plan.lattice, plan.planes, batch, g.channels, x + n * g.channels * g.pixels(), buffer.get());
     const Grid grid = whole_grid(g.out);
-    run({g, w, plan.lattice, grid, plan.taps, buffer.get() + plan.lattice.lead, g.group_channels() * plane_stride,
-         plane_stride, batch, g.group_rows(), g.rows, false, z + n * g.rows * g.out_pixels()},
+    run({{g, w, plan.lattice, grid, plan.taps, buffer.get() + plan.lattice.lead, g.group_channels() * plane_stride,
+          plane_stride, batch, g.group_rows(), g.rows, false, z + n * g.rows * g.out_pixels()}},
         density, planes);
   }
 }
@@ -82,12 +83,13 @@ void path_backward(const PathGeometry &g, const WeightView &w, const float *grad
     const int64_t planes = g.rows * plan.lattice.span;
     const FloatBuffer buffer(planes + 64);
     fill_planes(plan.lattice, {whole_grid(g.out)}, batch, g.rows, grad + n * g.rows * g.out_pixels(), buffer.get());
+    std::vector<Product> products;
     for (const BackwardPhase &phase : plan.phases) {
-      run({g, w, plan.lattice, phase.grid, phase.taps, buffer.get() + plan.lattice.lead,
-           g.group_rows() * plan.lattice.span, plan.lattice.span, batch, g.group_channels(), g.channels, true,
-           x + n * g.channels * g.pixels()},
-          density, planes);
+      products.push_back({g, w, plan.lattice, phase.grid, phase.taps, buffer.get() + plan.lattice.lead,
+                          g.group_rows() * plan.lattice.span, plan.lattice.span, batch, g.group_channels(), g.channels,
+                          true, x + n * g.channels * g.pixels()});
     }
+    if (!products.empty()) run(products, density, planes);
   }
 }
 

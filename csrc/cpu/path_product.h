@@ -29,7 +29,8 @@ struct Product {
 // Panels of V against packed columns.
 void run_tiles(const Product &product);
 
-// The kept weights of a row as (plane, value) pairs; offsets must fit 32 bits.
-void run_gather(const Product &product, double density);
+// The kept weights of a row as (plane, value) pairs; offsets must fit 32 bits. The products are the phases of one
+// adjoint, or a single one; they differ in grid and taps.
+void run_gather(const std::vector<Product> &products, double density);
 
 }  // namespace paikern

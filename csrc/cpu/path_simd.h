@@ -102,6 +102,11 @@ inline int v_compress(uint32_t bits, const int32_t *key, vf value, int32_t *keys
   return __builtin_popcount(bits);
 }
 
+// Lane i: the next of `kept` where bit i is set, else that of `fill`.
+inline vf v_expand(uint32_t bits, const float *kept, vf fill) {
+  return _mm512_mask_expand_ps(fill, static_cast<__mmask16>(bits), _mm512_loadu_ps(kept));
+}
+
 // Sixteen rows of sixteen floats become their transpose.
 inline void v_transpose(vf *r) {
   vf t[16];
@@ -252,6 +257,27 @@ inline int v_compress(uint32_t bits, const int32_t *key, vf value, int32_t *keys
   return count;
 }
 #endif
+
+#if !defined(__AVX512F__)
+inline vf v_expand(uint32_t bits, const float *kept, vf fill) {
+  float lane[kLanes];
+  v_store(lane, fill);
+  for (; bits; bits &= bits - 1) lane[__builtin_ctz(bits)] = *kept++;
+  return v_load(lane);
+}
+#endif
+
+// Lane j: the sum over all lanes of a[j], the same tree for every j and Count; lanes from Count on are of no use.
+template <int Count>
+inline vf v_fold(const vf *a) {
+  vf block[kLanes];
+  for (int i = 0; i < kLanes; ++i) block[i] = a[i < Count ? i : Count - 1];
+  v_transpose(block);
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) block[i] = v_add(block[i], block[i + width]);
+  }
+  return block[0];
+}
 
 constexpr int kTileColumns = kLanes * kTileVectors;
 
