@@ -437,4 +437,5 @@ def test_methods_table() -> None:
     row = next(row for row in pk.methods() if row["name"] == "px")
     assert row["needs_data"]
     assert row["rounds"] == 100
-    assert set(row["options"]) == {"coupling", "pool_gate", "batch_size", "norm", "monotone"}
+    inherited = {"norm", "monotone", "conv"}
+    assert set(row["options"]) == {"coupling", "pool_gate", "batch_size"} | inherited
