@@ -128,6 +128,12 @@ struct PathKernels {
   // out[i] = the next of `kept` where mask bit start + i is 1, else `pruned`; `kept` is read up to lanes behind.
   void (*expand)(const WeightView &w, int64_t start, int64_t count, const float *kept, float pruned, float *out);
 
+  // Dot products and the adjoint sweep of a few rows over a few positions, see path_few.inc.h.
+  void (*few_dots)(const float *v, int64_t ldv, const float *x, int64_t positions, int64_t vectors, float *sums,
+                   float *out);
+  void (*few_sweep)(const float *v, int64_t ldv, const float *g, const float *x, int64_t positions, int64_t vectors,
+                    float *sums, float *q);
+
   void (*dpai_row)(const DpaiRow &row, const DpaiRule &rule, DpaiCounts &counts);
 };
 

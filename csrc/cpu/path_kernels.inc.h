@@ -240,6 +240,7 @@ void score(const WeightView &w, int64_t start, int64_t count, const float *q, fl
 }  // namespace
 
 #include "dpai_row.inc.h"
+#include "path_few.inc.h"
 #include "path_matvec.inc.h"
 #include "path_outer.inc.h"
 #include "path_sweep.inc.h"
@@ -249,7 +250,7 @@ namespace {
 constexpr paikern::PathKernels make_path_kernels(const char *name) {
   return {name,         kLanes,   kTileRows,  kTileColumns, decode,      count_bits,     fill_rows,  write_rows,
           pack_columns, multiply, list_kept,  gather,       matvec_rows, matvec_columns, sweep_rows, score,
-          pack_lanes,   outer,    interleave, dots,         expand,      dpai_row};
+          pack_lanes,   outer,    interleave, dots,         expand,      few_dots,       few_sweep,  dpai_row};
 }
 
 }  // namespace

@@ -1,5 +1,7 @@
 #include "path_outer.h"
 
+#include "path_few.h"
+
 namespace paikern {
 namespace {
 
@@ -63,7 +65,7 @@ OuterMaps::Plan OuterMaps::choose(const WeightView *kept) const {
   if (x_group_ > INT32_MAX) return Plan::kBlocks;  // offsets within a group have 32 bits
   if (kept && kept->mask) {
     const double span = std::min(1.0, static_cast<double>(positions()) / 256);
-    if (mask_density(*kept) < 0.08 + 0.3 * span) return Plan::kKept;
+    if (mask_density(*kept) < 0.08 + 0.3 * span && !few_positions(geometry_, *kept)) return Plan::kKept;
   }
   if (2 * geometry_.group_channels() < path_kernels().lanes) return Plan::kDots;
   // To transpose a column for every tap costs what three halves of a row spend on putting a sum in order.

@@ -11,6 +11,7 @@
 
 #include <algorithm>
 
+#include "path_few.h"
 #include "path_matvec.h"
 
 namespace paikern {
@@ -52,6 +53,7 @@ int64_t images_a_pass(int64_t batch, int64_t channels, int64_t image) {
 
 void path_forward(const PathGeometry &g, const WeightView &w, const float *x, float *z) {
   if (g.linear() && g.batch <= 4) return matvec_rows(g.rows, g.channels, w, x, g.batch, z);
+  if (few_positions(g, w)) return few_forward(g, w, x, z);
   const double density = mask_density(w);
   const int64_t images = images_a_pass(g.batch, g.channels, g.pixels());
   for (int64_t n = 0; n < g.batch; n += images) {
@@ -69,6 +71,7 @@ void path_forward(const PathGeometry &g, const WeightView &w, const float *x, fl
 }
 
 void path_backward(const PathGeometry &g, const WeightView &w, const float *grad, float *x) {
+  if (few_positions(g, w)) return few_backward(g, w, nullptr, grad, x, {});
   const double density = g.linear() && g.batch <= 4 ? 1.0 : mask_density(w);
   if (g.linear() && g.batch <= kMatvecBatch && density >= kMatvecDensity) {
     for (int64_t n = 0; n < g.batch; n += 4) {

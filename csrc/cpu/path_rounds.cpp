@@ -4,6 +4,7 @@
 #include <chrono>
 #include <limits>
 
+#include "path_few.h"
 #include "path_score_tiles.h"
 #include "topk.h"
 
@@ -23,17 +24,29 @@ bool vectors(const FlowStep &step) { return step.geometry.linear() && step.geome
 
 }  // namespace
 
+void KthForecast::predict(int64_t k, int64_t total, double *low, double *high) {
+  const double kept = static_cast<double>(k), pruned = static_cast<double>(total - k);
+  odds_ = std::log2(std::max(pruned, 0.5) / std::max(kept, 0.5));
+  guess_ = last_ + slope_ * (odds_ - last_odds_);
+  *low = guess_ - reach_;
+  *high = guess_ + reach_;
+}
+
 void KthForecast::observe(double log2_kth) {
   if (std::isnan(log2_kth)) {
     *this = KthForecast();
     return;
   }
-  if (known() && !std::isnan(before_)) reach_ = std::clamp(4.0 * std::abs(log2_kth - centre()), kLeast, kMost);
-  before_ = last_;
+  if (!std::isnan(guess_)) {
+    if (sloped_) reach_ = std::clamp(4.0 * std::abs(log2_kth - guess_), kLeast, kMost);
+    if (odds_ != last_odds_) {
+      slope_ = (log2_kth - last_) / (odds_ - last_odds_);
+      sloped_ = true;
+    }
+  }
   last_ = log2_kth;
+  last_odds_ = odds_;
 }
-
-void KthForecast::missed() { reach_ = std::min(2.0 * reach_, kMost); }
 
 PathRounds::PathRounds(PathFlow &flow, std::vector<RoundsLayer> layers, int power)
     : flow_(flow), layers_(std::move(layers)), power_(power), maps_(layers_.size()), memory_(2 * layers_.size(), NAN) {
@@ -67,7 +80,10 @@ RoundsStatus PathRounds::begin(double *log_flow) {
 
 RoundsStatus PathRounds::finish(const std::vector<int64_t> &counts, bool stop_empty) {
   TopkStream *stream = nullptr;
-  if (counts.size() == 1 && layers_.size() > 1 && forecast_.known()) {
+  const bool global = counts.size() == 1 && layers_.size() > 1;
+  double low = NAN, high = NAN;
+  if (global) forecast_.predict(counts[0], total_, &low, &high);
+  if (!std::isnan(low)) {
     auto &held = streams_[1 - current_];
     if (!held) {
       std::vector<TopkStream::Source> sources;
@@ -76,7 +92,7 @@ RoundsStatus PathRounds::finish(const std::vector<int64_t> &counts, bool stop_em
       held = std::make_unique<TopkStream>(std::move(sources));
     }
     stream = held.get();
-    stream->begin(counts[0], forecast_.centre() - forecast_.reach(), forecast_.centre() + forecast_.reach());
+    stream->begin(counts[0], low, high);
   }
   const int64_t layers = static_cast<int64_t>(layers_.size());
   flow_.backward([&](FlowStep &step, const float *x, const float *g, int64_t exponent, const FlowValue &, float *gx) {
@@ -121,6 +137,18 @@ bool PathRounds::stream_layer(size_t layer, float *gx) {
                  {view(layer), step.geometry.rows, step.geometry.depth(), maps.columns, maps.rows},
                  adjoint ? gx : nullptr);
     return adjoint;
+  }
+  if (!step.transposed && few_positions(step.geometry, step.weight)) {
+    const WeightView w = view(layer);
+    const int64_t depth = step.geometry.depth();
+    few_backward(step.geometry, step.weight, maps.columns, maps.rows, gx,
+                 [&](int64_t row, int64_t rows, float *q, int64_t ld) {
+                   for (int64_t r = 0; r < rows; ++r) {  // side by side, over what has been read
+                     path_kernels().score(w, (row + r) * depth, depth, q + r * ld, kExcluded, q + r * depth);
+                   }
+                   stream.tile(source, maps.exponent, row * depth, rows * depth, q);
+                 });
+    return true;
   }
   if (numel <= kPiece) {
     const FloatBuffer scores(numel);

@@ -5,6 +5,7 @@
 // will be. A band that misses costs a third read: the maps of all layers are kept, and the selection of topk.h samples.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <memory>
@@ -22,19 +23,21 @@ struct RoundsLayer {
 
 enum class RoundsStatus : int { kDone = 0, kTime = 1, kDead = 2, kBroken = 3, kNotFinite = 4, kEmptied = 5 };
 
-// Where the k-th score of the next round is looked for, as log2: on the line through the last two, as far around it as
-// the last guess was wrong, and some more.
+// Where the k-th score of the next round is looked for, as log2: on the line through the last two over the odds of
+// being kept, as far around it as the last guess was wrong, and some more. Near both ends of a distribution its
+// quantiles move with the odds, and in the middle over a short way with anything.
 class KthForecast {
  public:
-  bool known() const { return !std::isnan(last_); }
-  double centre() const { return std::isnan(before_) ? last_ : 2.0 * last_ - before_; }
-  double reach() const { return reach_; }
+  // The band for the k largest of `total`; NaN where nothing is known.
+  void predict(int64_t k, int64_t total, double *low, double *high);
   void observe(double log2_kth);
-  void missed();
+  void missed() { reach_ = std::min(2.0 * reach_, kMost); }
 
  private:
-  static constexpr double kFirst = 0.25, kLeast = 0.01, kMost = 4.0;
-  double last_ = NAN, before_ = NAN, reach_ = kFirst;
+  static constexpr double kFirst = 0.5, kLeast = 0.01, kMost = 4.0;
+  double odds_ = NAN, guess_ = NAN;  // of the round at hand
+  double last_ = NAN, last_odds_ = NAN, slope_ = 1.0, reach_ = kFirst;
+  bool sloped_ = false;
 };
 
 class PathRounds {
