@@ -24,28 +24,59 @@ bool vectors(const FlowStep &step) { return step.geometry.linear() && step.geome
 
 }  // namespace
 
-void KthForecast::predict(int64_t k, int64_t total, double *low, double *high) {
+void KthForecast::predict(int64_t k, int64_t total, int64_t room, double *low, double *high) {
   const double kept = static_cast<double>(k), pruned = static_cast<double>(total - k);
   odds_ = std::log2(std::max(pruned, 0.5) / std::max(kept, 0.5));
-  guess_ = last_ + slope_ * (odds_ - last_odds_);
-  *low = guess_ - reach_;
-  *high = guess_ + reach_;
+  if (points_ == 0) {
+    *low = *high = NAN;
+    return;
+  }
+  int best = 0;
+  // One point and the odds, near the ends of a distribution; then Lagrange's polynomial through the last two and three.
+  guesses_[0] = log2_[0] + odds_ - at_[0];
+  for (int n = 1; n < points_; ++n) {
+    double value = 0.0;
+    for (int i = 0; i <= n; ++i) {
+      double term = log2_[i];
+      for (int j = 0; j <= n; ++j) {
+        if (j != i) term *= (odds_ - at_[j]) / (at_[i] - at_[j]);
+      }
+      value += term;
+    }
+    guesses_[n] = value;
+    if (errors_[n] < errors_[best]) best = n;  // never where it is NaN
+  }
+  const double guess = guesses_[best], last = reach_;
+  reach_ = std::isnan(errors_[best]) ? kFirst : 4.0 * errors_[best];
+  if (!std::isnan(per_log2_)) {
+    // Some thousand candidates more cost microseconds, a band that misses a third read; so do more than there is room
+    // for, and there were fewer a round ago.
+    const double few = 2048.0 + static_cast<double>(total) / 1024.0, most = static_cast<double>(room) / 2.0;
+    reach_ = std::min(std::max(reach_, std::min(few / (2.0 * per_log2_), 4.0 * last)), most / (2.0 * per_log2_));
+  }
+  reach_ = std::max(reach_, kLeast);
+  *low = guess - reach_;
+  *high = guess + reach_;
 }
 
-void KthForecast::observe(double log2_kth) {
+void KthForecast::observe(double log2_kth, int64_t candidates) {
   if (std::isnan(log2_kth)) {
     *this = KthForecast();
     return;
   }
-  if (!std::isnan(guess_)) {
-    if (sloped_) reach_ = std::clamp(4.0 * std::abs(log2_kth - guess_), kLeast, kMost);
-    if (odds_ != last_odds_) {
-      slope_ = (log2_kth - last_) / (odds_ - last_odds_);
-      sloped_ = true;
-    }
+  if (candidates >= 0) per_log2_ = static_cast<double>(std::max<int64_t>(candidates, 1)) / (2.0 * reach_);
+  for (int n = 0; n < points_; ++n) {  // the worst of late, which fades
+    const double error = std::abs(log2_kth - guesses_[n]);
+    errors_[n] = std::isnan(errors_[n]) ? error : std::max(error, 0.8 * errors_[n]);
   }
-  last_ = log2_kth;
-  last_odds_ = odds_;
+  if (points_ > 0 && odds_ == at_[0]) points_ = 0;  // the same k again
+  for (int i = std::min(points_, kPoints - 1); i > 0; --i) {
+    at_[i] = at_[i - 1];
+    log2_[i] = log2_[i - 1];
+  }
+  at_[0] = odds_;
+  log2_[0] = log2_kth;
+  points_ = std::min(points_ + 1, kPoints);
 }
 
 PathRounds::PathRounds(PathFlow &flow, std::vector<RoundsLayer> layers, int power)
@@ -82,16 +113,15 @@ RoundsStatus PathRounds::finish(const std::vector<int64_t> &counts, bool stop_em
   TopkStream *stream = nullptr;
   const bool global = counts.size() == 1 && layers_.size() > 1;
   double low = NAN, high = NAN;
-  if (global) forecast_.predict(counts[0], total_, &low, &high);
+  if (global && !stream_) {
+    std::vector<TopkStream::Source> sources;
+    for (size_t l = 0; l < layers_.size(); ++l) sources.push_back({step(l).weight.numel, nullptr});
+    stream_ = std::make_unique<TopkStream>(std::move(sources));
+  }
+  if (global) forecast_.predict(counts[0], total_, stream_->room(), &low, &high);
   if (!std::isnan(low)) {
-    auto &held = streams_[1 - current_];
-    if (!held) {
-      std::vector<TopkStream::Source> sources;
-      for (size_t l = 0; l < layers_.size(); ++l)
-        sources.push_back({step(l).weight.numel, layers_[l].masks[1 - current_]});
-      held = std::make_unique<TopkStream>(std::move(sources));
-    }
-    stream = held.get();
+    stream = stream_.get();
+    for (size_t l = 0; l < layers_.size(); ++l) stream->set_bits(static_cast<int64_t>(l), layers_[l].masks[1 - current_]);
     stream->begin(counts[0], low, high);
   }
   const int64_t layers = static_cast<int64_t>(layers_.size());
@@ -104,11 +134,10 @@ RoundsStatus PathRounds::finish(const std::vector<int64_t> &counts, bool stop_em
   });
   if (flow_.broken() >= 0) return RoundsStatus::kBroken;
   if (stream && stream->finish()) {
-    forecast_.observe(stream->log2_kth());
+    forecast_.observe(stream->log2_kth(), stream->candidates());
     ++streamed_;
   } else {
-    if (stream) forecast_.missed();
-    fault_ = select(counts);
+    fault_ = select(counts, stream ? stream->candidates() : -1);
     if (fault_ >= 0) return RoundsStatus::kNotFinite;
   }
   current_ = 1 - current_;
@@ -127,7 +156,7 @@ WeightView PathRounds::view(size_t layer) {
 
 // Feeds the scores of a layer; true if the adjoint came with them.
 bool PathRounds::stream_layer(size_t layer, float *gx) {
-  TopkStream &stream = *streams_[1 - current_];
+  TopkStream &stream = *stream_;
   const FlowStep &step = this->step(layer);
   const Maps &maps = maps_[layer];
   const int64_t source = static_cast<int64_t>(layer), numel = step.weight.numel;
@@ -169,7 +198,7 @@ bool PathRounds::stream_layer(size_t layer, float *gx) {
 }
 
 // Fills the other masks from the maps of all layers. Returns the layer whose scores are NaN, else -1.
-int64_t PathRounds::select(const std::vector<int64_t> &counts) {
+int64_t PathRounds::select(const std::vector<int64_t> &counts, int64_t candidates) {
   const bool global = counts.size() == 1 && layers_.size() > 1, store = mapped_ <= kStored;
   std::vector<ScoreSource> sources;
   std::vector<std::unique_ptr<PathScoreTiles>> tiles;
@@ -212,7 +241,7 @@ int64_t PathRounds::select(const std::vector<int64_t> &counts) {
     }
   }
   const int64_t nan = topk_mask(sources, rankings);
-  if (global) forecast_.observe(log2_kth);
+  if (global) forecast_.observe(log2_kth, candidates);
   return nan;
 }
 

@@ -23,21 +23,25 @@ struct RoundsLayer {
 
 enum class RoundsStatus : int { kDone = 0, kTime = 1, kDead = 2, kBroken = 3, kNotFinite = 4, kEmptied = 5 };
 
-// Where the k-th score of the next round is looked for, as log2: on the line through the last two over the odds of
-// being kept, as far around it as the last guess was wrong, and some more. Near both ends of a distribution its
-// quantiles move with the odds, and in the middle over a short way with anything.
+// Where the k-th score of the next round is looked for, as log2: on the line or the parabola through the last rounds
+// over the odds of being kept, whichever was nearer of late, as far around it as it was wrong, and some more. Near both
+// ends of a distribution its quantiles move with the odds, and in the middle over a short way with anything.
 class KthForecast {
  public:
-  // The band for the k largest of `total`; NaN where nothing is known.
-  void predict(int64_t k, int64_t total, double *low, double *high);
-  void observe(double log2_kth);
-  void missed() { reach_ = std::min(2.0 * reach_, kMost); }
+  // The band for the k largest of `total`, with room for so many candidates; NaN where nothing is known.
+  void predict(int64_t k, int64_t total, int64_t room, double *low, double *high);
+  // What the round gave, and how many scores lay in the band if they have been counted, else -1.
+  void observe(double log2_kth, int64_t candidates);
 
  private:
-  static constexpr double kFirst = 0.5, kLeast = 0.01, kMost = 4.0;
-  double odds_ = NAN, guess_ = NAN;  // of the round at hand
-  double last_ = NAN, last_odds_ = NAN, slope_ = 1.0, reach_ = kFirst;
-  bool sloped_ = false;
+  static constexpr int kPoints = 3;
+  static constexpr double kFirst = 0.2, kLeast = 0.01;
+  double odds_ = NAN, reach_ = NAN;  // of the round at hand
+  double guesses_[kPoints] = {};                    // by the last round, the last two and the last three
+  double errors_[kPoints] = {NAN, NAN, NAN};        // how far from the truth they were of late
+  double at_[kPoints] = {}, log2_[kPoints] = {};    // the last rounds, the latest first
+  int points_ = 0;
+  double per_log2_ = NAN;  // scores in a band of width 1
 };
 
 class PathRounds {
@@ -70,7 +74,8 @@ class PathRounds {
   FlowStep &step(size_t layer) { return flow_.steps()[static_cast<size_t>(layers_[layer].step)]; }
   WeightView view(size_t layer);
   bool stream_layer(size_t layer, float *gx);
-  int64_t select(const std::vector<int64_t> &counts);
+  // `candidates` of a stream that failed, else -1.
+  int64_t select(const std::vector<int64_t> &counts, int64_t candidates);
   bool emptied();
 
   PathFlow &flow_;
@@ -82,7 +87,7 @@ class PathRounds {
   std::vector<float> scores_;
   std::vector<double> memory_;
   KthForecast forecast_;
-  std::unique_ptr<TopkStream> streams_[2];  // one for each set of masks
+  std::unique_ptr<TopkStream> stream_;
 };
 
 }  // namespace paikern

@@ -30,6 +30,9 @@ class TopkStream {
   TopkStream(const TopkStream &) = delete;
   TopkStream &operator=(const TopkStream &) = delete;
 
+  // Where the bits of a source go from the next pass on.
+  void set_bits(int64_t source, uint8_t *bits) { sources_[static_cast<size_t>(source)].bits = bits; }
+
   // Starts a pass for the k largest, with the band 2**low .. 2**high, both inclusive. -infinity is the score 0,
   // +infinity itself. Without a band (NaN, or low > high) the pass is made and does not succeed.
   void begin(int64_t k, double low, double high);
