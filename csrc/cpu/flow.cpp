@@ -19,7 +19,13 @@ constexpr int64_t kFloorFrom = 50;
 // V x, or V^T x where the step uses the stored matrix the other way round.
 void product(const FlowStep &step, bool adjoint, const float *from, float *to, int64_t numel) {
   if (numel == 0) return;
-  if (adjoint != step.transposed) {
+  if (step.compact) {
+    if (adjoint != step.transposed) {
+      step.compact->backward(from, to);
+    } else {
+      step.compact->forward(from, to);
+    }
+  } else if (adjoint != step.transposed) {
     path_backward(step.geometry, step.weight, from, to);
   } else {
     path_forward(step.geometry, step.weight, from, to);

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "path_plan.h"
+#include "path_compact.h"
 
 namespace paikern {
 namespace {
@@ -11,8 +11,6 @@ namespace {
 constexpr int64_t kRows = 8;    // decoded together
 constexpr int64_t kRange = 64;  // rows that share a table of sums
 constexpr int64_t kMostPositions = 16, kLeastRows = 32, kLeastDepth = 128;
-// Below, lists of kept weights are shorter than one read of all.
-constexpr double kLeastDensity = 0.02;
 
 // Where a (position, tap) of the map of columns is read: a pixel, or the zero behind them.
 std::vector<int32_t> pixel_table(const PathGeometry &g) {
@@ -116,10 +114,10 @@ void decode_rows(const WeightView &w, int64_t depth, int64_t row, int64_t rows, 
 
 }  // namespace
 
-bool few_positions(const PathGeometry &g, const WeightView &w) {
+bool few_positions(const PathGeometry &g, const WeightView &w, double density) {
   if (w.power == 0 || g.groups != 1 || g.linear() || g.batch * g.out_pixels() > kMostPositions) return false;
   if (g.rows < kLeastRows || g.depth() < kLeastDepth || g.pixels() > Columns::kMostPixels) return false;
-  return !w.mask || mask_density(w) >= kLeastDensity;
+  return !CompactLayer::pays(g, w, density);
 }
 
 void few_forward(const PathGeometry &g, const WeightView &w, const float *x, float *z) {

@@ -13,7 +13,7 @@
 namespace paikern {
 
 // Whether path_forward, path_backward and the scores go this way; the same answer for all three.
-bool few_positions(const PathGeometry &geometry, const WeightView &w);
+bool few_positions(const PathGeometry &geometry, const WeightView &w, double density);
 
 void few_forward(const PathGeometry &geometry, const WeightView &w, const float *x, float *z);
 

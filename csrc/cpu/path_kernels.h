@@ -93,6 +93,10 @@ struct PathKernels {
   void (*gather)(const int32_t *offsets, const float *values, int64_t count, const float *base, int64_t width,
                  float *c);
 
+  // base[offsets[i] + n] += values[i] * g[n] for n < width, a whole number of vectors, i ascending.
+  void (*scatter)(const int32_t *offsets, const float *values, int64_t count, const float *g, int64_t width,
+                  float *base);
+
   // out[b, row] = sum_j V[row, j] x[b, j] for rows first .. last, 1 <= batch <= 4, x [batch, columns].
   void (*matvec_rows)(const WeightView &w, int64_t columns, int64_t first, int64_t last, const float *x, int64_t batch,
                       float *out, int64_t ldo);

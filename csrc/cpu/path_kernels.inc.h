@@ -3,6 +3,7 @@
 //   multiply        C += A B                   24 accumulators, 2 fused multiply-adds a cycle on AVX-512
 //   gather          the same sums over kept weights only; both add in ascending k with one rounding each, so dense
 //                   and sparse plans agree bit for bit and every column rounds alike wherever it sits in a tile
+//   scatter         the adjoint of gather: rows add to planes in ascending order, one rounding each
 //   matvec_*        one read of W, nothing else from memory (8192 x 8192 fp32: 1.0-1.1x of the time to read it)
 //   dpai_row        s (and Adam's m, v) read and written once; q comes from the tile in L2 and is never stored
 //
@@ -213,6 +214,27 @@ void gather(const int32_t *offsets, const float *values, int64_t count, const fl
   for (; n < width; n += kLanes) gather_block<1>(offsets, values, count, base + n, c + n);
 }
 
+template <int Vectors>
+inline void scatter_block(const int32_t *offsets, const float *values, int64_t count, const float *g, float *base) {
+  vf factor[Vectors];
+#pragma GCC unroll 8
+  for (int v = 0; v < Vectors; ++v) factor[v] = v_load(g + v * kLanes);
+  for (int64_t i = 0; i < count; ++i) {
+    const vf weight = v_set(values[i]);
+    float *to = base + offsets[i];
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) v_store(to + v * kLanes, v_fma(weight, factor[v], v_load(to + v * kLanes)));
+  }
+}
+
+void scatter(const int32_t *offsets, const float *values, int64_t count, const float *g, int64_t width, float *base) {
+  int64_t n = 0;
+  for (; n + 8 * kLanes <= width; n += 8 * kLanes) scatter_block<8>(offsets, values, count, g + n, base + n);
+  for (; n + 5 * kLanes <= width; n += 5 * kLanes) scatter_block<5>(offsets, values, count, g + n, base + n);
+  for (; n + 2 * kLanes <= width; n += 2 * kLanes) scatter_block<2>(offsets, values, count, g + n, base + n);
+  for (; n < width; n += kLanes) scatter_block<1>(offsets, values, count, g + n, base + n);
+}
+
 void score(const WeightView &w, int64_t start, int64_t count, const float *q, float pruned, float *out) {
   const int64_t bytes = (w.numel + 7) / 8;
   const vf fill = v_set(pruned);
@@ -249,7 +271,7 @@ namespace {
 
 constexpr paikern::PathKernels make_path_kernels(const char *name) {
   return {name,         kLanes,   kTileRows,  kTileColumns, decode,      count_bits,     fill_rows,  write_rows,
-          pack_columns, multiply, list_kept,  gather,       matvec_rows, matvec_columns, sweep_rows, score,
+          pack_columns, multiply, list_kept,  gather,    scatter,    matvec_rows, matvec_columns, sweep_rows, score,
           pack_lanes,   outer,    interleave, dots,         expand,      few_dots,       few_sweep,  dpai_row};
 }
 

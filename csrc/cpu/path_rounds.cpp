@@ -18,7 +18,12 @@ constexpr int64_t kStored = int64_t{1} << 20;
 // Scores a thread makes at a time for the stream: 2 MB, columns of a layer are laid out once for each.
 constexpr int64_t kPiece = int64_t{1} << 19;
 
+// Lists may take so much of what the weights take.
+constexpr double kCompactShare = 0.1;
+
 constexpr float kExcluded = -std::numeric_limits<float>::infinity();
+
+int64_t weight_bytes(WeightType type) { return type == WeightType::kFloat32 ? 4 : 2; }
 
 bool vectors(const FlowStep &step) { return step.geometry.linear() && step.geometry.batch == 1; }
 
@@ -80,11 +85,15 @@ void KthForecast::observe(double log2_kth, int64_t candidates) {
 }
 
 PathRounds::PathRounds(PathFlow &flow, std::vector<RoundsLayer> layers, int power)
-    : flow_(flow), layers_(std::move(layers)), power_(power), maps_(layers_.size()), memory_(2 * layers_.size(), NAN) {
+    : flow_(flow), layers_(std::move(layers)), power_(power), maps_(layers_.size()), compact_(layers_.size()), memory_(2 * layers_.size(), NAN) {
   for (size_t l = 0; l < layers_.size(); ++l) {
     total_ += step(l).weight.numel;
     if (!vectors(step(l))) mapped_ += step(l).weight.numel;
   }
+}
+
+PathRounds::~PathRounds() {
+  for (size_t l = 0; l < layers_.size(); ++l) step(l).compact = nullptr;
 }
 
 RoundsStatus PathRounds::run(int64_t done, const std::vector<std::vector<int64_t>> &counts, double seconds,
@@ -143,6 +152,7 @@ RoundsStatus PathRounds::finish(const std::vector<int64_t> &counts, bool stop_em
   current_ = 1 - current_;
   begun_ = true;
   for (size_t l = 0; l < layers_.size(); ++l) flow_.set_mask(static_cast<int64_t>(l), layers_[l].masks[current_]);
+  compact();
   return stop_empty && emptied() ? RoundsStatus::kEmptied : RoundsStatus::kDone;
 }
 
@@ -167,7 +177,16 @@ bool PathRounds::stream_layer(size_t layer, float *gx) {
                  adjoint ? gx : nullptr);
     return adjoint;
   }
-  if (!step.transposed && few_positions(step.geometry, step.weight)) {
+  if (step.compact) {
+    const int64_t depth = step.geometry.depth();
+    stream.sparse(source, maps.exponent);
+    step.compact->scores(maps.columns, maps.rows,
+                         [&](int64_t row, const uint16_t *columns, const float *scores, int64_t count) {
+                           stream.sparse_row(source, maps.exponent, row * depth, columns, scores, count);
+                         });
+    return false;
+  }
+  if (!step.transposed && few_positions(step.geometry, step.weight, mask_density(step.weight))) {
     const WeightView w = view(layer);
     const int64_t depth = step.geometry.depth();
     few_backward(step.geometry, step.weight, maps.columns, maps.rows, gx,
@@ -243,6 +262,30 @@ int64_t PathRounds::select(const std::vector<int64_t> &counts, int64_t candidate
   const int64_t nan = topk_mask(sources, rankings);
   if (global) forecast_.observe(log2_kth, candidates);
   return nan;
+}
+
+// Keeps the lists of thin layers up to date, and makes those of more as long as there is room for them.
+void PathRounds::compact() {
+  int64_t room = 0;
+  for (size_t l = 0; l < layers_.size(); ++l) room += step(l).weight.numel * weight_bytes(step(l).weight.type);
+  room = static_cast<int64_t>(kCompactShare * static_cast<double>(room));
+  for (size_t l = 0; l < layers_.size(); ++l) {
+    if (!compact_[l]) continue;
+    compact_[l]->filter(layers_[l].masks[current_]);
+    room -= compact_[l]->bytes();
+  }
+  for (size_t l = 0; l < layers_.size(); ++l) {
+    FlowStep &step = this->step(l);
+    if (compact_[l] || step.weight.power != power_) continue;
+    WeightView w = view(l);
+    w.mask = layers_[l].masks[current_];
+    const double density = mask_density(w);
+    const int64_t bytes = CompactLayer::bytes(static_cast<int64_t>(density * static_cast<double>(w.numel) + 1.0));
+    if (bytes > room || !CompactLayer::pays(step.geometry, w, density)) continue;
+    compact_[l] = std::make_unique<CompactLayer>(step.geometry, w);
+    step.compact = compact_[l].get();
+    room -= bytes;
+  }
 }
 
 bool PathRounds::emptied() {
