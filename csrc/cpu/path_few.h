@@ -17,12 +17,12 @@ bool few_positions(const PathGeometry &geometry, const WeightView &w, double den
 
 void few_forward(const PathGeometry &geometry, const WeightView &w, const float *x, float *z);
 
-// q [rows, depth] = g x^T for rows row .. row + rows, each sum over positions in ascending order; `ld` floats a row.
-// May be overwritten. Called from several threads.
-using FewSink = std::function<void(int64_t row, int64_t rows, float *q, int64_t ld)>;
+// Whole rows row .. row + rows of [rows, depth], side by side. Called from several threads.
+using FewSink = std::function<void(int64_t row, int64_t rows, const float *scores)>;
 
-// gx = V^T g where gx is not null; q of the column map x to `sink` where x is not null. Sums of gx run over rows in
-// ascending order within fixed ranges, then over the ranges.
+// gx = V^T g where gx is not null; where x is not null, the scores V * (g x^T), each sum over positions in ascending
+// order, to `sink`, 0 for pruned weights. Sums of gx run over rows in ascending order within fixed ranges, then over the
+// ranges.
 void few_backward(const PathGeometry &geometry, const WeightView &w, const float *x, const float *g, float *gx,
                   const FewSink &sink);
 

@@ -84,6 +84,10 @@ struct PathKernels {
   void (*multiply)(const float *a, bool depth_major, int64_t panels, const float *b, int64_t width, int64_t depth,
                    float *c, int64_t ldc, bool accumulate);
 
+  // The same with B where the planes lie: B[k, n] = base[offset[k] + n].
+  void (*multiply_planes)(const float *a, bool depth_major, int64_t panels, const float *base, const int64_t *offset,
+                          int64_t width, int64_t depth, float *c, int64_t ldc, bool accumulate);
+
   // The kept weights of start .. start + count in order: keys[n] = key[i], values[n] = V[start + i]; returns how many.
   // keys and values have room for count + lanes, key for count + lanes reads.
   int64_t (*list_kept)(const WeightView &w, int64_t start, int64_t count, const int32_t *key, int32_t *keys,
@@ -133,10 +137,13 @@ struct PathKernels {
   void (*expand)(const WeightView &w, int64_t start, int64_t count, const float *kept, float pruned, float *out);
 
   // Dot products and the adjoint sweep of a few rows over a few positions, see path_few.inc.h.
-  void (*few_dots)(const float *v, int64_t ldv, const float *x, int64_t positions, int64_t vectors, float *sums,
-                   float *out);
+  void (*few_dots)(const float *v, int64_t ldv, const float *x, int64_t positions, int64_t vectors, float *sums);
+  void (*few_fold)(const float *sums, int64_t count, float *out);
   void (*few_sweep)(const float *v, int64_t ldv, const float *g, const float *x, int64_t positions, int64_t vectors,
-                    float *sums, float *q);
+                    float *sums, float *q, int64_t ldq);
+
+  // The largest of `count` values, NaN where one is NaN, 0 of none.
+  float (*maximum)(const float *values, int64_t count);
 
   void (*dpai_row)(const DpaiRow &row, const DpaiRule &rule, DpaiCounts &counts);
 };

@@ -186,15 +186,14 @@ bool PathRounds::stream_layer(size_t layer, float *gx) {
                          });
     return false;
   }
-  if (!step.transposed && few_positions(step.geometry, step.weight, mask_density(step.weight))) {
-    const WeightView w = view(layer);
+  // Pruned weights come with the score 0 there.
+  const bool few = !step.transposed && step.weight.power == power_ && stream.above_zero(maps.exponent) &&
+                   few_positions(step.geometry, step.weight, mask_density(step.weight));
+  if (few) {
     const int64_t depth = step.geometry.depth();
     few_backward(step.geometry, step.weight, maps.columns, maps.rows, gx,
-                 [&](int64_t row, int64_t rows, float *q, int64_t ld) {
-                   for (int64_t r = 0; r < rows; ++r) {  // side by side, over what has been read
-                     path_kernels().score(w, (row + r) * depth, depth, q + r * ld, kExcluded, q + r * depth);
-                   }
-                   stream.tile(source, maps.exponent, row * depth, rows * depth, q);
+                 [&](int64_t row, int64_t rows, const float *scores) {
+                   stream.tile(source, maps.exponent, row * depth, rows * depth, scores);
                  });
     return true;
   }

@@ -37,6 +37,9 @@ class TopkStream {
   // +infinity itself. Without a band (NaN, or low > high) the pass is made and does not succeed.
   void begin(int64_t k, double low, double high);
 
+  // Whether scores of 0, times 2**exponent, lie below the band: then they may stand for those that may not be kept.
+  bool above_zero(int64_t exponent) const { return band_of(exponent).low > 0.0f; }
+
   // All scores of a source at once, times 2**exponent: see path_sweep. Uses threads by itself.
   void sweep(int64_t source, int64_t exponent, const SweepLayer &layer, float *x);
 
