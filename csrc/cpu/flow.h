@@ -43,7 +43,7 @@ struct FlowStep {
   int64_t parameter = -1, first_bit = 0;
   bool by_rows = false;
   const CompactLayer *compact = nullptr;  // the same weights as lists, where somebody keeps them
-  float *divided = nullptr;  // x / max, where inputs are divided by their maximum
+  float *divided = nullptr;               // x / max, where inputs are divided by their maximum
   double maximum = 1.0;
 
   // The output (or, for kMean, the input) as [outer, channels, inner]; `factor` and `offset` are per channel, null for

@@ -44,6 +44,19 @@ class CompactLayer {
   int64_t count(int64_t row) const { return counts_[static_cast<size_t>(row)]; }
   const uint16_t *columns(int64_t row) const { return columns_.data() + starts_[static_cast<size_t>(row)]; }
   const float *values(int64_t row) const { return values_.data() + starts_[static_cast<size_t>(row)]; }
+  struct Part {
+    const uint16_t *columns;
+    const float *values;
+    int64_t count;
+  };
+  static constexpr int64_t kFewPositions = 16;
+
+  bool few() const { return geometry_.batch * geometry_.out_pixels() <= kFewPositions; }
+  int64_t few_width() const { return round_up(geometry_.batch * geometry_.out_pixels(), 4); }
+  Part columns_of(int64_t row, int64_t c0, int64_t c1) const;
+  void fill_rows(const float *g, float *to) const;
+  void backward_columns(int64_t c0, int64_t c1, const float *g, float *gx) const;
+  void backward_planes(int64_t c0, int64_t c1, const float *g_planes, float *gx) const;
   bool parallel() const { return kept_ * (length_ / 16 + 1) > kParallelWork / 16; }
   void close_up();
 
@@ -51,6 +64,7 @@ class CompactLayer {
   ForwardPlan plan_;
   int64_t kept_ = 0, length_ = 0, plane_stride_ = 0;
   std::vector<int32_t> offsets_;  // where the plane of a column starts
+  std::vector<int32_t> pixels_;   // [taps][positions], see pixel_table
   std::vector<int64_t> starts_, counts_;
   std::vector<uint16_t> columns_;
   std::vector<float> values_;

@@ -13,31 +13,6 @@ constexpr int64_t kChunk = 256;  // columns of them: 8 KB, and 16 KB of columns 
 constexpr int64_t kRange = 128;  // rows that share a table of sums
 constexpr int64_t kMostPositions = 16, kLeastRows = 32, kLeastDepth = 128;
 
-// Where a (position, tap) of the map of columns is read: a pixel, or the zero behind them.
-std::vector<int32_t> pixel_table(const PathGeometry &g) {
-  std::vector<int32_t> table;
-  const int64_t outside = g.pixels();
-  for (int64_t d = 0; d < g.out[0]; ++d) {
-    for (int64_t h = 0; h < g.out[1]; ++h) {
-      for (int64_t w = 0; w < g.out[2]; ++w) {
-        const int64_t at[3] = {d, h, w};
-        for (int64_t t = 0; t < g.taps(); ++t) {
-          const int64_t tap[3] = {t / (g.kernel[1] * g.kernel[2]), t / g.kernel[2] % g.kernel[1], t % g.kernel[2]};
-          int64_t pixel = 0;
-          bool inside = true;
-          for (int a = 0; a < 3; ++a) {
-            const int64_t i = at[a] * g.stride[a] - g.padding[a] + tap[a] * g.dilation[a];
-            inside &= i >= 0 && i < g.size[a];
-            pixel = pixel * g.size[a] + i;
-          }
-          table.push_back(static_cast<int32_t>(inside ? pixel : outside));
-        }
-      }
-    }
-  }
-  return table;
-}
-
 class Columns {
  public:
   explicit Columns(const PathGeometry &g)

@@ -21,8 +21,8 @@ void few_forward(const PathGeometry &geometry, const WeightView &w, const float 
 using FewSink = std::function<void(int64_t row, int64_t rows, const float *scores)>;
 
 // gx = V^T g where gx is not null; where x is not null, the scores V * (g x^T), each sum over positions in ascending
-// order, to `sink`, 0 for pruned weights. Sums of gx run over rows in ascending order within fixed ranges, then over the
-// ranges.
+// order, to `sink`, 0 for pruned weights. Sums of gx run over rows in ascending order within fixed ranges, then over
+// the ranges.
 void few_backward(const PathGeometry &geometry, const WeightView &w, const float *x, const float *g, float *gx,
                   const FewSink &sink);
 

@@ -101,6 +101,14 @@ struct PathKernels {
   void (*scatter)(const int32_t *offsets, const float *values, int64_t count, const float *g, int64_t width,
                   float *base);
 
+  // sums[columns[i]][n] += values[i] * g[n] for n < width, 4, 8, 12 or 16, i ascending.
+  void (*scatter_columns)(const uint16_t *columns, const float *values, int64_t count, const float *g, int64_t width,
+                          float *sums);
+
+  // Keeps the entries whose bit first + columns[i] is 1, in order; returns how many.
+  int64_t (*filter_kept)(uint16_t *columns, float *values, int64_t count, const uint8_t *mask, int64_t bytes,
+                         int64_t first);
+
   // out[b, row] = sum_j V[row, j] x[b, j] for rows first .. last, 1 <= batch <= 4, x [batch, columns].
   void (*matvec_rows)(const WeightView &w, int64_t columns, int64_t first, int64_t last, const float *x, int64_t batch,
                       float *out, int64_t ldo);

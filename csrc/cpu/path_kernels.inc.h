@@ -277,27 +277,6 @@ void gather(const int32_t *offsets, const float *values, int64_t count, const fl
   for (; n < width; n += kLanes) gather_block<1>(offsets, values, count, base + n, c + n);
 }
 
-template <int Vectors>
-inline void scatter_block(const int32_t *offsets, const float *values, int64_t count, const float *g, float *base) {
-  vf factor[Vectors];
-#pragma GCC unroll 8
-  for (int v = 0; v < Vectors; ++v) factor[v] = v_load(g + v * kLanes);
-  for (int64_t i = 0; i < count; ++i) {
-    const vf weight = v_set(values[i]);
-    float *to = base + offsets[i];
-#pragma GCC unroll 8
-    for (int v = 0; v < Vectors; ++v) v_store(to + v * kLanes, v_fma(weight, factor[v], v_load(to + v * kLanes)));
-  }
-}
-
-void scatter(const int32_t *offsets, const float *values, int64_t count, const float *g, int64_t width, float *base) {
-  int64_t n = 0;
-  for (; n + 8 * kLanes <= width; n += 8 * kLanes) scatter_block<8>(offsets, values, count, g + n, base + n);
-  for (; n + 5 * kLanes <= width; n += 5 * kLanes) scatter_block<5>(offsets, values, count, g + n, base + n);
-  for (; n + 2 * kLanes <= width; n += 2 * kLanes) scatter_block<2>(offsets, values, count, g + n, base + n);
-  for (; n < width; n += kLanes) scatter_block<1>(offsets, values, count, g + n, base + n);
-}
-
 void score(const WeightView &w, int64_t start, int64_t count, const float *q, float pruned, float *out) {
   const int64_t bytes = (w.numel + 7) / 8;
   const vf fill = v_set(pruned);
@@ -325,6 +304,7 @@ void score(const WeightView &w, int64_t start, int64_t count, const float *q, fl
 }  // namespace
 
 #include "dpai_row.inc.h"
+#include "path_compact.inc.h"
 #include "path_few.inc.h"
 #include "path_matvec.inc.h"
 #include "path_outer.inc.h"
@@ -333,9 +313,11 @@ void score(const WeightView &w, int64_t start, int64_t count, const float *q, fl
 namespace {
 
 constexpr paikern::PathKernels make_path_kernels(const char *name) {
-  return {name,         kLanes,   kTileRows,  kTileColumns, decode,      count_bits,     fill_rows,  write_rows,
-          pack_columns, multiply, multiply_planes, list_kept,  gather,    scatter,    matvec_rows, matvec_columns, sweep_rows, score,
-          pack_lanes,   outer,    interleave, dots,         expand,      few_dots, few_fold,       few_sweep, maximum, dpai_row};
+  return {name,       kLanes,     kTileRows,       kTileColumns, decode,          count_bits,
+          fill_rows,  write_rows, pack_columns,    multiply,     multiply_planes, list_kept,
+          gather,     scatter,    scatter_columns, filter_kept,  matvec_rows,     matvec_columns,
+          sweep_rows, score,      pack_lanes,      outer,        interleave,      dots,
+          expand,     few_dots,   few_fold,        few_sweep,    maximum,         dpai_row};
 }
 
 }  // namespace

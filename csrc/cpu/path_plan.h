@@ -116,10 +116,15 @@ void write_positions(const Lattice &lattice, const Grid &grid, int64_t batch, in
                      int64_t width, int64_t rows, const float *block, int64_t ld, float *map);
 
 // The density below which scores are made for kept weights alone, by number of positions. Measured on AVX-512.
-inline double kept_density(int64_t positions) { return 0.08 + 0.3 * std::min(1.0, static_cast<double>(positions) / 256); }
+inline double kept_density(int64_t positions) {
+  return 0.08 + 0.3 * std::min(1.0, static_cast<double>(positions) / 256);
+}
 
-// Asks for weights start .. start + count ahead of their use, where rows are visited in pieces of 768 or 1024 bytes: too
-// short for the hardware to see the next one coming.
+// [positions of one image][taps]: the pixel that a tap reads there, pixels() where it lies outside of the map.
+std::vector<int32_t> pixel_table(const PathGeometry &geometry);
+
+// Asks for weights start .. start + count ahead of their use, where rows are visited in pieces of 768 or 1024 bytes:
+// too short for the hardware to see the next one coming.
 inline void prefetch_weights(const WeightView &w, int64_t start, int64_t count) {
   if (w.power == 0) return;
   const int64_t size = w.type == WeightType::kFloat32 ? 4 : 2;

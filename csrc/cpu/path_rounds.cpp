@@ -85,7 +85,12 @@ void KthForecast::observe(double log2_kth, int64_t candidates) {
 }
 
 PathRounds::PathRounds(PathFlow &flow, std::vector<RoundsLayer> layers, int power)
-    : flow_(flow), layers_(std::move(layers)), power_(power), maps_(layers_.size()), compact_(layers_.size()), memory_(2 * layers_.size(), NAN) {
+    : flow_(flow),
+      layers_(std::move(layers)),
+      power_(power),
+      maps_(layers_.size()),
+      compact_(layers_.size()),
+      memory_(2 * layers_.size(), NAN) {
   for (size_t l = 0; l < layers_.size(); ++l) {
     total_ += step(l).weight.numel;
     if (!vectors(step(l))) mapped_ += step(l).weight.numel;
@@ -130,7 +135,8 @@ RoundsStatus PathRounds::finish(const std::vector<int64_t> &counts, bool stop_em
   if (global) forecast_.predict(counts[0], total_, stream_->room(), &low, &high);
   if (!std::isnan(low)) {
     stream = stream_.get();
-    for (size_t l = 0; l < layers_.size(); ++l) stream->set_bits(static_cast<int64_t>(l), layers_[l].masks[1 - current_]);
+    for (size_t l = 0; l < layers_.size(); ++l)
+      stream->set_bits(static_cast<int64_t>(l), layers_[l].masks[1 - current_]);
     stream->begin(counts[0], low, high);
   }
   const int64_t layers = static_cast<int64_t>(layers_.size());

@@ -38,10 +38,10 @@ class KthForecast {
  private:
   static constexpr int kPoints = 3;
   static constexpr double kFirst = 0.2, kLeast = 0.01;
-  double odds_ = NAN, reach_ = NAN;  // of the round at hand
-  double guesses_[kPoints] = {};                    // by the last round, the last two and the last three
-  double errors_[kPoints] = {NAN, NAN, NAN};        // how far from the truth they were of late
-  double at_[kPoints] = {}, log2_[kPoints] = {};    // the last rounds, the latest first
+  double odds_ = NAN, reach_ = NAN;               // of the round at hand
+  double guesses_[kPoints] = {};                  // by the last round, the last two and the last three
+  double errors_[kPoints] = {NAN, NAN, NAN};      // how far from the truth they were of late
+  double at_[kPoints] = {}, log2_[kPoints] = {};  // the last rounds, the latest first
   int points_ = 0;
   double per_log2_ = NAN;  // scores in a band of width 1
 };

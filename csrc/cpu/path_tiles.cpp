@@ -12,8 +12,8 @@ namespace {
 // The adjoint of a kernel of 1 reads `rows` weights side by side of each row of V: 256 make whole kilobytes.
 constexpr int64_t kRowBlock = 128, kWideRowBlock = 256, kColumnBlock = 480;
 
-// So few panels read the planes where they lie: packing the columns of ResNet-20's first stage (two panels) took a tenth
-// of its rounds.
+// So few panels read the planes where they lie: packing the columns of ResNet-20's first stage (two panels) took a
+// tenth of its rounds.
 constexpr int64_t kPlanePanels = 4;
 
 // Rows r0 .. r0 + rows of V for k0 .. k0 + depth, as panels [panel][row][kDepth]; missing rows are 0.

@@ -48,8 +48,8 @@ class TopkStream {
   // exponent, and may come from several threads at a time and in any order.
   void tile(int64_t source, int64_t exponent, int64_t start, int64_t count, const float *scores);
 
-  // The scores of a source that has few: `sparse` clears its bits, and sparse_row takes scores at base + columns[i] from
-  // several threads, no two of them at positions of one byte. What is not mentioned may not be kept.
+  // The scores of a source that has few: `sparse` clears its bits, and sparse_row takes scores at base + columns[i]
+  // from several threads, no two of them at positions of one byte. What is not mentioned may not be kept.
   void sparse(int64_t source, int64_t exponent);
   void sparse_row(int64_t source, int64_t exponent, int64_t base, const uint16_t *columns, const float *scores,
                   int64_t count);
