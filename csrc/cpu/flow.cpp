@@ -72,6 +72,8 @@ bool PathFlow::forward_weight(int64_t index) {
     copy_bits(step.weight.mask, divide_up(end, 8), step.first_bit, step.weight.numel, step.row_mask);
     step.weight.mask = step.row_mask.data();
   }
+  step.weight.density = -1.0;
+  step.weight.density = mask_density(step.weight);  // asked for in both sweeps
   const float *x = in.a;
   out.a_exponent = in.a_exponent;
   if (rules_.by_input_max) {

@@ -15,6 +15,7 @@ struct WeightView {
   int64_t numel;
   WeightType type;
   int power;
+  double density = -1.0;  // of the mask, where it is known
 };
 
 // What the fused DPaI pass needs for one run of weights in one row (a whole number of kernels).

@@ -210,6 +210,7 @@ std::vector<int32_t> pixel_table(const PathGeometry &g) {
 
 double mask_density(const WeightView &w) {
   if (!w.mask || w.numel == 0) return 1.0;
+  if (w.density >= 0.0) return w.density;
   constexpr int64_t kBlock = 1 << 16;
   const int64_t bytes = (w.numel + 7) / 8, blocks = divide_up(bytes, kBlock);
   const PathKernels &kernels = path_kernels();

@@ -167,6 +167,7 @@ WeightView PathRounds::view(size_t layer) {
   WeightView w = step(layer).weight;
   w.power = power_;
   w.mask = begun_ ? layers_[layer].masks[current_] : nullptr;
+  w.density = w.mask == step(layer).weight.mask ? step(layer).weight.density : -1.0;
   return w;
 }
 
@@ -284,6 +285,7 @@ void PathRounds::compact() {
     if (compact_[l] || step.weight.power != power_) continue;
     WeightView w = view(l);
     w.mask = layers_[l].masks[current_];
+    w.density = -1.0;
     const double density = mask_density(w);
     const int64_t bytes = CompactLayer::bytes(static_cast<int64_t>(density * static_cast<double>(w.numel) + 1.0));
     if (bytes > room || !CompactLayer::pays(step.geometry, w, density)) continue;
