@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "path_few.h"
+
 namespace paikern {
 namespace {
 
@@ -12,7 +14,7 @@ constexpr int64_t kMostDepth = int64_t{1} << 16;  // columns are numbered with 1
 constexpr int64_t kMostLength = 2048;             // positions: the sums of a row stay in L1
 // The break-evens against reading everything: 0.07 at 4 positions, 0.12 at 16; for more positions that of scores.
 constexpr double kLeastDensity = 0.05, kFewSlope = 0.07 / 16;
-constexpr double kMostDensity = 0.2;              // beyond, tiles are as fast, and lists take a third of the weights
+constexpr double kMostDensity = 0.2;  // beyond, tiles are as fast, and lists take a third of the weights
 
 // Where the planes of all columns of a row start.
 void to_offsets(const uint16_t *columns, int64_t count, const int32_t *table, int32_t *offsets) {
@@ -25,12 +27,12 @@ bool CompactLayer::pays(const PathGeometry &g, const WeightView &w, double densi
   if (!w.mask || w.power == 0 || g.groups != 1 || g.linear() || g.batch == 0 || g.depth() > kMostDepth) return false;
   if (g.batch * g.pixels() > kMostLength / 2 || g.channels * g.pixels() * g.batch > kParallelWork * 16) return false;
   const int64_t positions = g.batch * g.out_pixels();
-  if (positions <= kFewPositions) return density < kLeastDensity + kFewSlope * static_cast<double>(positions);
+  if (few_shapes(g)) return density < kLeastDensity + kFewSlope * static_cast<double>(positions);
   return density < std::min(kMostDensity, kept_density(positions));
 }
 
 CompactLayer::CompactLayer(const PathGeometry &geometry, const WeightView &w)
-    : geometry_(geometry), plan_(plan_forward(geometry_, geometry_.batch)) {
+    : geometry_(geometry), plan_(plan_forward(geometry_, geometry_.batch)), few_(few_shapes(geometry_)) {
   const PathKernels &kernels = path_kernels();
   // A vector is read behind the last position, no more.
   Lattice &lattice = plan_.lattice;
@@ -45,7 +47,7 @@ CompactLayer::CompactLayer(const PathGeometry &geometry, const WeightView &w)
   }
   const std::vector<int32_t> table = pixel_table(geometry_);
   const int64_t each = geometry_.out_pixels(), taps = geometry_.taps();
-  for (int64_t t = 0; t < taps && few(); ++t) {
+  for (int64_t t = 0; t < taps && few_; ++t) {
     for (int64_t p = 0; p < each; ++p) pixels_.push_back(table[static_cast<size_t>(p * taps + t)]);
   }
   std::vector<int32_t> numbers(static_cast<size_t>(depth) + 16);
@@ -91,7 +93,7 @@ void CompactLayer::filter(const uint8_t *mask) {
     kept += left;
   }
   kept_ = kept;
-  if (2 * kept < static_cast<int64_t>(columns_.size())) close_up();
+  if (8 * kept < 7 * static_cast<int64_t>(columns_.size())) close_up();
 }
 
 // Gives back the room of dropped weights.
@@ -111,6 +113,7 @@ void CompactLayer::close_up() {
 }
 
 void CompactLayer::forward(const float *x, float *z) const {
+  if (few_) return forward_columns(x, z);
   const PathKernels &kernels = path_kernels();
   const Lattice &lattice = plan_.lattice;
   const Grid grid = whole_grid(geometry_.out);
@@ -130,12 +133,44 @@ void CompactLayer::forward(const float *x, float *z) const {
   }
 }
 
+// Over the columns themselves, [depth][positions]: no vector wider than the positions, and as many sums as lanes.
+void CompactLayer::forward_columns(const float *x, float *z) const {
+  const PathKernels &kernels = path_kernels();
+  const int64_t taps = geometry_.taps(), width = few_width(), each = geometry_.out_pixels(),
+                pixels = geometry_.pixels();
+  const int64_t channels = geometry_.channels, rows = geometry_.rows;
+  const FloatBuffer map(channels * taps * width);
+#pragma omp parallel if (parallel())
+  {
+    const FloatBuffer padded(pixels + 1), sums(16);
+#pragma omp for schedule(static)
+    for (int64_t c = 0; c < channels; ++c) {
+      float *to = map.get() + c * taps * width;
+      std::memset(to, 0, sizeof(float) * static_cast<size_t>(taps * width));
+      for (int64_t n = 0; n < geometry_.batch; ++n) {
+        std::memcpy(padded.get(), x + (n * channels + c) * pixels, sizeof(float) * static_cast<size_t>(pixels));
+        padded.get()[pixels] = 0.0f;
+        for (int64_t t = 0; t < taps; ++t) {
+          const int32_t *pixel = pixels_.data() + t * each;
+          for (int64_t p = 0; p < each; ++p) to[t * width + n * each + p] = padded.get()[pixel[p]];
+        }
+      }
+    }
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; ++row) {
+      kernels.gather_columns(columns(row), values(row), count(row), map.get(), width, sums.get());
+      for (int64_t n = 0; n < geometry_.batch; ++n) {
+        std::memcpy(z + (n * rows + row) * each, sums.get() + n * each, sizeof(float) * static_cast<size_t>(each));
+      }
+    }
+  }
+}
+
 void CompactLayer::backward(const float *g, float *gx) const {
   const int64_t channels = geometry_.channels;
   const int64_t parts = parallel() ? std::min<int64_t>(omp_get_max_threads(), channels) : 1;
-  const bool few = this->few();
-  const FloatBuffer g_maps(few ? geometry_.rows * few_width() : geometry_.rows * plan_.lattice.span + 16);
-  if (few) {
+  const FloatBuffer g_maps(few_ ? geometry_.rows * few_width() : geometry_.rows * plan_.lattice.span + 16);
+  if (few_) {
     fill_rows(g, g_maps.get());
   } else {
     fill_planes(plan_.lattice, {whole_grid(geometry_.out)}, geometry_.batch, geometry_.rows, g, g_maps.get());
@@ -143,7 +178,7 @@ void CompactLayer::backward(const float *g, float *gx) const {
 #pragma omp parallel for schedule(static) num_threads(static_cast<int>(parts)) if (parts > 1)
   for (int64_t part = 0; part < parts; ++part) {  // each its own channels: rows add to them in ascending order
     const int64_t c0 = channels * part / parts, c1 = channels * (part + 1) / parts;
-    if (few) {
+    if (few_) {
       backward_columns(c0, c1, g_maps.get(), gx);
     } else {
       backward_planes(c0, c1, g_maps.get(), gx);
@@ -169,13 +204,18 @@ void CompactLayer::backward_columns(int64_t c0, int64_t c1, const float *g, floa
   const PathKernels &kernels = path_kernels();
   const int64_t taps = geometry_.taps(), width = few_width(), each = geometry_.out_pixels(),
                 pixels = geometry_.pixels();
-  const FloatBuffer sums((c1 - c0) * taps * width + 16), map(pixels + 1);
-  std::memset(sums.get(), 0, sizeof(float) * static_cast<size_t>((c1 - c0) * taps * width));
-  float *const base = sums.get() - c0 * taps * width;
-  for (int64_t row = 0; row < geometry_.rows; ++row) {
-    const Part part = columns_of(row, c0, c1);
-    kernels.scatter_columns(part.columns, part.values, part.count, g + row * width, width, base);
+  const int64_t numel = (c1 - c0) * taps * width;
+  const FloatBuffer total(numel), range(numel), map(pixels + 1);
+  for (int64_t first = 0; first < geometry_.rows; first += kFewRange) {
+    float *const sums = first == 0 ? total.get() : range.get();
+    std::memset(sums, 0, sizeof(float) * static_cast<size_t>(numel));
+    for (int64_t row = first; row < std::min(geometry_.rows, first + kFewRange); ++row) {
+      const Part part = columns_of(row, c0, c1);
+      kernels.scatter_columns(part.columns, part.values, part.count, g + row * width, width, sums - c0 * taps * width);
+    }
+    for (int64_t i = 0; i < numel && first > 0; ++i) total.get()[i] += sums[i];
   }
+  const float *const base = total.get() - c0 * taps * width;
   for (int64_t c = c0; c < c1; ++c) {
     for (int64_t n = 0; n < geometry_.batch; ++n) {
       std::memset(map.get(), 0, sizeof(float) * static_cast<size_t>(pixels + 1));

@@ -3,8 +3,9 @@
 // One list a row of V, six bytes a weight: |w|**p and its column. Both sweeps and the scores then cost what is kept,
 // with no mask to look through and no pruned weight to skip: a 3 x 3 x 512 x 512 layer over 2 x 2 positions at density
 // 0.05 takes 0.36 ms forwards when its 9.4 MB are read and 0.07 ms from lists (two threads). Maps lie as in
-// path_plan.h, so that a weight is one shifted plane, and every sum is made in the order of the sparse plan of
-// path_product.cpp and the kept plan of path_outer.h: the same bits.
+// path_plan.h, so that a weight is one shifted plane; over few positions (path_few.h) they are columns. Every sum is
+// made in the order in which the plan for all weights makes it, and scores in that of the kept plan of path_outer.h:
+// the same bits.
 #pragma once
 
 #include <functional>
@@ -49,11 +50,9 @@ class CompactLayer {
     const float *values;
     int64_t count;
   };
-  static constexpr int64_t kFewPositions = 16;
-
-  bool few() const { return geometry_.batch * geometry_.out_pixels() <= kFewPositions; }
   int64_t few_width() const { return round_up(geometry_.batch * geometry_.out_pixels(), 4); }
   Part columns_of(int64_t row, int64_t c0, int64_t c1) const;
+  void forward_columns(const float *x, float *z) const;
   void fill_rows(const float *g, float *to) const;
   void backward_columns(int64_t c0, int64_t c1, const float *g, float *gx) const;
   void backward_planes(int64_t c0, int64_t c1, const float *g_planes, float *gx) const;
@@ -62,6 +61,7 @@ class CompactLayer {
 
   PathGeometry geometry_;
   ForwardPlan plan_;
+  bool few_;
   int64_t kept_ = 0, length_ = 0, plane_stride_ = 0;
   std::vector<int32_t> offsets_;  // where the plane of a column starts
   std::vector<int32_t> pixels_;   // [taps][positions], see pixel_table

@@ -16,13 +16,18 @@ inline void scatter_block(const int32_t *offsets, const float *values, int64_t c
   }
 }
 
-// base[offsets[i] + n] += values[i] * g[n], one rounding each, i ascending.
+// base[offsets[i] + n] += values[i] * g[n], one rounding each, i ascending. Planes overlap where two weights differ in
+// their tap, so all of one weight comes before the next.
 void scatter(const int32_t *offsets, const float *values, int64_t count, const float *g, int64_t width, float *base) {
-  int64_t n = 0;
-  for (; n + 8 * kLanes <= width; n += 8 * kLanes) scatter_block<8>(offsets, values, count, g + n, base + n);
-  for (; n + 5 * kLanes <= width; n += 5 * kLanes) scatter_block<5>(offsets, values, count, g + n, base + n);
-  for (; n + 2 * kLanes <= width; n += 2 * kLanes) scatter_block<2>(offsets, values, count, g + n, base + n);
-  for (; n < width; n += kLanes) scatter_block<1>(offsets, values, count, g + n, base + n);
+  const int64_t vectors = width / kLanes;
+  if (vectors == 1) return scatter_block<1>(offsets, values, count, g, base);
+  if (vectors == 2) return scatter_block<2>(offsets, values, count, g, base);
+  if (vectors == 5) return scatter_block<5>(offsets, values, count, g, base);
+  for (int64_t i = 0; i < count; ++i) {
+    const vf weight = v_set(values[i]);
+    float *to = base + offsets[i];
+    for (int64_t n = 0; n < width; n += kLanes) v_store(to + n, v_fma(weight, v_load(g + n), v_load(to + n)));
+  }
 }
 
 template <int Quads>
@@ -55,6 +60,45 @@ void scatter_columns(const uint16_t *columns, const float *values, int64_t count
       v_store(to, v_fma(v_set(values[i]), factor, v_load(to)));
     }
   }
+}
+
+template <int Quads>
+inline void gather_quads(const uint16_t *columns, const float *values, int64_t count, const float *map, float *sums) {
+  for (int64_t i = 0; i < count; ++i) {
+    const v4 weight = v4_set(values[i]);
+    const float *from = map + static_cast<int64_t>(columns[i]) * (4 * Quads);
+    float *to = sums + (columns[i] & (kLanes - 1)) * (4 * Quads);
+#pragma GCC unroll 4
+    for (int v = 0; v < Quads; ++v) v4_store(to + 4 * v, v4_fma(weight, v4_load(from + 4 * v), v4_load(to + 4 * v)));
+  }
+}
+
+// out[n] = sum over i of values[i] * map[columns[i]][n] for n < width, 4, 8, 12 or 16: a sum for every lane that
+// few_dots has a column in, i ascending, and then the lanes as few_fold adds them. As many chains run side by side.
+void gather_columns(const uint16_t *columns, const float *values, int64_t count, const float *map, int64_t width,
+                    float *out) {
+  float sums[kLanes * 16];
+  std::memset(sums, 0, sizeof(float) * static_cast<size_t>(kLanes * width));
+  if (width == 4) {
+    gather_quads<1>(columns, values, count, map, sums);
+  } else if (width == 8) {
+    gather_quads<2>(columns, values, count, map, sums);
+  } else if (width == 12) {
+    gather_quads<3>(columns, values, count, map, sums);
+  } else if (kLanes < 16) {
+    gather_quads<4>(columns, values, count, map, sums);
+  } else {
+    for (int64_t i = 0; i < count; ++i) {
+      float *to = sums + (columns[i] & (kLanes - 1)) * 16;
+      v_store(to, v_fma(v_set(values[i]), v_load(map + static_cast<int64_t>(columns[i]) * 16), v_load(to)));
+    }
+  }
+  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half * width; i += 4) {
+      v4_store(sums + i, v4_add(v4_load(sums + i), v4_load(sums + half * width + i)));
+    }
+  }
+  std::memcpy(out, sums, sizeof(float) * static_cast<size_t>(width));
 }
 
 // Keeps the entries whose bit first + columns[i] is 1, in order; returns how many.

@@ -10,7 +10,8 @@ namespace {
 
 constexpr int64_t kRows = 8;     // decoded together
 constexpr int64_t kChunk = 256;  // columns of them: 8 KB, and 16 KB of columns at 16 positions
-constexpr int64_t kRange = 128;  // rows that share a table of sums
+// Floats that are moved one by one, which two threads do sooner.
+constexpr int64_t kSmallWork = kParallelWork / 32;
 constexpr int64_t kMostPositions = 16, kLeastRows = 32, kLeastDepth = 128;
 
 class Columns {
@@ -32,7 +33,7 @@ class Columns {
     const int64_t taps = g_.taps(), each = g_.out_pixels();
     std::memset(columns + (vectors_ - 1) * positions_ * lanes_, 0,
                 sizeof(float) * static_cast<size_t>(positions_ * lanes_));
-#pragma omp parallel for schedule(static) if (floats() > kParallelWork / 8)
+#pragma omp parallel for schedule(static) if (floats() > kSmallWork)
     for (int64_t c = 0; c < g_.channels; ++c) {
       float pixels[kMostPixels + 1];
       for (int64_t n = 0; n < g_.batch; ++n) {
@@ -51,7 +52,7 @@ class Columns {
   void fold(float *tables, int64_t count, float *gx) const {
     const int64_t taps = g_.taps(), each = g_.out_pixels(), all = floats();
     constexpr int64_t kPiece = 4096;
-#pragma omp parallel for schedule(static) if (count * all > kParallelWork / 8)
+#pragma omp parallel for schedule(static) if (count * all > kSmallWork)
     for (int64_t start = 0; start < all; start += kPiece) {
       const int64_t end = std::min(all, start + kPiece);
       for (int64_t i = 1; i < count; ++i) {
@@ -59,7 +60,7 @@ class Columns {
         for (int64_t k = start; k < end; ++k) tables[k] += from[k];
       }
     }
-#pragma omp parallel for schedule(static) if (all > kParallelWork / 8)
+#pragma omp parallel for schedule(static) if (all > kSmallWork)
     for (int64_t c = 0; c < g_.channels; ++c) {
       float pixels[kMostPixels + 1];
       for (int64_t n = 0; n < g_.batch; ++n) {
@@ -101,10 +102,13 @@ int64_t decode_chunk(const WeightView &w, int64_t depth, int64_t row, int64_t ro
 
 }  // namespace
 
+bool few_shapes(const PathGeometry &g) {
+  if (g.groups != 1 || g.linear() || g.batch * g.out_pixels() > kMostPositions) return false;
+  return g.rows >= kLeastRows && g.depth() >= kLeastDepth && g.pixels() <= Columns::kMostPixels;
+}
+
 bool few_positions(const PathGeometry &g, const WeightView &w, double density) {
-  if (w.power == 0 || g.groups != 1 || g.linear() || g.batch * g.out_pixels() > kMostPositions) return false;
-  if (g.rows < kLeastRows || g.depth() < kLeastDepth || g.pixels() > Columns::kMostPixels) return false;
-  return !CompactLayer::pays(g, w, density);
+  return w.power != 0 && few_shapes(g) && !CompactLayer::pays(g, w, density);
 }
 
 void few_forward(const PathGeometry &g, const WeightView &w, const float *x, float *z) {
@@ -142,7 +146,7 @@ void few_backward(const PathGeometry &g, const WeightView &w, const float *x, co
   const int64_t positions = columns.positions(), each = g.out_pixels(), depth = g.depth(), ld = columns.ld();
   const FloatBuffer map(x ? columns.floats() : 0);
   if (x) columns.fill(x, map.get());
-  const int64_t ranges = divide_up(g.rows, kRange);
+  const int64_t ranges = divide_up(g.rows, kFewRange);
   const FloatBuffer tables(gx ? ranges * columns.floats() : 0);
 #pragma omp parallel if (g.rows * depth > kParallelWork / 8)
   {
@@ -151,8 +155,8 @@ void few_backward(const PathGeometry &g, const WeightView &w, const float *x, co
     for (int64_t range = 0; range < ranges; ++range) {
       float *table = gx ? tables.get() + range * columns.floats() : nullptr;
       if (table) std::memset(table, 0, sizeof(float) * static_cast<size_t>(columns.floats()));
-      const int64_t last = std::min(g.rows, (range + 1) * kRange);
-      for (int64_t row = range * kRange; row < last; row += kRows) {
+      const int64_t last = std::min(g.rows, (range + 1) * kFewRange);
+      for (int64_t row = range * kFewRange; row < last; row += kRows) {
         const int64_t rows = std::min(kRows, last - row);
         for (int64_t p = 0; p < positions; ++p) {
           for (int64_t r = 0; r < kRows; ++r) {

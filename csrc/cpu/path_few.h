@@ -12,6 +12,11 @@
 
 namespace paikern {
 
+constexpr int64_t kFewRange = 128;  // rows that share a table of sums in the adjoint sweep
+
+// Whether the shapes are of this kind, whatever the mask.
+bool few_shapes(const PathGeometry &geometry);
+
 // Whether path_forward, path_backward and the scores go this way; the same answer for all three.
 bool few_positions(const PathGeometry &geometry, const WeightView &w, double density);
 

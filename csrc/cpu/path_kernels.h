@@ -102,6 +102,11 @@ struct PathKernels {
   void (*scatter)(const int32_t *offsets, const float *values, int64_t count, const float *g, int64_t width,
                   float *base);
 
+  // out[n] = sum over i of values[i] * map[columns[i]][n] for n < width, 4, 8, 12 or 16: rounds as few_dots and
+  // few_fold.
+  void (*gather_columns)(const uint16_t *columns, const float *values, int64_t count, const float *map, int64_t width,
+                         float *out);
+
   // sums[columns[i]][n] += values[i] * g[n] for n < width, 4, 8, 12 or 16, i ascending.
   void (*scatter_columns)(const uint16_t *columns, const float *values, int64_t count, const float *g, int64_t width,
                           float *sums);

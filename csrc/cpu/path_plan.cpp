@@ -215,7 +215,7 @@ double mask_density(const WeightView &w) {
   const int64_t bytes = (w.numel + 7) / 8, blocks = divide_up(bytes, kBlock);
   const PathKernels &kernels = path_kernels();
   int64_t kept = 0;
-#pragma omp parallel for schedule(static) reduction(+ : kept) if (bytes > kParallelWork)
+#pragma omp parallel for schedule(static) reduction(+ : kept) if (bytes > kParallelWork / 8)
   for (int64_t i = 0; i < blocks; ++i) {
     kept += kernels.count_bits(w.mask + i * kBlock, std::min(kBlock, bytes - i * kBlock));
   }

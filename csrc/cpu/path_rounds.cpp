@@ -1,5 +1,7 @@
 #include "path_rounds.h"
 
+#include <omp.h>
+
 #include <algorithm>
 #include <chrono>
 #include <limits>
@@ -16,7 +18,7 @@ namespace {
 constexpr int64_t kStored = int64_t{1} << 20;
 
 // Scores a thread makes at a time for the stream: 2 MB, columns of a layer are laid out once for each.
-constexpr int64_t kPiece = int64_t{1} << 19;
+constexpr int64_t kLeastPiece = int64_t{1} << 15, kPiece = int64_t{1} << 19;
 
 // Lists may take so much of what the weights take.
 constexpr double kCompactShare = 0.1;
@@ -56,7 +58,7 @@ void KthForecast::predict(int64_t k, int64_t total, int64_t room, double *low, d
   if (!std::isnan(per_log2_)) {
     // Some thousand candidates more cost microseconds, a band that misses a third read; so do more than there is room
     // for, and there were fewer a round ago.
-    const double few = 2048.0 + static_cast<double>(total) / 1024.0, most = static_cast<double>(room) / 2.0;
+    const double few = 2048.0 + static_cast<double>(total) / 4096.0, most = static_cast<double>(room) / 2.0;
     reach_ = std::min(std::max(reach_, std::min(few / (2.0 * per_log2_), 4.0 * last)), most / (2.0 * per_log2_));
   }
   reach_ = std::max(reach_, kLeast);
@@ -204,17 +206,20 @@ bool PathRounds::stream_layer(size_t layer, float *gx) {
                  });
     return true;
   }
-  if (numel <= kPiece) {
+  if (numel <= kLeastPiece) {
     const FloatBuffer scores(numel);
     path_score(step.geometry, view(layer), maps.columns, maps.rows, kExcluded, scores.get());
     stream.tile(source, maps.exponent, 0, numel, scores.get());
     return false;
   }
   const PathScoreTiles tiles(step.geometry, view(layer), maps.columns, maps.rows);
-  const int64_t pieces = divide_up(numel, kPiece);
+  const int64_t threads = omp_get_max_threads();
+  const int64_t most = std::clamp(numel / (2 * threads), kLeastPiece, kPiece);
+  const int64_t pieces = round_up(divide_up(numel, most), threads), piece = round_up(divide_up(numel, pieces), 8);
 #pragma omp parallel for schedule(dynamic)
   for (int64_t p = 0; p < pieces; ++p) {
-    const int64_t start = p * kPiece, count = std::min(kPiece, numel - start);
+    const int64_t start = p * piece, count = std::min(piece, numel - start);
+    if (count <= 0) continue;
     const FloatBuffer scores(count);
     tiles.fill(start, count, scores.get());
     stream.tile(source, maps.exponent, start, count, scores.get());

@@ -306,12 +306,14 @@ inline v4 v4_set(float x) { return _mm_set1_ps(x); }
 inline v4 v4_load(const float *p) { return _mm_loadu_ps(p); }
 inline void v4_store(float *p, v4 a) { _mm_storeu_ps(p, a); }
 inline v4 v4_fma(v4 a, v4 b, v4 c) { return _mm_fmadd_ps(a, b, c); }
+inline v4 v4_add(v4 a, v4 b) { return _mm_add_ps(a, b); }
 #else
 using v4 = vf;
 inline v4 v4_set(float x) { return v_set(x); }
 inline v4 v4_load(const float *p) { return v_load(p); }
 inline void v4_store(float *p, v4 a) { v_store(p, a); }
 inline v4 v4_fma(v4 a, v4 b, v4 c) { return v_fma(a, b, c); }
+inline v4 v4_add(v4 a, v4 b) { return v_add(a, b); }
 #endif
 
 constexpr int kTileColumns = kLanes * kTileVectors;

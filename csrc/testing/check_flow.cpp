@@ -184,6 +184,13 @@ void rounds(Random &random) {
           sources[l].numel = w.numel;
           sources[l].bits = bits[2][l].data();
           sources[l].exponent = exponent;
+          if (step.geometry.linear()) {  // two vectors: a score is rounded as the selection rounds |w|**p * a * g
+            sources[l].data = w.data;
+            sources[l].a = x;
+            sources[l].g = g;
+            sources[l].columns = step.geometry.depth();
+            sources[l].power = power;
+          }
           sources[l].candidates = expected.empty() ? nullptr : expected[l].data();
           return false;
         });
