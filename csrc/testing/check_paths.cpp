@@ -1,10 +1,12 @@
 // Path products, scores and the DPaI update against loops over every path. Weights are quarters and maps small
 // integers, so that every sum is exact in float32 and the comparison needs no tolerance.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
 #include "check.h"
 #include "path.h"
+#include "path_few.h"
 
 namespace check {
 namespace {
@@ -129,6 +131,79 @@ void check_geometry(Random &random, const PathGeometry &g) {
   dpai(random, g, x, z, q);
 }
 
+// The layers whose weights are read once, by themselves; each limit is passed by one on either side.
+void check_few(Random &random, const PathGeometry &g, bool fits) {
+  const int64_t numel = g.rows * g.depth();
+  const Weight weight = make_weight(random, numel);
+  int64_t kept = 0;
+  for (int64_t i = 0; i < numel; ++i) kept += weight.mask.empty() || bit(weight.mask, i);
+  const bool dense = weight.mask.empty() || 50 * kept >= numel;
+  CHECK(paikern::few_positions(g, weight.view) == (fits && dense && weight.view.power != 0));
+  if (!fits || weight.view.power == 0) return;
+  const auto x = integers(random, g.batch * g.channels * g.pixels());
+  const auto z = integers(random, g.batch * g.rows * g.out_pixels());
+  std::vector<float> wanted_forward(z.size()), wanted_backward(x.size()), q(static_cast<size_t>(numel));
+  for_paths(g, [&](size_t w, size_t column, size_t row) {
+    wanted_forward[row] += weight.values[w] * x[column];
+    wanted_backward[column] += weight.values[w] * z[row];
+    q[w] += x[column] * z[row];
+  });
+  std::vector<float> forward(z.size(), NAN);
+  paikern::few_forward(g, weight.view, x.data(), forward.data());
+  CHECK(forward == wanted_forward);
+  for (const bool adjoint : {false, true}) {
+    for (const bool scores : {false, true}) {
+      if (!adjoint && !scores) continue;
+      std::vector<float> backward(x.size(), NAN), found(q.size(), NAN);
+      std::vector<uint8_t> seen(static_cast<size_t>(g.rows), 0);
+      const auto sink = [&](int64_t row, int64_t rows, float *values, int64_t ld) {
+        for (int64_t r = 0; r < rows; ++r) {
+          ++seen[static_cast<size_t>(row + r)];
+          std::memcpy(found.data() + (row + r) * g.depth(), values + r * ld,
+                      sizeof(float) * static_cast<size_t>(g.depth()));
+          std::fill_n(values + r * ld, g.depth(), NAN);  // it may be overwritten
+        }
+      };
+      paikern::few_backward(g, weight.view, scores ? x.data() : nullptr, z.data(), adjoint ? backward.data() : nullptr,
+                            sink);
+      if (adjoint) CHECK(backward == wanted_backward);
+      if (!scores) continue;
+      CHECK(found == q);
+      CHECK(std::all_of(seen.begin(), seen.end(), [](uint8_t times) { return times == 1; }));
+    }
+  }
+}
+
+void few(Random &random) {
+  const auto flat = [](int64_t batch, int64_t rows, int64_t channels, int64_t height, int64_t width, int64_t stride) {
+    const int64_t out[2] = {(height - 1) / stride + 1, (width - 1) / stride + 1};
+    return PathGeometry{batch,
+                        1,
+                        rows,
+                        channels,
+                        {1, height, width},
+                        {1, 3, 3},
+                        {1, stride, stride},
+                        {0, 1, 1},
+                        {1, 1, 1},
+                        {1, out[0], out[1]}};
+  };
+  check_few(random,
+            flat(1, 33 + below(random, 70), 15 + below(random, 20), 1 + below(random, 4), 1 + below(random, 4), 1),
+            true);
+  check_few(random, flat(1, 32, 15, 4, 4, 1), true);
+  check_few(random, flat(4, 71, 15, 4, 3, 2), true);
+  check_few(random, flat(1, 65, 16, 16, 16, 4), true);
+  check_few(random, flat(1, 40, 15, 17, 1, 1), false);  // positions
+  check_few(random, flat(2, 40, 15, 3, 3, 1), false);
+  check_few(random, flat(1, 31, 15, 2, 2, 1), false);    // rows
+  check_few(random, flat(1, 32, 14, 2, 2, 1), false);    // depth
+  check_few(random, flat(1, 32, 15, 16, 17, 5), false);  // pixels
+  PathGeometry grouped = flat(1, 64, 32, 2, 2, 1);
+  grouped.groups = 2;
+  check_few(random, grouped, false);
+}
+
 PathGeometry linear(int64_t batch, int64_t rows, int64_t columns) {
   return {batch, 1, rows, columns, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {0, 0, 0}, {1, 1, 1}, {1, 1, 1}};
 }
@@ -160,7 +235,10 @@ void paths(Random &random, int rounds) {
     check_geometry(random, linear(batch, 33, 17));
     check_geometry(random, linear(batch, 130, 260));
   }
-  for (int round = 0; round < rounds; ++round) check_geometry(random, convolution(random));
+  for (int round = 0; round < rounds; ++round) {
+    check_geometry(random, convolution(random));
+    few(random);
+  }
 }
 
 }  // namespace check
