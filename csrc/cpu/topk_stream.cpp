@@ -47,7 +47,7 @@ TopkStream::TopkStream(std::vector<Source> sources)
     total_ += source.numel;
   }
   // As a selection has it: with more candidates it is cheaper to look for a narrower band first.
-  room_ = std::min(total_, std::max<int64_t>(1 << 16, total_ >> 5));
+  room_ = std::min(total_, std::max<int64_t>(1 << 16, total_ >> 6));
   scores_ = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(room_));
   places_ = std::make_unique_for_overwrite<int64_t[]>(static_cast<size_t>(room_));
 }
