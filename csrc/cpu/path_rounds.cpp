@@ -188,7 +188,7 @@ bool PathRounds::stream_layer(size_t layer, float *gx) {
   }
   if (step.compact) {
     const int64_t depth = step.geometry.depth();
-    stream.sparse(source, maps.exponent);
+    stream.sparse(source, maps.exponent, step.weight.mask);
     step.compact->scores(maps.columns, maps.rows,
                          [&](int64_t row, const uint16_t *columns, const float *scores, int64_t count) {
                            stream.sparse_row(source, maps.exponent, row * depth, columns, scores, count);

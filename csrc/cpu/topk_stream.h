@@ -48,9 +48,9 @@ class TopkStream {
   // exponent, and may come from several threads at a time and in any order.
   void tile(int64_t source, int64_t exponent, int64_t start, int64_t count, const float *scores);
 
-  // The scores of a source that has few: `sparse` clears its bits, and sparse_row takes scores at base + columns[i]
-  // from several threads, no two of them at positions of one byte. What is not mentioned may not be kept.
-  void sparse(int64_t source, int64_t exponent);
+  // The scores of a source of which few may be kept: those whose bit in `mask` is 1. sparse_row takes the scores of all
+  // of them, at base + columns[i], from several threads, no two of them at positions of one byte.
+  void sparse(int64_t source, int64_t exponent, const uint8_t *mask);
   void sparse_row(int64_t source, int64_t exponent, int64_t base, const uint16_t *columns, const float *scores,
                   int64_t count);
 
