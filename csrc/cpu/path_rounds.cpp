@@ -21,7 +21,7 @@ constexpr int64_t kStored = int64_t{1} << 20;
 constexpr int64_t kLeastPiece = int64_t{1} << 15, kPiece = int64_t{1} << 19;
 
 // Lists may take so much of what the weights take.
-constexpr double kCompactShare = 0.1;
+constexpr double kCompactShare = 0.09;
 
 constexpr float kExcluded = -std::numeric_limits<float>::infinity();
 
@@ -54,11 +54,11 @@ void KthForecast::predict(int64_t k, int64_t total, int64_t room, double *low, d
     if (errors_[n] < errors_[best]) best = n;  // never where it is NaN
   }
   const double guess = guesses_[best], last = reach_;
-  reach_ = std::isnan(errors_[best]) ? kFirst : 4.0 * errors_[best];
+  reach_ = std::isnan(errors_[best]) ? kFirst : 5.0 * errors_[best];
   if (!std::isnan(per_log2_)) {
     // Some thousand candidates more cost microseconds, a band that misses a third read; so do more than there is room
     // for, and there were fewer a round ago.
-    const double few = 2048.0 + static_cast<double>(total) / 4096.0, most = static_cast<double>(room) / 2.0;
+    const double few = 2048.0 + static_cast<double>(total) / 2048.0, most = static_cast<double>(room) / 2.0;
     reach_ = std::min(std::max(reach_, std::min(few / (2.0 * per_log2_), 4.0 * last)), most / (2.0 * per_log2_));
   }
   reach_ = std::max(reach_, kLeast);
@@ -74,7 +74,7 @@ void KthForecast::observe(double log2_kth, int64_t candidates) {
   if (candidates >= 0) per_log2_ = static_cast<double>(std::max<int64_t>(candidates, 1)) / (2.0 * reach_);
   for (int n = 0; n < points_; ++n) {  // the worst of late, which fades
     const double error = std::abs(log2_kth - guesses_[n]);
-    errors_[n] = std::isnan(errors_[n]) ? error : std::max(error, 0.8 * errors_[n]);
+    errors_[n] = std::isnan(errors_[n]) ? error : std::max(error, 0.85 * errors_[n]);
   }
   if (points_ > 0 && odds_ == at_[0]) points_ = 0;  // the same k again
   for (int i = std::min(points_, kPoints - 1); i > 0; --i) {
