@@ -6,6 +6,7 @@
 
 #include "check.h"
 #include "path.h"
+#include "path_compact.h"
 #include "path_few.h"
 
 namespace check {
@@ -131,14 +132,55 @@ void check_geometry(Random &random, const PathGeometry &g) {
   dpai(random, g, x, z, q);
 }
 
+// Lists of kept weights, and what is left of them after two more masks.
+void compact(Random &random, const PathGeometry &g, const Weight &weight) {
+  if (g.groups != 1 || g.linear() || weight.view.power == 0) return;
+  const int64_t numel = g.rows * g.depth();
+  const auto x = integers(random, g.batch * g.channels * g.pixels());
+  const auto z = integers(random, g.batch * g.rows * g.out_pixels());
+  paikern::CompactLayer layer(g, weight.view);
+  std::vector<uint8_t> mask = weight.mask;
+  for (int round = 0; round < 3; ++round) {
+    std::vector<float> wanted_forward(z.size()), wanted_backward(x.size()), q(static_cast<size_t>(numel));
+    for_paths(g, [&](size_t w, size_t column, size_t row) {
+      const float value = bit(mask, static_cast<int64_t>(w)) ? weight.values[w] : 0.0f;
+      wanted_forward[row] += value * x[column];
+      wanted_backward[column] += value * z[row];
+      q[w] += x[column] * z[row];
+    });
+    std::vector<float> forward(z.size(), NAN), backward(x.size(), NAN), scores(static_cast<size_t>(numel), -1.0f);
+    layer.forward(x.data(), forward.data());
+    CHECK(forward == wanted_forward);
+    layer.backward(z.data(), backward.data());
+    CHECK(backward == wanted_backward);
+    layer.scores(x.data(), z.data(), [&](int64_t row, const uint16_t *columns, const float *values, int64_t count) {
+      for (int64_t i = 0; i < count; ++i) scores[static_cast<size_t>(row * g.depth() + columns[i])] = values[i];
+    });
+    int64_t kept = 0;
+    for (int64_t i = 0; i < numel; ++i) {
+      const size_t at = static_cast<size_t>(i);
+      CHECK(scores[at] == (bit(mask, i) ? weight.values[at] * q[at] : -1.0f));
+      kept += bit(mask, i);
+    }
+    CHECK(layer.kept() == kept);
+    CHECK(layer.bytes() >= paikern::CompactLayer::bytes(kept));
+    const std::vector<uint8_t> next = random_bits(random, numel, round == 0 ? 9 : 3);
+    for (size_t i = 0; i < mask.size(); ++i) mask[i] &= next[i];
+    layer.filter(mask.data());
+  }
+}
+
 // The layers whose weights are read once, by themselves; each limit is passed by one on either side.
 void check_few(Random &random, const PathGeometry &g, bool fits) {
   const int64_t numel = g.rows * g.depth();
   const Weight weight = make_weight(random, numel);
   int64_t kept = 0;
   for (int64_t i = 0; i < numel; ++i) kept += weight.mask.empty() || bit(weight.mask, i);
-  const bool dense = weight.mask.empty() || 50 * kept >= numel;
-  CHECK(paikern::few_positions(g, weight.view) == (fits && dense && weight.view.power != 0));
+  const double density = weight.mask.empty() ? 1.0 : static_cast<double>(kept) / static_cast<double>(numel);
+  const bool thin = paikern::CompactLayer::pays(g, weight.view, density);
+  CHECK(paikern::few_shapes(g) == fits);
+  CHECK(paikern::few_positions(g, weight.view, density) == (fits && !thin && weight.view.power != 0));
+  if (!weight.mask.empty()) compact(random, g, weight);
   if (!fits || weight.view.power == 0) return;
   const auto x = integers(random, g.batch * g.channels * g.pixels());
   const auto z = integers(random, g.batch * g.rows * g.out_pixels());
@@ -156,19 +198,15 @@ void check_few(Random &random, const PathGeometry &g, bool fits) {
       if (!adjoint && !scores) continue;
       std::vector<float> backward(x.size(), NAN), found(q.size(), NAN);
       std::vector<uint8_t> seen(static_cast<size_t>(g.rows), 0);
-      const auto sink = [&](int64_t row, int64_t rows, float *values, int64_t ld) {
-        for (int64_t r = 0; r < rows; ++r) {
-          ++seen[static_cast<size_t>(row + r)];
-          std::memcpy(found.data() + (row + r) * g.depth(), values + r * ld,
-                      sizeof(float) * static_cast<size_t>(g.depth()));
-          std::fill_n(values + r * ld, g.depth(), NAN);  // it may be overwritten
-        }
+      const auto sink = [&](int64_t row, int64_t rows, const float *values) {
+        for (int64_t r = 0; r < rows; ++r) ++seen[static_cast<size_t>(row + r)];
+        std::memcpy(found.data() + row * g.depth(), values, sizeof(float) * static_cast<size_t>(rows * g.depth()));
       };
       paikern::few_backward(g, weight.view, scores ? x.data() : nullptr, z.data(), adjoint ? backward.data() : nullptr,
                             sink);
       if (adjoint) CHECK(backward == wanted_backward);
       if (!scores) continue;
-      CHECK(found == q);
+      for (size_t i = 0; i < q.size(); ++i) CHECK(found[i] == weight.values[i] * q[i]);
       CHECK(std::all_of(seen.begin(), seen.end(), [](uint8_t times) { return times == 1; }));
     }
   }
@@ -236,7 +274,10 @@ void paths(Random &random, int rounds) {
     check_geometry(random, linear(batch, 130, 260));
   }
   for (int round = 0; round < rounds; ++round) {
-    check_geometry(random, convolution(random));
+    const PathGeometry g = convolution(random);
+    check_geometry(random, g);
+    const Weight weight = make_weight(random, g.rows * g.depth());
+    if (!weight.mask.empty()) compact(random, g, weight);
     few(random);
   }
 }
