@@ -25,6 +25,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -32,7 +33,7 @@ from paikern import zoo
 from paikern._names import storage_key, strip_wrappers
 from paikern.errors import PaikernError, PaikernWarning
 
-__all__ = ["ModelLoadError", "load_checkpoint", "load_model", "parse_shape"]
+__all__ = ["ModelLoadError", "load_checkpoint", "load_model", "load_samples", "parse_shape"]
 
 # Where training scripts put the state dict inside a checkpoint.
 _NESTED_KEYS = ("state_dict", "model_state_dict", "model", "module", "net")
@@ -284,6 +285,50 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
     if problems:
         raise ModelLoadError(f"checkpoint: {os.fspath(path)} does not fit: {'; '.join(problems)}")
     model.load_state_dict(given, strict=False)
+
+
+def load_samples(path: str | os.PathLike[str]) -> Tensor:
+    """Samples `[n, ...]` in float32 from a file, for `data=`.
+
+    Args:
+        path: an array that ``numpy.save`` wrote (read without unpickling), or a safetensors file
+            whose only tensor, or the one named ``data``, holds them.
+
+    Raises:
+        ModelLoadError: the file cannot be read or holds no such tensor.
+
+    >>> import tempfile, pathlib, numpy
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = pathlib.Path(folder, "samples.npy")
+    ...     numpy.save(file, numpy.zeros((20, 3, 32, 32)))
+    ...     load_samples(file).shape
+    torch.Size([20, 3, 32, 32])
+    """
+    name = os.fspath(path)
+    if not Path(path).is_file():
+        raise ModelLoadError(f"data: there is no file {name}")
+    try:
+        if _is_safetensors(Path(path)):
+            from safetensors.torch import load_file
+
+            held = load_file(path)
+        else:
+            held = {"data": torch.from_numpy(np.load(path, allow_pickle=False))}
+    except Exception as error:
+        raise ModelLoadError(
+            f"data: {name} cannot be read ({_first_line(error)}); give a .npy array or a "
+            "safetensors file"
+        ) from error
+    found = next(iter(held.values())) if len(held) == 1 else held.get("data")
+    if found is None:
+        raise ModelLoadError(
+            f"data: {name} holds {len(held)} tensors and none is named 'data'; save one"
+        )
+    if found.dim() < 2 or found.is_complex():
+        raise ModelLoadError(
+            f"data: {name} must hold numbers [n, ...], got {found.dtype} {list(found.shape)}"
+        )
+    return found.float()
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:

@@ -19,7 +19,13 @@ constexpr int64_t kFloorFrom = 50;
 // V x, or V^T x where the step uses the stored matrix the other way round.
 void product(const FlowStep &step, bool adjoint, const float *from, float *to, int64_t numel) {
   if (numel == 0) return;
-  if (adjoint != step.transposed) {
+  if (step.compact) {
+    if (adjoint != step.transposed) {
+      step.compact->backward(from, to);
+    } else {
+      step.compact->forward(from, to);
+    }
+  } else if (adjoint != step.transposed) {
     path_backward(step.geometry, step.weight, from, to);
   } else {
     path_forward(step.geometry, step.weight, from, to);
@@ -66,6 +72,8 @@ bool PathFlow::forward_weight(int64_t index) {
     copy_bits(step.weight.mask, divide_up(end, 8), step.first_bit, step.weight.numel, step.row_mask);
     step.weight.mask = step.row_mask.data();
   }
+  step.weight.density = -1.0;
+  step.weight.density = mask_density(step.weight);  // asked for in both sweeps
   const float *x = in.a;
   out.a_exponent = in.a_exponent;
   if (rules_.by_input_max) {

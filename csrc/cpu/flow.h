@@ -12,7 +12,7 @@
 #include <functional>
 #include <vector>
 
-#include "path_plan.h"
+#include "path_compact.h"
 
 namespace paikern {
 
@@ -42,7 +42,8 @@ struct FlowStep {
   WeightView weight{};
   int64_t parameter = -1, first_bit = 0;
   bool by_rows = false;
-  float *divided = nullptr;  // x / max, where inputs are divided by their maximum
+  const CompactLayer *compact = nullptr;  // the same weights as lists, where somebody keeps them
+  float *divided = nullptr;               // x / max, where inputs are divided by their maximum
   double maximum = 1.0;
 
   // The output (or, for kMean, the input) as [outer, channels, inner]; `factor` and `offset` are per channel, null for

@@ -77,18 +77,32 @@ void mean_adjoint(const FlowStep &step, const float *g, float *gx) {
 }
 
 // The first maximum of a window in row-major order, as PyTorch has it.
-void max_pool_forward(const PoolShape &p, const float *x, float *y, int32_t *argmax) {
-  for (int64_t n = 0; n < p.planes; ++n, x += p.size[0] * p.size[1]) {
+namespace {
+
+// The first and the end of the inputs of a window that lie on the map.
+std::pair<int64_t, int64_t> window(const PoolShape &p, int axis, int64_t out) {
+  const int64_t first = out * p.stride[axis] - p.padding[axis], step = p.dilation[axis];
+  const int64_t skipped = first < 0 ? divide_up(-first, step) : 0;
+  return {first + skipped * step, std::min(p.size[axis], first + (p.kernel[axis] - 1) * step + 1)};
+}
+
+}  // namespace
+
+void max_pool_forward(const PoolShape &p, const float *all, float *tops, int32_t *places) {
+  const int64_t windows = p.out[0] * p.out[1], pixels = p.size[0] * p.size[1];
+#pragma omp parallel for schedule(static) if (p.planes * pixels > kParallelWork / 32)
+  for (int64_t n = 0; n < p.planes; ++n) {
+    const float *x = all + n * pixels;
+    float *y = tops + n * windows;
+    int32_t *argmax = places + n * windows;
     for (int64_t oh = 0; oh < p.out[0]; ++oh) {
+      const auto [h0, h1] = window(p, 0, oh);
       for (int64_t ow = 0; ow < p.out[1]; ++ow, ++y, ++argmax) {
+        const auto [w0, w1] = window(p, 1, ow);
         float best = -INFINITY;
         int64_t where = -1;
-        for (int64_t kh = 0; kh < p.kernel[0]; ++kh) {
-          const int64_t h = oh * p.stride[0] - p.padding[0] + kh * p.dilation[0];
-          if (h < 0 || h >= p.size[0]) continue;
-          for (int64_t kw = 0; kw < p.kernel[1]; ++kw) {
-            const int64_t w = ow * p.stride[1] - p.padding[1] + kw * p.dilation[1];
-            if (w < 0 || w >= p.size[1]) continue;
+        for (int64_t h = h0; h < h1; h += p.dilation[0]) {
+          for (int64_t w = w0; w < w1; w += p.dilation[1]) {
             const float v = x[h * p.size[1] + w];
             if (where < 0 || v > best || v != v) {
               best = v;

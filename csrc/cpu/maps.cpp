@@ -2,29 +2,11 @@
 
 #include <cmath>
 
+#include "path_kernels.h"
+
 namespace paikern {
 
-float map_maximum(const float *values, int64_t numel) {
-  constexpr int kLanes = 16;
-  float lanes[kLanes];
-  for (float &lane : lanes) lane = numel > 0 ? values[0] : 0.0f;
-  int64_t i = 0;
-  int nan = 0;
-  for (; i + kLanes <= numel; i += kLanes) {
-    for (int j = 0; j < kLanes; ++j) {
-      const float v = values[i + j];
-      nan |= v != v;
-      lanes[j] = v > lanes[j] ? v : lanes[j];
-    }
-  }
-  float top = lanes[0];
-  for (const float lane : lanes) top = lane > top ? lane : top;
-  for (; i < numel; ++i) {
-    nan |= values[i] != values[i];
-    top = values[i] > top ? values[i] : top;
-  }
-  return nan ? std::nanf("") : top;
-}
+float map_maximum(const float *values, int64_t numel) { return path_kernels().maximum(values, numel); }
 
 void map_scale(float *values, int64_t numel, int by, float floor) {
   const float factor = std::ldexp(1.0f, by);

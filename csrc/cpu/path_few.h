@@ -12,17 +12,22 @@
 
 namespace paikern {
 
+constexpr int64_t kFewRange = 128;  // rows that share a table of sums in the adjoint sweep
+
+// Whether the shapes are of this kind, whatever the mask.
+bool few_shapes(const PathGeometry &geometry);
+
 // Whether path_forward, path_backward and the scores go this way; the same answer for all three.
-bool few_positions(const PathGeometry &geometry, const WeightView &w);
+bool few_positions(const PathGeometry &geometry, const WeightView &w, double density);
 
 void few_forward(const PathGeometry &geometry, const WeightView &w, const float *x, float *z);
 
-// q [rows, depth] = g x^T for rows row .. row + rows, each sum over positions in ascending order; `ld` floats a row.
-// May be overwritten. Called from several threads.
-using FewSink = std::function<void(int64_t row, int64_t rows, float *q, int64_t ld)>;
+// Whole rows row .. row + rows of [rows, depth], side by side. Called from several threads.
+using FewSink = std::function<void(int64_t row, int64_t rows, const float *scores)>;
 
-// gx = V^T g where gx is not null; q of the column map x to `sink` where x is not null. Sums of gx run over rows in
-// ascending order within fixed ranges, then over the ranges.
+// gx = V^T g where gx is not null; where x is not null, the scores V * (g x^T), each sum over positions in ascending
+// order, to `sink`, 0 for pruned weights. Sums of gx run over rows in ascending order within fixed ranges, then over
+// the ranges.
 void few_backward(const PathGeometry &geometry, const WeightView &w, const float *x, const float *g, float *gx,
                   const FewSink &sink);
 

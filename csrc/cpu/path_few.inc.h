@@ -6,7 +6,6 @@ namespace {
 
 constexpr int64_t kFewRows = 8;
 constexpr int kFewTile = kLanes == 16 ? 8 : 4;  // rows whose values and sums fit the registers
-constexpr int64_t kFewChunk = 16;               // vectors of columns: 8 rows and 16 positions of them are 24 KB
 
 // sums[p][r] += v[r] x[p], lane by lane, over `vectors` vectors of columns.
 template <int Positions>
@@ -38,34 +37,29 @@ inline void few_dots_block(const float *v, int64_t ldv, const float *x, int64_t 
   }
 }
 
-// out[p * kFewRows + r] = V[r] x[p] for kFewRows rows of `vectors` vectors, ldv floats apart; sums is
-// [positions][kFewRows][lanes] of scratch.
-void few_dots(const float *v, int64_t ldv, const float *x, int64_t positions, int64_t vectors, float *sums,
-              float *out) {
-  for (int64_t i = 0; i < positions * kFewRows; ++i) v_store(sums + i * kLanes, v_zero());
-  for (int64_t k = 0; k < vectors; k += kFewChunk) {
-    const int64_t here = vectors - k < kFewChunk ? vectors - k : kFewChunk;
-    const float *columns = x + k * positions * kLanes;
-    int64_t p = 0;
-    for (; p + 2 <= positions; p += 2) {
-      few_dots_block<2>(v + k * kLanes, ldv, columns + p * kLanes, positions, here, sums + p * kFewRows * kLanes);
-    }
-    if (p < positions) {
-      few_dots_block<1>(v + k * kLanes, ldv, columns + p * kLanes, positions, here, sums + p * kFewRows * kLanes);
-    }
+// sums[p][r] += V[r] x[p], lane by lane, for kFewRows rows of `vectors` vectors, ldv floats apart.
+void few_dots(const float *v, int64_t ldv, const float *x, int64_t positions, int64_t vectors, float *sums) {
+  int64_t p = 0;
+  for (; p + 2 <= positions; p += 2) {
+    few_dots_block<2>(v, ldv, x + p * kLanes, positions, vectors, sums + p * kFewRows * kLanes);
   }
-  for (int64_t i = 0; i < positions * kFewRows; ++i) out[i] = v_sum(v_load(sums + i * kLanes));
+  if (p < positions) few_dots_block<1>(v, ldv, x + p * kLanes, positions, vectors, sums + p * kFewRows * kLanes);
+}
+
+// out[i] = the sum of the lanes of vector i.
+void few_fold(const float *sums, int64_t count, float *out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = v_sum(v_load(sums + i * kLanes));
 }
 
 template <bool Adjoint, bool Score>
 inline void few_sweep_rows(const float *v, int64_t ldv, const float *g, const float *x, int64_t positions,
-                           int64_t vectors, float *sums, float *q) {
+                           int64_t vectors, float *sums, float *q, int64_t ldq) {
   for (int64_t k = 0; k < vectors; ++k) {
     for (int64_t r0 = 0; r0 < kFewRows; r0 += kFewTile) {
       vf value[kFewTile], sum[kFewTile];
 #pragma GCC unroll 8
       for (int r = 0; r < kFewTile; ++r) {
-        if constexpr (Adjoint) value[r] = v_load(v + (r0 + r) * ldv + k * kLanes);
+        value[r] = v_load(v + (r0 + r) * ldv + k * kLanes);
         sum[r] = v_zero();
       }
       for (int64_t p = 0; p < positions; ++p) {
@@ -83,22 +77,24 @@ inline void few_sweep_rows(const float *v, int64_t ldv, const float *g, const fl
       }
       if constexpr (Score) {
 #pragma GCC unroll 8
-        for (int r = 0; r < kFewTile; ++r) v_store(q + (r0 + r) * ldv + k * kLanes, sum[r]);
+        for (int r = 0; r < kFewTile; ++r) {
+          v_store(q + (r0 + r) * ldq + k * kLanes, v_mul(value[r], sum[r]));
+        }
       }
     }
   }
 }
 
-// sums[k][p] += sum over the rows of v[r][k] g[p][r], rows ascending, and q[r][k] = sum over p of g[p][r] x[k][p], p
-// ascending, for kFewRows rows; either may be null, and then so may what it comes from.
+// sums[k][p] += sum over the rows of v[r][k] g[p][r], rows ascending, and q[r][k] = v[r][k] * sum over p of g[p][r]
+// x[k][p], p ascending, for kFewRows rows; sums, or q and x, may be null.
 void few_sweep(const float *v, int64_t ldv, const float *g, const float *x, int64_t positions, int64_t vectors,
-               float *sums, float *q) {
+               float *sums, float *q, int64_t ldq) {
   if (sums && q) {
-    few_sweep_rows<true, true>(v, ldv, g, x, positions, vectors, sums, q);
+    few_sweep_rows<true, true>(v, ldv, g, x, positions, vectors, sums, q, ldq);
   } else if (sums) {
-    few_sweep_rows<true, false>(v, ldv, g, x, positions, vectors, sums, q);
+    few_sweep_rows<true, false>(v, ldv, g, x, positions, vectors, sums, q, ldq);
   } else {
-    few_sweep_rows<false, true>(v, ldv, g, x, positions, vectors, sums, q);
+    few_sweep_rows<false, true>(v, ldv, g, x, positions, vectors, sums, q, ldq);
   }
 }
 

@@ -15,6 +15,7 @@ struct WeightView {
   int64_t numel;
   WeightType type;
   int power;
+  double density = -1.0;  // of the mask, where it is known
 };
 
 // What the fused DPaI pass needs for one run of weights in one row (a whole number of kernels).
@@ -84,6 +85,10 @@ struct PathKernels {
   void (*multiply)(const float *a, bool depth_major, int64_t panels, const float *b, int64_t width, int64_t depth,
                    float *c, int64_t ldc, bool accumulate);
 
+  // The same with B where the planes lie: B[k, n] = base[offset[k] + n].
+  void (*multiply_planes)(const float *a, bool depth_major, int64_t panels, const float *base, const int64_t *offset,
+                          int64_t width, int64_t depth, float *c, int64_t ldc, bool accumulate);
+
   // The kept weights of start .. start + count in order: keys[n] = key[i], values[n] = V[start + i]; returns how many.
   // keys and values have room for count + lanes, key for count + lanes reads.
   int64_t (*list_kept)(const WeightView &w, int64_t start, int64_t count, const int32_t *key, int32_t *keys,
@@ -92,6 +97,23 @@ struct PathKernels {
   // c[n] = sum over i of values[i] * base[offsets[i] + n], i ascending: rounds exactly as `multiply` does.
   void (*gather)(const int32_t *offsets, const float *values, int64_t count, const float *base, int64_t width,
                  float *c);
+
+  // base[offsets[i] + n] += values[i] * g[n] for n < width, a whole number of vectors, i ascending.
+  void (*scatter)(const int32_t *offsets, const float *values, int64_t count, const float *g, int64_t width,
+                  float *base);
+
+  // out[n] = sum over i of values[i] * map[columns[i]][n] for n < width, 4, 8, 12 or 16: rounds as few_dots and
+  // few_fold.
+  void (*gather_columns)(const uint16_t *columns, const float *values, int64_t count, const float *map, int64_t width,
+                         float *out);
+
+  // sums[columns[i]][n] += values[i] * g[n] for n < width, 4, 8, 12 or 16, i ascending.
+  void (*scatter_columns)(const uint16_t *columns, const float *values, int64_t count, const float *g, int64_t width,
+                          float *sums);
+
+  // Keeps the entries whose bit first + columns[i] is 1, in order; returns how many.
+  int64_t (*filter_kept)(uint16_t *columns, float *values, int64_t count, const uint8_t *mask, int64_t bytes,
+                         int64_t first);
 
   // out[b, row] = sum_j V[row, j] x[b, j] for rows first .. last, 1 <= batch <= 4, x [batch, columns].
   void (*matvec_rows)(const WeightView &w, int64_t columns, int64_t first, int64_t last, const float *x, int64_t batch,
@@ -129,10 +151,13 @@ struct PathKernels {
   void (*expand)(const WeightView &w, int64_t start, int64_t count, const float *kept, float pruned, float *out);
 
   // Dot products and the adjoint sweep of a few rows over a few positions, see path_few.inc.h.
-  void (*few_dots)(const float *v, int64_t ldv, const float *x, int64_t positions, int64_t vectors, float *sums,
-                   float *out);
+  void (*few_dots)(const float *v, int64_t ldv, const float *x, int64_t positions, int64_t vectors, float *sums);
+  void (*few_fold)(const float *sums, int64_t count, float *out);
   void (*few_sweep)(const float *v, int64_t ldv, const float *g, const float *x, int64_t positions, int64_t vectors,
-                    float *sums, float *q);
+                    float *sums, float *q, int64_t ldq);
+
+  // The largest of `count` values, NaN where one is NaN, 0 of none.
+  float (*maximum)(const float *values, int64_t count);
 
   void (*dpai_row)(const DpaiRow &row, const DpaiRule &rule, DpaiCounts &counts);
 };

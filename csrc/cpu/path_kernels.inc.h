@@ -3,6 +3,7 @@
 //   multiply        C += A B                   24 accumulators, 2 fused multiply-adds a cycle on AVX-512
 //   gather          the same sums over kept weights only; both add in ascending k with one rounding each, so dense
 //                   and sparse plans agree bit for bit and every column rounds alike wherever it sits in a tile
+//   scatter         the adjoint of gather: rows add to planes in ascending order, one rounding each
 //   matvec_*        one read of W, nothing else from memory (8192 x 8192 fp32: 1.0-1.1x of the time to read it)
 //   dpai_row        s (and Adam's m, v) read and written once; q comes from the tile in L2 and is never stored
 //
@@ -75,7 +76,19 @@ void decode(const WeightView &w, int64_t start, int64_t count, float *dst) {
   with_weights(w, [&](auto power, const auto *data) {
     constexpr int kPower = decltype(power)::value;
     const auto *src = kPower == 0 ? data : data + start;
-    for (int64_t i = 0; i < count; i += kLanes) {
+    int64_t i = 0;
+    if (w.mask && (start & 7) == 0) {  // sixty-four bits at a time
+      for (; i + 64 <= count && ((start + i) >> 3) + 8 <= bytes; i += 64) {
+        uint64_t bits;
+        std::memcpy(&bits, w.mask + ((start + i) >> 3), 8);
+#pragma GCC unroll 4
+        for (int j = 0; j < 64; j += kLanes, bits >>= kLanes) {
+          const uint32_t lanes = static_cast<uint32_t>(bits) & static_cast<uint32_t>((uint64_t{1} << kLanes) - 1);
+          v_store(dst + i + j, v_keep(v_mask(lanes), magnitude<kPower>(kPower == 0 ? src : src + i + j)));
+        }
+      }
+    }
+    for (; i < count; i += kLanes) {
       const int64_t left = count - i;
       const auto *p = kPower == 0 ? src : src + i;
       vf value = left >= kLanes ? magnitude<kPower>(p) : magnitude_tail<kPower>(p, static_cast<int>(left));
@@ -85,6 +98,30 @@ void decode(const WeightView &w, int64_t start, int64_t count, float *dst) {
       v_store(dst + i, value);
     }
   });
+}
+
+float maximum(const float *values, int64_t count) {
+  if (count == 0) return 0.0f;
+  vf top[4];
+  uint32_t nan = 0;
+  for (vf &lane : top) lane = v_set(values[0]);
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const vf value = v_load(values + i + j * kLanes);
+      nan |= v_bits(v_isnan(value));
+      top[j] = v_select(v_above(value, top[j]), value, top[j]);
+    }
+  }
+  float lane[4 * kLanes], best = values[0];
+  for (int j = 0; j < 4; ++j) v_store(lane + j * kLanes, top[j]);
+  for (const float value : lane) best = value > best ? value : best;
+  for (; i < count; ++i) {
+    nan |= values[i] != values[i];
+    best = values[i] > best ? values[i] : best;
+  }
+  return nan || best != best ? std::nanf("") : best;
 }
 
 int64_t count_bits(const uint8_t *mask, int64_t bytes) {
@@ -109,8 +146,20 @@ void pack_columns(const float *base, const int64_t *offset, int64_t depth, int64
   }
 }
 
-template <int Vectors, bool DepthMajor>
-inline void multiply_tile(const float *a, const float *b, int64_t depth, float *c, int64_t ldc, bool accumulate) {
+// The columns of a tile for one reduction index: packed, or where the planes lie.
+struct PackedColumns {
+  const float *b;
+  const float *at(int64_t k) const { return b + k * kTileColumns; }
+};
+
+struct PlaneColumns {
+  const float *base;
+  const int64_t *offset;
+  const float *at(int64_t k) const { return base + offset[k]; }
+};
+
+template <int Vectors, bool DepthMajor, class Columns>
+inline void multiply_tile(const float *a, Columns b, int64_t depth, float *c, int64_t ldc, bool accumulate) {
   vf sum[kTileRows][Vectors];
 #pragma GCC unroll 8
   for (int r = 0; r < kTileRows; ++r) {
@@ -119,8 +168,9 @@ inline void multiply_tile(const float *a, const float *b, int64_t depth, float *
   }
   for (int64_t k = 0; k < depth; ++k) {
     vf column[Vectors];
+    const float *line = b.at(k);
 #pragma GCC unroll 3
-    for (int v = 0; v < Vectors; ++v) column[v] = v_load(b + k * kTileColumns + v * kLanes);
+    for (int v = 0; v < Vectors; ++v) column[v] = v_load(line + v * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < kTileRows; ++r) {
       const vf weight = v_set(DepthMajor ? a[k * kTileRows + r] : a[r * kDepth + k]);
@@ -135,14 +185,16 @@ inline void multiply_tile(const float *a, const float *b, int64_t depth, float *
   }
 }
 
-template <bool DepthMajor>
-inline void multiply_tiles(const float *a, int64_t panels, const float *b, int64_t width, int64_t depth, float *c,
+// `columns(n)` are those of the tile that starts at column n.
+template <bool DepthMajor, class Tile>
+inline void multiply_tiles(const float *a, int64_t panels, Tile columns, int64_t width, int64_t depth, float *c,
                            int64_t ldc, bool accumulate) {
   for (int64_t n = 0; n < width; n += kTileColumns) {
     const int64_t vectors = (width - n < kTileColumns ? width - n : kTileColumns) / kLanes;
     for (int64_t p = 0; p < panels; ++p) {
       const float *panel = a + p * kTileRows * kDepth;
       float *tile = c + p * kTileRows * ldc + n;
+      const auto b = columns(n);
       if (vectors == 3) {
         multiply_tile<3, DepthMajor>(panel, b, depth, tile, ldc, accumulate);
       } else if (vectors == 2) {
@@ -151,17 +203,29 @@ inline void multiply_tiles(const float *a, int64_t panels, const float *b, int64
         multiply_tile<1, DepthMajor>(panel, b, depth, tile, ldc, accumulate);
       }
     }
-    b += depth * kTileColumns;
+  }
+}
+
+template <class Tile>
+inline void multiply_columns(const float *a, bool depth_major, int64_t panels, Tile columns, int64_t width,
+                             int64_t depth, float *c, int64_t ldc, bool accumulate) {
+  if (depth_major) {
+    multiply_tiles<true>(a, panels, columns, width, depth, c, ldc, accumulate);
+  } else {
+    multiply_tiles<false>(a, panels, columns, width, depth, c, ldc, accumulate);
   }
 }
 
 void multiply(const float *a, bool depth_major, int64_t panels, const float *b, int64_t width, int64_t depth, float *c,
               int64_t ldc, bool accumulate) {
-  if (depth_major) {
-    multiply_tiles<true>(a, panels, b, width, depth, c, ldc, accumulate);
-  } else {
-    multiply_tiles<false>(a, panels, b, width, depth, c, ldc, accumulate);
-  }
+  const auto columns = [b, depth](int64_t n) { return PackedColumns{b + n * depth}; };
+  multiply_columns(a, depth_major, panels, columns, width, depth, c, ldc, accumulate);
+}
+
+void multiply_planes(const float *a, bool depth_major, int64_t panels, const float *base, const int64_t *offset,
+                     int64_t width, int64_t depth, float *c, int64_t ldc, bool accumulate) {
+  const auto columns = [base, offset](int64_t n) { return PlaneColumns{base + n, offset}; };
+  multiply_columns(a, depth_major, panels, columns, width, depth, c, ldc, accumulate);
 }
 
 int64_t list_kept(const WeightView &w, int64_t start, int64_t count, const int32_t *key, int32_t *keys, float *values) {
@@ -240,6 +304,7 @@ void score(const WeightView &w, int64_t start, int64_t count, const float *q, fl
 }  // namespace
 
 #include "dpai_row.inc.h"
+#include "path_compact.inc.h"
 #include "path_few.inc.h"
 #include "path_matvec.inc.h"
 #include "path_outer.inc.h"
@@ -248,9 +313,11 @@ void score(const WeightView &w, int64_t start, int64_t count, const float *q, fl
 namespace {
 
 constexpr paikern::PathKernels make_path_kernels(const char *name) {
-  return {name,         kLanes,   kTileRows,  kTileColumns, decode,      count_bits,     fill_rows,  write_rows,
-          pack_columns, multiply, list_kept,  gather,       matvec_rows, matvec_columns, sweep_rows, score,
-          pack_lanes,   outer,    interleave, dots,         expand,      few_dots,       few_sweep,  dpai_row};
+  return {
+      name,         kLanes,      kTileRows,       kTileColumns, decode,    count_bits, fill_rows,      write_rows,
+      pack_columns, multiply,    multiply_planes, list_kept,    gather,    scatter,    gather_columns, scatter_columns,
+      filter_kept,  matvec_rows, matvec_columns,  sweep_rows,   score,     pack_lanes, outer,          interleave,
+      dots,         expand,      few_dots,        few_fold,     few_sweep, maximum,    dpai_row};
 }
 
 }  // namespace

@@ -64,8 +64,8 @@ OuterMaps::OuterMaps(const PathGeometry &geometry, const float *x, const float *
 OuterMaps::Plan OuterMaps::choose(const WeightView *kept) const {
   if (x_group_ > INT32_MAX) return Plan::kBlocks;  // offsets within a group have 32 bits
   if (kept && kept->mask) {
-    const double span = std::min(1.0, static_cast<double>(positions()) / 256);
-    if (mask_density(*kept) < 0.08 + 0.3 * span && !few_positions(geometry_, *kept)) return Plan::kKept;
+    const double density = mask_density(*kept);
+    if (density < kept_density(positions()) && !few_positions(geometry_, *kept, density)) return Plan::kKept;
   }
   if (2 * geometry_.group_channels() < path_kernels().lanes) return Plan::kDots;
   // To transpose a column for every tap costs what three halves of a row spend on putting a sum in order.

@@ -89,13 +89,13 @@ inline void dots_tile(const float *g, int64_t row_step, const float *x, const in
 #pragma GCC unroll 24
   for (int i = 0; i < Rows * Columns; ++i) sum[i] = v_zero();
   const float *plane[Columns];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int j = 0; j < Columns; ++j) plane[j] = x + offsets[j < columns ? j : columns - 1];
   for (int64_t k = 0; k < length; k += kLanes) {
     vf row[Rows];
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) row[r] = v_load(g + r * row_step + k);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int j = 0; j < Columns; ++j) {
       const vf column = v_load(plane[j] + k);
 #pragma GCC unroll 4
@@ -111,7 +111,9 @@ inline void dots_tile(const float *g, int64_t row_step, const float *x, const in
 }
 
 constexpr int kDotRows = kLanes == 16 ? 4 : 2;  // times kDotColumns accumulators, as many columns, one row: registers
-constexpr int kDotColumns = kLanes == 16 ? 6 : 4, kSingleColumns = kLanes == 16 ? 8 : 4;
+constexpr int kDotColumns = kLanes == 16 ? 6 : 4, kSingleColumns = kLanes == 16 ? 16 : 4;
+
+constexpr int kDotRest = kLanes == 16 ? 8 : 4;
 
 void dots(const float *g, int64_t row_step, int64_t rows, const float *x, const int32_t *offsets, int64_t count,
           int64_t length, float *c, int64_t ldc) {
@@ -124,9 +126,14 @@ void dots(const float *g, int64_t row_step, int64_t rows, const float *x, const 
     }
   }
   for (; r < rows; ++r) {
-    for (int64_t j = 0; j < count; j += kSingleColumns) {
+    int64_t j = 0;
+    for (; j + 8 < count; j += kSingleColumns) {
       const int64_t columns = count - j < kSingleColumns ? count - j : kSingleColumns;
       dots_tile<1, kSingleColumns>(g + r * row_step, row_step, x, offsets + j, columns, length, c + r * ldc + j, ldc);
+    }
+    for (; j < count; j += kDotRest) {
+      const int64_t columns = count - j < kDotRest ? count - j : kDotRest;
+      dots_tile<1, kDotRest>(g + r * row_step, row_step, x, offsets + j, columns, length, c + r * ldc + j, ldc);
     }
   }
 }

@@ -184,13 +184,38 @@ void write_positions(const Lattice &lattice, const Grid &grid, int64_t batch, in
   }
 }
 
+std::vector<int32_t> pixel_table(const PathGeometry &g) {
+  std::vector<int32_t> table;
+  const int64_t outside = g.pixels();
+  for (int64_t d = 0; d < g.out[0]; ++d) {
+    for (int64_t h = 0; h < g.out[1]; ++h) {
+      for (int64_t w = 0; w < g.out[2]; ++w) {
+        const int64_t at[3] = {d, h, w};
+        for (int64_t t = 0; t < g.taps(); ++t) {
+          const int64_t tap[3] = {t / (g.kernel[1] * g.kernel[2]), t / g.kernel[2] % g.kernel[1], t % g.kernel[2]};
+          int64_t pixel = 0;
+          bool inside = true;
+          for (int a = 0; a < 3; ++a) {
+            const int64_t i = at[a] * g.stride[a] - g.padding[a] + tap[a] * g.dilation[a];
+            inside &= i >= 0 && i < g.size[a];
+            pixel = pixel * g.size[a] + i;
+          }
+          table.push_back(static_cast<int32_t>(inside ? pixel : outside));
+        }
+      }
+    }
+  }
+  return table;
+}
+
 double mask_density(const WeightView &w) {
   if (!w.mask || w.numel == 0) return 1.0;
+  if (w.density >= 0.0) return w.density;
   constexpr int64_t kBlock = 1 << 16;
   const int64_t bytes = (w.numel + 7) / 8, blocks = divide_up(bytes, kBlock);
   const PathKernels &kernels = path_kernels();
   int64_t kept = 0;
-#pragma omp parallel for schedule(static) reduction(+ : kept) if (bytes > kParallelWork)
+#pragma omp parallel for schedule(static) reduction(+ : kept) if (bytes > kParallelWork / 8)
   for (int64_t i = 0; i < blocks; ++i) {
     kept += kernels.count_bits(w.mask + i * kBlock, std::min(kBlock, bytes - i * kBlock));
   }

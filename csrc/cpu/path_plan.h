@@ -7,6 +7,7 @@
 // floats needs about n floats of planes. Positions q between the rows compute values that nobody reads.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <utility>
@@ -113,6 +114,24 @@ void fill_planes(const Lattice &lattice, const std::vector<Grid> &grids, int64_t
 // map[n, :, grid] <- rows of flat positions first .. first + width; map points at the first of `rows` channels.
 void write_positions(const Lattice &lattice, const Grid &grid, int64_t batch, int64_t channels, int64_t first,
                      int64_t width, int64_t rows, const float *block, int64_t ld, float *map);
+
+// The density below which scores are made for kept weights alone, by number of positions. Measured on AVX-512.
+inline double kept_density(int64_t positions) {
+  return 0.08 + 0.3 * std::min(1.0, static_cast<double>(positions) / 256);
+}
+
+// [positions of one image][taps]: the pixel that a tap reads there, pixels() where it lies outside of the map.
+std::vector<int32_t> pixel_table(const PathGeometry &geometry);
+
+// Asks for weights start .. start + count ahead of their use, where rows are visited in pieces of 768 or 1024 bytes:
+// too short for the hardware to see the next one coming.
+inline void prefetch_weights(const WeightView &w, int64_t start, int64_t count) {
+  if (w.power == 0) return;
+  const int64_t size = w.type == WeightType::kFloat32 ? 4 : 2;
+  const char *data = static_cast<const char *>(w.data);
+  const int64_t end = std::min(start + count, w.numel) * size;
+  for (int64_t byte = start * size; byte < end; byte += 64) __builtin_prefetch(data + byte, 0, 2);
+}
 
 // Fraction of weights kept, counted over the whole mask.
 double mask_density(const WeightView &w);

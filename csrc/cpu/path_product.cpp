@@ -11,6 +11,7 @@
 
 #include <algorithm>
 
+#include "path_compact.h"
 #include "path_few.h"
 #include "path_matvec.h"
 
@@ -53,8 +54,9 @@ int64_t images_a_pass(int64_t batch, int64_t channels, int64_t image) {
 
 void path_forward(const PathGeometry &g, const WeightView &w, const float *x, float *z) {
   if (g.linear() && g.batch <= 4) return matvec_rows(g.rows, g.channels, w, x, g.batch, z);
-  if (few_positions(g, w)) return few_forward(g, w, x, z);
   const double density = mask_density(w);
+  if (few_positions(g, w, density)) return few_forward(g, w, x, z);
+  if (CompactLayer::pays(g, w, density)) return CompactLayer(g, w).forward(x, z);
   const int64_t images = images_a_pass(g.batch, g.channels, g.pixels());
   for (int64_t n = 0; n < g.batch; n += images) {
     const int64_t batch = std::min(images, g.batch - n);
@@ -71,8 +73,9 @@ void path_forward(const PathGeometry &g, const WeightView &w, const float *x, fl
 }
 
 void path_backward(const PathGeometry &g, const WeightView &w, const float *grad, float *x) {
-  if (few_positions(g, w)) return few_backward(g, w, nullptr, grad, x, {});
   const double density = g.linear() && g.batch <= 4 ? 1.0 : mask_density(w);
+  if (few_positions(g, w, density)) return few_backward(g, w, nullptr, grad, x, {});
+  if (CompactLayer::pays(g, w, density)) return CompactLayer(g, w).backward(grad, x);
   if (g.linear() && g.batch <= kMatvecBatch && density >= kMatvecDensity) {
     for (int64_t n = 0; n < g.batch; n += 4) {
       matvec_columns(g.rows, g.channels, w, grad + n * g.rows, std::min<int64_t>(4, g.batch - n), x + n * g.channels);

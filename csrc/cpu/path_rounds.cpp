@@ -1,5 +1,7 @@
 #include "path_rounds.h"
 
+#include <omp.h>
+
 #include <algorithm>
 #include <chrono>
 #include <limits>
@@ -16,9 +18,14 @@ namespace {
 constexpr int64_t kStored = int64_t{1} << 20;
 
 // Scores a thread makes at a time for the stream: 2 MB, columns of a layer are laid out once for each.
-constexpr int64_t kPiece = int64_t{1} << 19;
+constexpr int64_t kLeastPiece = int64_t{1} << 15, kPiece = int64_t{1} << 19;
+
+// Lists may take so much of what the weights take.
+constexpr double kCompactShare = 0.1;
 
 constexpr float kExcluded = -std::numeric_limits<float>::infinity();
+
+int64_t weight_bytes(WeightType type) { return type == WeightType::kFloat32 ? 4 : 2; }
 
 bool vectors(const FlowStep &step) { return step.geometry.linear() && step.geometry.batch == 1; }
 
@@ -51,7 +58,7 @@ void KthForecast::predict(int64_t k, int64_t total, int64_t room, double *low, d
   if (!std::isnan(per_log2_)) {
     // Some thousand candidates more cost microseconds, a band that misses a third read; so do more than there is room
     // for, and there were fewer a round ago.
-    const double few = 2048.0 + static_cast<double>(total) / 1024.0, most = static_cast<double>(room) / 2.0;
+    const double few = 2048.0 + static_cast<double>(total) / 4096.0, most = static_cast<double>(room) / 2.0;
     reach_ = std::min(std::max(reach_, std::min(few / (2.0 * per_log2_), 4.0 * last)), most / (2.0 * per_log2_));
   }
   reach_ = std::max(reach_, kLeast);
@@ -80,11 +87,20 @@ void KthForecast::observe(double log2_kth, int64_t candidates) {
 }
 
 PathRounds::PathRounds(PathFlow &flow, std::vector<RoundsLayer> layers, int power)
-    : flow_(flow), layers_(std::move(layers)), power_(power), maps_(layers_.size()), memory_(2 * layers_.size(), NAN) {
+    : flow_(flow),
+      layers_(std::move(layers)),
+      power_(power),
+      maps_(layers_.size()),
+      compact_(layers_.size()),
+      memory_(2 * layers_.size(), NAN) {
   for (size_t l = 0; l < layers_.size(); ++l) {
     total_ += step(l).weight.numel;
     if (!vectors(step(l))) mapped_ += step(l).weight.numel;
   }
+}
+
+PathRounds::~PathRounds() {
+  for (size_t l = 0; l < layers_.size(); ++l) step(l).compact = nullptr;
 }
 
 RoundsStatus PathRounds::run(int64_t done, const std::vector<std::vector<int64_t>> &counts, double seconds,
@@ -121,7 +137,8 @@ RoundsStatus PathRounds::finish(const std::vector<int64_t> &counts, bool stop_em
   if (global) forecast_.predict(counts[0], total_, stream_->room(), &low, &high);
   if (!std::isnan(low)) {
     stream = stream_.get();
-    for (size_t l = 0; l < layers_.size(); ++l) stream->set_bits(static_cast<int64_t>(l), layers_[l].masks[1 - current_]);
+    for (size_t l = 0; l < layers_.size(); ++l)
+      stream->set_bits(static_cast<int64_t>(l), layers_[l].masks[1 - current_]);
     stream->begin(counts[0], low, high);
   }
   const int64_t layers = static_cast<int64_t>(layers_.size());
@@ -143,6 +160,7 @@ RoundsStatus PathRounds::finish(const std::vector<int64_t> &counts, bool stop_em
   current_ = 1 - current_;
   begun_ = true;
   for (size_t l = 0; l < layers_.size(); ++l) flow_.set_mask(static_cast<int64_t>(l), layers_[l].masks[current_]);
+  compact();
   return stop_empty && emptied() ? RoundsStatus::kEmptied : RoundsStatus::kDone;
 }
 
@@ -151,6 +169,7 @@ WeightView PathRounds::view(size_t layer) {
   WeightView w = step(layer).weight;
   w.power = power_;
   w.mask = begun_ ? layers_[layer].masks[current_] : nullptr;
+  w.density = w.mask == step(layer).weight.mask ? step(layer).weight.density : -1.0;
   return w;
 }
 
@@ -167,29 +186,40 @@ bool PathRounds::stream_layer(size_t layer, float *gx) {
                  adjoint ? gx : nullptr);
     return adjoint;
   }
-  if (!step.transposed && few_positions(step.geometry, step.weight)) {
-    const WeightView w = view(layer);
+  if (step.compact) {
+    const int64_t depth = step.geometry.depth();
+    stream.sparse(source, maps.exponent);
+    step.compact->scores(maps.columns, maps.rows,
+                         [&](int64_t row, const uint16_t *columns, const float *scores, int64_t count) {
+                           stream.sparse_row(source, maps.exponent, row * depth, columns, scores, count);
+                         });
+    return false;
+  }
+  // Pruned weights come with the score 0 there.
+  const bool few = !step.transposed && step.weight.power == power_ && stream.above_zero(maps.exponent) &&
+                   few_positions(step.geometry, step.weight, mask_density(step.weight));
+  if (few) {
     const int64_t depth = step.geometry.depth();
     few_backward(step.geometry, step.weight, maps.columns, maps.rows, gx,
-                 [&](int64_t row, int64_t rows, float *q, int64_t ld) {
-                   for (int64_t r = 0; r < rows; ++r) {  // side by side, over what has been read
-                     path_kernels().score(w, (row + r) * depth, depth, q + r * ld, kExcluded, q + r * depth);
-                   }
-                   stream.tile(source, maps.exponent, row * depth, rows * depth, q);
+                 [&](int64_t row, int64_t rows, const float *scores) {
+                   stream.tile(source, maps.exponent, row * depth, rows * depth, scores);
                  });
     return true;
   }
-  if (numel <= kPiece) {
+  if (numel <= kLeastPiece) {
     const FloatBuffer scores(numel);
     path_score(step.geometry, view(layer), maps.columns, maps.rows, kExcluded, scores.get());
     stream.tile(source, maps.exponent, 0, numel, scores.get());
     return false;
   }
   const PathScoreTiles tiles(step.geometry, view(layer), maps.columns, maps.rows);
-  const int64_t pieces = divide_up(numel, kPiece);
+  const int64_t threads = omp_get_max_threads();
+  const int64_t most = std::clamp(numel / (2 * threads), kLeastPiece, kPiece);
+  const int64_t pieces = round_up(divide_up(numel, most), threads), piece = round_up(divide_up(numel, pieces), 8);
 #pragma omp parallel for schedule(dynamic)
   for (int64_t p = 0; p < pieces; ++p) {
-    const int64_t start = p * kPiece, count = std::min(kPiece, numel - start);
+    const int64_t start = p * piece, count = std::min(piece, numel - start);
+    if (count <= 0) continue;
     const FloatBuffer scores(count);
     tiles.fill(start, count, scores.get());
     stream.tile(source, maps.exponent, start, count, scores.get());
@@ -243,6 +273,31 @@ int64_t PathRounds::select(const std::vector<int64_t> &counts, int64_t candidate
   const int64_t nan = topk_mask(sources, rankings);
   if (global) forecast_.observe(log2_kth, candidates);
   return nan;
+}
+
+// Keeps the lists of thin layers up to date, and makes those of more as long as there is room for them.
+void PathRounds::compact() {
+  int64_t room = 0;
+  for (size_t l = 0; l < layers_.size(); ++l) room += step(l).weight.numel * weight_bytes(step(l).weight.type);
+  room = static_cast<int64_t>(kCompactShare * static_cast<double>(room));
+  for (size_t l = 0; l < layers_.size(); ++l) {
+    if (!compact_[l]) continue;
+    compact_[l]->filter(layers_[l].masks[current_]);
+    room -= compact_[l]->bytes();
+  }
+  for (size_t l = 0; l < layers_.size(); ++l) {
+    FlowStep &step = this->step(l);
+    if (compact_[l] || step.weight.power != power_) continue;
+    WeightView w = view(l);
+    w.mask = layers_[l].masks[current_];
+    w.density = -1.0;
+    const double density = mask_density(w);
+    const int64_t bytes = CompactLayer::bytes(static_cast<int64_t>(density * static_cast<double>(w.numel) + 1.0));
+    if (bytes > room || !CompactLayer::pays(step.geometry, w, density)) continue;
+    compact_[l] = std::make_unique<CompactLayer>(step.geometry, w);
+    step.compact = compact_[l].get();
+    room -= bytes;
+  }
 }
 
 bool PathRounds::emptied() {

@@ -3,6 +3,7 @@
 // A round reads the weights twice: forwards, and in the adjoint sweep, where the scores of a layer meet the band in
 // which the k-th of all is expected (topk_stream.h) as they are made. Where it was in the last rounds says where it
 // will be. A band that misses costs a third read: the maps of all layers are kept, and the selection of topk.h samples.
+// Layers that are thin by then are read from lists of what is left (path_compact.h).
 #pragma once
 
 #include <algorithm>
@@ -12,6 +13,7 @@
 #include <vector>
 
 #include "flow.h"
+#include "path_compact.h"
 #include "topk_stream.h"
 
 namespace paikern {
@@ -35,11 +37,11 @@ class KthForecast {
 
  private:
   static constexpr int kPoints = 3;
-  static constexpr double kFirst = 0.2, kLeast = 0.01;
-  double odds_ = NAN, reach_ = NAN;  // of the round at hand
-  double guesses_[kPoints] = {};                    // by the last round, the last two and the last three
-  double errors_[kPoints] = {NAN, NAN, NAN};        // how far from the truth they were of late
-  double at_[kPoints] = {}, log2_[kPoints] = {};    // the last rounds, the latest first
+  static constexpr double kFirst = 0.2, kLeast = 0.001;
+  double odds_ = NAN, reach_ = NAN;               // of the round at hand
+  double guesses_[kPoints] = {};                  // by the last round, the last two and the last three
+  double errors_[kPoints] = {NAN, NAN, NAN};      // how far from the truth they were of late
+  double at_[kPoints] = {}, log2_[kPoints] = {};  // the last rounds, the latest first
   int points_ = 0;
   double per_log2_ = NAN;  // scores in a band of width 1
 };
@@ -48,6 +50,10 @@ class PathRounds {
  public:
   // `power` is that of the score. Weights that were pruned stay pruned.
   PathRounds(PathFlow &flow, std::vector<RoundsLayer> layers, int power);
+
+  ~PathRounds();
+  PathRounds(const PathRounds &) = delete;
+  PathRounds &operator=(const PathRounds &) = delete;
 
   // Rounds `done`, `done` + 1, ...: keep counts[round][0] over all layers or counts[round][l] in each. Stops after
   // `seconds` and one more round, and with `stop_empty` after a round that leaves a layer without a weight.
@@ -77,6 +83,7 @@ class PathRounds {
   // `candidates` of a stream that failed, else -1.
   int64_t select(const std::vector<int64_t> &counts, int64_t candidates);
   bool emptied();
+  void compact();
 
   PathFlow &flow_;
   std::vector<RoundsLayer> layers_;
@@ -84,6 +91,7 @@ class PathRounds {
   bool begun_ = false;
   int64_t current_ = 0, fault_ = -1, total_ = 0, mapped_ = 0, streamed_ = 0;
   std::vector<Maps> maps_;
+  std::vector<std::unique_ptr<CompactLayer>> compact_;
   std::vector<float> scores_;
   std::vector<double> memory_;
   KthForecast forecast_;

@@ -270,6 +270,26 @@ inline vf v_expand(uint32_t bits, const float *kept, vf fill) {
 // Lane j: the sum over all lanes of a[j], the same tree for every j and Count; lanes from Count on are of no use.
 template <int Count>
 inline vf v_fold(const vf *a) {
+#if defined(__AVX512F__)
+  // Halves onto halves, two vectors at a time: half the shuffles of a transpose. Lane 4 k + m is a[4 k + m].
+  if constexpr (Count == 16) {
+    vf pair[4][2], quad[4];
+    for (int m = 0; m < 4; ++m) {
+      for (int h = 0; h < 2; ++h) {
+        const vf x = a[8 * h + m], y = a[8 * h + 4 + m];
+        pair[m][h] = _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xee));
+      }
+      quad[m] = _mm512_add_ps(_mm512_shuffle_f32x4(pair[m][0], pair[m][1], 0x88),
+                              _mm512_shuffle_f32x4(pair[m][0], pair[m][1], 0xdd));
+    }
+    vf twos[2];
+    for (int i = 0; i < 2; ++i) {
+      const __m512d x = _mm512_castps_pd(quad[2 * i]), y = _mm512_castps_pd(quad[2 * i + 1]);
+      twos[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+    }
+    return _mm512_add_ps(_mm512_shuffle_ps(twos[0], twos[1], 0x88), _mm512_shuffle_ps(twos[0], twos[1], 0xdd));
+  }
+#endif
   vf block[kLanes];
   for (int i = 0; i < kLanes; ++i) block[i] = a[i < Count ? i : Count - 1];
   v_transpose(block);
@@ -278,6 +298,23 @@ inline vf v_fold(const vf *a) {
   }
   return block[0];
 }
+
+// Four floats.
+#if defined(__AVX512F__) || defined(__AVX2__)
+using v4 = __m128;
+inline v4 v4_set(float x) { return _mm_set1_ps(x); }
+inline v4 v4_load(const float *p) { return _mm_loadu_ps(p); }
+inline void v4_store(float *p, v4 a) { _mm_storeu_ps(p, a); }
+inline v4 v4_fma(v4 a, v4 b, v4 c) { return _mm_fmadd_ps(a, b, c); }
+inline v4 v4_add(v4 a, v4 b) { return _mm_add_ps(a, b); }
+#else
+using v4 = vf;
+inline v4 v4_set(float x) { return v_set(x); }
+inline v4 v4_load(const float *p) { return v_load(p); }
+inline void v4_store(float *p, v4 a) { v_store(p, a); }
+inline v4 v4_fma(v4 a, v4 b, v4 c) { return v_fma(a, b, c); }
+inline v4 v4_add(v4 a, v4 b) { return v_add(a, b); }
+#endif
 
 constexpr int kTileColumns = kLanes * kTileVectors;
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <stdexcept>
 
@@ -113,6 +114,35 @@ void TopkStream::tile(int64_t source, int64_t exponent, int64_t start, int64_t c
   }
   above_ += counts.above;
   feed(source, exponent, count);
+}
+
+void TopkStream::sparse(int64_t source, int64_t exponent) {
+  const Source &all = sources_[static_cast<size_t>(source)];
+  std::memset(all.bits, 0, static_cast<size_t>(divide_up(all.numel, 8)));
+  feed(source, exponent, all.numel);
+}
+
+void TopkStream::sparse_row(int64_t source, int64_t exponent, int64_t base, const uint16_t *columns,
+                            const float *scores, int64_t count) {
+  const SubnormalsCount guard;
+  const SweepBand limits = band_of(exponent);
+  const FloatBuffer values(count);
+  const Scratch<int64_t> positions(count);
+  uint8_t *bits = sources_[static_cast<size_t>(source)].bits;
+  int64_t found = 0, above = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t at = base + columns[i];
+    if (scores[i] > limits.high) {
+      uint8_t &byte = bits[at >> 3];
+      byte = static_cast<uint8_t>(byte | 1u << (at & 7));
+      ++above;
+    } else if (!(scores[i] < limits.low)) {  // NaN too, which keep() reports
+      values.get()[found] = scores[i];
+      positions.get()[found++] = at;
+    }
+  }
+  above_.fetch_add(above, std::memory_order_relaxed);
+  keep(source, values.get(), positions.get(), found);
 }
 
 void TopkStream::keep(int64_t source, const float *scores, const int64_t *positions, int64_t count) {

@@ -37,6 +37,9 @@ class TopkStream {
   // +infinity itself. Without a band (NaN, or low > high) the pass is made and does not succeed.
   void begin(int64_t k, double low, double high);
 
+  // Whether scores of 0, times 2**exponent, lie below the band: then they may stand for those that may not be kept.
+  bool above_zero(int64_t exponent) const { return band_of(exponent).low > 0.0f; }
+
   // All scores of a source at once, times 2**exponent: see path_sweep. Uses threads by itself.
   void sweep(int64_t source, int64_t exponent, const SweepLayer &layer, float *x);
 
@@ -44,6 +47,12 @@ class TopkStream {
   // start is a multiple of 8, and so is count unless the source ends there. Pieces of one pass and one source have one
   // exponent, and may come from several threads at a time and in any order.
   void tile(int64_t source, int64_t exponent, int64_t start, int64_t count, const float *scores);
+
+  // The scores of a source that has few: `sparse` clears its bits, and sparse_row takes scores at base + columns[i]
+  // from several threads, no two of them at positions of one byte. What is not mentioned may not be kept.
+  void sparse(int64_t source, int64_t exponent);
+  void sparse_row(int64_t source, int64_t exponent, int64_t base, const uint16_t *columns, const float *scores,
+                  int64_t count);
 
   // True: the bits are those of the k largest. False: the k-th lies outside the band, candidates were too many, some
   // score was NaN or not all have come; the bits mean nothing.

@@ -173,20 +173,30 @@ void rounds(Random &random) {
     // Done apart: nothing but the maps of this round.
     std::vector<std::vector<float>> scores(Network::kLayers);
     std::vector<paikern::ScoreSource> sources(Network::kLayers);
-    net.flow->backward(
-        [&](FlowStep &step, const float *x, const float *g, int64_t exponent, const FlowValue &, float *) {
-          const size_t l = static_cast<size_t>(step.parameter);
-          scores[l].resize(static_cast<size_t>(step.weight.numel));
-          paikern::WeightView w = step.weight;
-          w.power = power;
-          paikern::path_score(step.geometry, w, x, g, -1.0f, scores[l].data());
-          sources[l].data = scores[l].data();
-          sources[l].numel = w.numel;
-          sources[l].bits = bits[2][l].data();
-          sources[l].exponent = exponent;
-          sources[l].candidates = expected.empty() ? nullptr : expected[l].data();
-          return false;
-        });
+    net.flow->backward([&](FlowStep &step, const float *x, const float *g, int64_t exponent, const FlowValue &,
+                           float *) {
+      const size_t l = static_cast<size_t>(step.parameter);
+      scores[l].resize(static_cast<size_t>(step.weight.numel));
+      paikern::WeightView w = step.weight;
+      w.power = power;
+      paikern::path_score(step.geometry, w, x, g, -1.0f, scores[l].data());
+      // Products of three in the order of selections, since rounding decides near ties.
+      if (step.geometry.linear()) {
+        for (int64_t i = 0; i < w.numel; ++i) {
+          float &score = scores[l][static_cast<size_t>(i)];
+          const float value = std::fabs(net.weights[l][static_cast<size_t>(i)]);
+          if (score != -1.0f)
+            score =
+                ((power == 2 ? value * value : value) * x[i % step.geometry.depth()]) * g[i / step.geometry.depth()];
+        }
+      }
+      sources[l].data = scores[l].data();
+      sources[l].numel = w.numel;
+      sources[l].bits = bits[2][l].data();
+      sources[l].exponent = exponent;
+      sources[l].candidates = expected.empty() ? nullptr : expected[l].data();
+      return false;
+    });
     CHECK(paikern::topk_mask(sources, {{0, Network::kLayers, k}}) == -1);
     const paikern::RoundsStatus status = rounds.finish({k}, false);
     CHECK(status == paikern::RoundsStatus::kDone);

@@ -1,10 +1,13 @@
 // Path products, scores and the DPaI update against loops over every path. Weights are quarters and maps small
 // integers, so that every sum is exact in float32 and the comparison needs no tolerance.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
 #include "check.h"
 #include "path.h"
+#include "path_compact.h"
+#include "path_few.h"
 
 namespace check {
 namespace {
@@ -129,6 +132,116 @@ void check_geometry(Random &random, const PathGeometry &g) {
   dpai(random, g, x, z, q);
 }
 
+// Lists of kept weights, and what is left of them after two more masks.
+void compact(Random &random, const PathGeometry &g, const Weight &weight) {
+  if (g.groups != 1 || g.linear() || weight.view.power == 0) return;
+  const int64_t numel = g.rows * g.depth();
+  const auto x = integers(random, g.batch * g.channels * g.pixels());
+  const auto z = integers(random, g.batch * g.rows * g.out_pixels());
+  paikern::CompactLayer layer(g, weight.view);
+  std::vector<uint8_t> mask = weight.mask;
+  for (int round = 0; round < 3; ++round) {
+    std::vector<float> wanted_forward(z.size()), wanted_backward(x.size()), q(static_cast<size_t>(numel));
+    for_paths(g, [&](size_t w, size_t column, size_t row) {
+      const float value = bit(mask, static_cast<int64_t>(w)) ? weight.values[w] : 0.0f;
+      wanted_forward[row] += value * x[column];
+      wanted_backward[column] += value * z[row];
+      q[w] += x[column] * z[row];
+    });
+    std::vector<float> forward(z.size(), NAN), backward(x.size(), NAN), scores(static_cast<size_t>(numel), -1.0f);
+    layer.forward(x.data(), forward.data());
+    CHECK(forward == wanted_forward);
+    layer.backward(z.data(), backward.data());
+    CHECK(backward == wanted_backward);
+    layer.scores(x.data(), z.data(), [&](int64_t row, const uint16_t *columns, const float *values, int64_t count) {
+      for (int64_t i = 0; i < count; ++i) scores[static_cast<size_t>(row * g.depth() + columns[i])] = values[i];
+    });
+    int64_t kept = 0;
+    for (int64_t i = 0; i < numel; ++i) {
+      const size_t at = static_cast<size_t>(i);
+      CHECK(scores[at] == (bit(mask, i) ? weight.values[at] * q[at] : -1.0f));
+      kept += bit(mask, i);
+    }
+    CHECK(layer.kept() == kept);
+    CHECK(layer.bytes() >= paikern::CompactLayer::bytes(kept));
+    const std::vector<uint8_t> next = random_bits(random, numel, round == 0 ? 9 : 3);
+    for (size_t i = 0; i < mask.size(); ++i) mask[i] &= next[i];
+    layer.filter(mask.data());
+  }
+}
+
+// The layers whose weights are read once, by themselves; each limit is passed by one on either side.
+void check_few(Random &random, const PathGeometry &g, bool fits) {
+  const int64_t numel = g.rows * g.depth();
+  const Weight weight = make_weight(random, numel);
+  int64_t kept = 0;
+  for (int64_t i = 0; i < numel; ++i) kept += weight.mask.empty() || bit(weight.mask, i);
+  const double density = weight.mask.empty() ? 1.0 : static_cast<double>(kept) / static_cast<double>(numel);
+  const bool thin = paikern::CompactLayer::pays(g, weight.view, density);
+  CHECK(paikern::few_shapes(g) == fits);
+  CHECK(paikern::few_positions(g, weight.view, density) == (fits && !thin && weight.view.power != 0));
+  if (!weight.mask.empty()) compact(random, g, weight);
+  if (!fits || weight.view.power == 0) return;
+  const auto x = integers(random, g.batch * g.channels * g.pixels());
+  const auto z = integers(random, g.batch * g.rows * g.out_pixels());
+  std::vector<float> wanted_forward(z.size()), wanted_backward(x.size()), q(static_cast<size_t>(numel));
+  for_paths(g, [&](size_t w, size_t column, size_t row) {
+    wanted_forward[row] += weight.values[w] * x[column];
+    wanted_backward[column] += weight.values[w] * z[row];
+    q[w] += x[column] * z[row];
+  });
+  std::vector<float> forward(z.size(), NAN);
+  paikern::few_forward(g, weight.view, x.data(), forward.data());
+  CHECK(forward == wanted_forward);
+  for (const bool adjoint : {false, true}) {
+    for (const bool scores : {false, true}) {
+      if (!adjoint && !scores) continue;
+      std::vector<float> backward(x.size(), NAN), found(q.size(), NAN);
+      std::vector<uint8_t> seen(static_cast<size_t>(g.rows), 0);
+      const auto sink = [&](int64_t row, int64_t rows, const float *values) {
+        for (int64_t r = 0; r < rows; ++r) ++seen[static_cast<size_t>(row + r)];
+        std::memcpy(found.data() + row * g.depth(), values, sizeof(float) * static_cast<size_t>(rows * g.depth()));
+      };
+      paikern::few_backward(g, weight.view, scores ? x.data() : nullptr, z.data(), adjoint ? backward.data() : nullptr,
+                            sink);
+      if (adjoint) CHECK(backward == wanted_backward);
+      if (!scores) continue;
+      for (size_t i = 0; i < q.size(); ++i) CHECK(found[i] == weight.values[i] * q[i]);
+      CHECK(std::all_of(seen.begin(), seen.end(), [](uint8_t times) { return times == 1; }));
+    }
+  }
+}
+
+void few(Random &random) {
+  const auto flat = [](int64_t batch, int64_t rows, int64_t channels, int64_t height, int64_t width, int64_t stride) {
+    const int64_t out[2] = {(height - 1) / stride + 1, (width - 1) / stride + 1};
+    return PathGeometry{batch,
+                        1,
+                        rows,
+                        channels,
+                        {1, height, width},
+                        {1, 3, 3},
+                        {1, stride, stride},
+                        {0, 1, 1},
+                        {1, 1, 1},
+                        {1, out[0], out[1]}};
+  };
+  check_few(random,
+            flat(1, 33 + below(random, 70), 15 + below(random, 20), 1 + below(random, 4), 1 + below(random, 4), 1),
+            true);
+  check_few(random, flat(1, 32, 15, 4, 4, 1), true);
+  check_few(random, flat(4, 71, 15, 4, 3, 2), true);
+  check_few(random, flat(1, 65, 16, 16, 16, 4), true);
+  check_few(random, flat(1, 40, 15, 17, 1, 1), false);  // positions
+  check_few(random, flat(2, 40, 15, 3, 3, 1), false);
+  check_few(random, flat(1, 31, 15, 2, 2, 1), false);    // rows
+  check_few(random, flat(1, 32, 14, 2, 2, 1), false);    // depth
+  check_few(random, flat(1, 32, 15, 16, 17, 5), false);  // pixels
+  PathGeometry grouped = flat(1, 64, 32, 2, 2, 1);
+  grouped.groups = 2;
+  check_few(random, grouped, false);
+}
+
 PathGeometry linear(int64_t batch, int64_t rows, int64_t columns) {
   return {batch, 1, rows, columns, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {0, 0, 0}, {1, 1, 1}, {1, 1, 1}};
 }
@@ -160,7 +273,13 @@ void paths(Random &random, int rounds) {
     check_geometry(random, linear(batch, 33, 17));
     check_geometry(random, linear(batch, 130, 260));
   }
-  for (int round = 0; round < rounds; ++round) check_geometry(random, convolution(random));
+  for (int round = 0; round < rounds; ++round) {
+    const PathGeometry g = convolution(random);
+    check_geometry(random, g);
+    const Weight weight = make_weight(random, g.rows * g.depth());
+    if (!weight.mask.empty()) compact(random, g, weight);
+    few(random);
+  }
 }
 
 }  // namespace check

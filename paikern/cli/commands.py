@@ -24,7 +24,7 @@ from paikern.analysis import Topology
 from paikern.backends import registry
 from paikern.cli.console import Console
 from paikern.errors import PathRuleError
-from paikern.loading import load_model
+from paikern.loading import load_model, load_samples
 from paikern.masks import MaskSet, load_masks
 from paikern.pattern import Layout, Pattern, parse_pattern
 from paikern.prunable import prunable_parameters
@@ -48,7 +48,15 @@ def prune(args: Arguments, console: Console) -> int:
     folder = _output_folder(args.out)
     if args.save_weights and folder is None:
         raise ValueError("--save-weights needs --out DIR")
+    if scorer.needs_data != (args.data is not None):
+        raise ValueError(
+            f"--data: method {scorer.name!r} "
+            + ("reads samples; give --data FILE" if scorer.needs_data else "reads no samples")
+        )
+    data = None if args.data is None else load_samples(args.data)
     model, inputs = load_model(args.model, args.checkpoint, input_shape=args.input, seed=args.seed)
+    if inputs is None and data is not None:
+        inputs = torch.ones_like(data[:1])
     if scorer.needs_inputs and inputs is None:
         raise ValueError(
             f"--input: method {scorer.name!r} traces the model and needs the shape of an input, "
@@ -59,6 +67,7 @@ def prune(args: Arguments, console: Console) -> int:
         scorer,
         sparsity=fraction,
         example_inputs=inputs,
+        data=data,
         pattern=args.pattern,
         scope=args.scope,
         rounds=args.rounds,

@@ -22,6 +22,7 @@ _PRUNE_EXAMPLES = """examples:
   paikern prune --model mine.models:build --checkpoint w.safetensors --method magnitude \\
       --sparsity 0.9 --ignore head --ignore 're:.*downsample.*' --out out
   paikern prune --model resnet20 --method dpai --sparsity 0.98 --set steps=100 --set alpha=0.5
+  paikern prune --model resnet20 --method px --sparsity 0.9 --data samples.npy
   paikern prune --model resnet20 --method magnitude --pattern 2:4
 """
 _VERIFY_EXAMPLES = """examples:
@@ -108,6 +109,11 @@ def _add_prune(every: Any) -> None:
     sub = _command(every, "prune", commands.prune, "prune a model", _PRUNE_EXAMPLES)
     _model_options(sub)
     sub.add_argument("--method", required=True, help="a name that `paikern methods` lists")
+    sub.add_argument(
+        "--data",
+        metavar="FILE",
+        help="samples [n, ...] for methods that read some (px): .npy or safetensors",
+    )
     amount = sub.add_argument_group("how much to remove (give one)")
     amount.add_argument("--sparsity", type=float, metavar="F", help="fraction removed, in [0, 1)")
     amount.add_argument("--density", type=float, metavar="F", help="fraction kept, in (0, 1]")

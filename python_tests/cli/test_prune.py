@@ -7,9 +7,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import paikern as pk
 from paikern.cli import main
@@ -135,3 +136,31 @@ def test_model_without_path_rules_is_pruned_without_path_statistics(
     assert json.loads(out)["kept"] == 8
     assert "no path statistics" in err
     assert "register_path_rule" in refused(capsys, *argv, "synflow")
+
+
+def test_samples_from_a_file(tmp_path: Path, capsys: Capture) -> None:
+    samples = torch.randn(12, 784, generator=torch.Generator().manual_seed(1))
+    np.save(tmp_path / "samples.npy", samples.numpy())
+    save_file({"data": samples, "labels": torch.zeros(12)}, tmp_path / "samples.safetensors")
+    expected = pk.prune(
+        pk.zoo.create("lenet300", seed=0), "px", sparsity=0.9, data=samples, rounds=3
+    )
+    argv = ["prune", "--model", "lenet300", "--method", "px", "--sparsity", "0.9", "--rounds", "3"]
+    for name in ("samples.npy", "samples.safetensors"):
+        assert main([*argv, "--data", str(tmp_path / name), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["digest"] == expected.digest
+    assert "--data: method 'px' reads samples; give --data FILE" in refused(capsys, *argv)
+    given = ["--sparsity", "0.9", "--data", str(tmp_path / "samples.npy")]
+    assert "--data: method 'magnitude' reads no samples" in refused(capsys, *PRUNE, *given)
+
+
+def test_samples_tell_the_shape_of_an_input(
+    module: Callable[[str], str], tmp_path: Path, capsys: Capture
+) -> None:
+    name = module(
+        "def build():\n    return nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 4))\n"
+    )
+    np.save(tmp_path / "samples.npy", np.ones((3, 6), dtype=np.float16))
+    argv = ["prune", "--model", f"{name}:build", "--method", "px", "--sparsity", "0.3", "--json"]
+    assert main([*argv, "--data", str(tmp_path / "samples.npy")]) == 0
+    assert json.loads(capsys.readouterr().out)["kept"] == 63

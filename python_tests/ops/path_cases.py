@@ -85,6 +85,28 @@ GEOMETRIES = (
     Geometry((4, 5, 6), (2, 3, 3), (1, 2, 1), (0, 1, 1), (1, 1, 2), groups=2),
 )
 
+# Few positions (path_few.h), and one more or less than it takes: a single position, all of 16, 16
+# by the batch, strides, dilation, one and three axes, 256 pixels; then too many positions, too
+# many pixels, too few rows, too little depth, groups.
+FEW = (
+    Geometry((1, 1), (3, 3), (1, 1), (1, 1), (1, 1), rows=33, channels=17, batch=1),
+    Geometry((2, 2), (3, 3), (1, 1), (1, 1), (1, 1), rows=71, channels=33, batch=1),
+    Geometry((4, 4), (3, 3), (1, 1), (1, 1), (1, 1), rows=32, channels=15, batch=1),
+    Geometry((8, 8), (3, 3), (2, 2), (1, 1), (1, 1), rows=40, channels=16, batch=1),
+    Geometry((2, 2), (1, 1), (1, 1), (0, 0), (1, 1), rows=35, channels=131, batch=4),
+    Geometry((5, 3), (3, 3), (1, 1), (1, 1), (1, 1), rows=65, channels=20, batch=1),
+    Geometry((7, 6), (3, 2), (2, 1), (2, 0), (2, 3), rows=32, channels=22, batch=1),
+    Geometry((9,), (4,), (2,), (2,), (2,), rows=33, channels=40, batch=3),
+    Geometry((2, 2, 3), (3, 2, 3), (1, 1, 1), (1, 1, 1), (1, 2, 1), rows=34, channels=9, batch=1),
+    Geometry((16, 16), (4, 4), (4, 4), (0, 0), (1, 1), rows=32, channels=9, batch=1),
+    Geometry((1, 17), (3, 3), (1, 1), (1, 1), (1, 1), rows=33, channels=33, batch=1),
+    Geometry((3, 3), (3, 3), (1, 1), (1, 1), (1, 1), rows=33, channels=33, batch=2),
+    Geometry((16, 17), (5, 5), (5, 5), (2, 2), (1, 1), rows=33, channels=6, batch=1),
+    Geometry((2, 2), (3, 3), (1, 1), (1, 1), (1, 1), rows=31, channels=33, batch=1),
+    Geometry((2, 2), (2, 2), (1, 1), (1, 1), (1, 1), rows=33, channels=31, batch=1),
+    Geometry((2, 2), (3, 3), (1, 1), (1, 1), (1, 1), groups=2, rows=33, channels=33, batch=1),
+)
+
 
 def ids(value: object) -> str:
     return str(value).replace("torch.", "")

@@ -14,11 +14,12 @@ CODE = """
 import torch
 from paikern.backends import cpu
 print(cpu.isa())
-from python_tests.ops.path_cases import DTYPES, GEOMETRIES, Geometry, exact
+from python_tests.ops.path_cases import DTYPES, FEW, GEOMETRIES, Geometry, exact
 from python_tests.ops import test_dpai_step as dpai
 from python_tests.ops import test_path_backward as backward
 from python_tests.ops import test_path_conv_backward as conv_backward
 from python_tests.ops import test_path_conv_forward as conv_forward
+from python_tests.ops import test_path_conv_kept as kept
 from python_tests.ops import test_path_conv_score as conv_score
 from python_tests.ops import test_path_forward as forward
 from python_tests.ops import test_path_score as score
@@ -43,6 +44,13 @@ for geometry in GEOMETRIES:
         for transposed in (False, True):
             dpai.test_dpai_step_convolution_equals_the_reference(adam, geometry, transposed)
 dpai.test_dpai_step_linear_equals_the_reference(True, (31, 33), 7, True)
+for geometry in FEW:
+    for dtype in DTYPES:
+        for density in (None, 0.01, 0.1):
+            for check in (conv_forward.check, conv_backward.check, conv_score.check):
+                check(geometry, dtype, density, 1)
+for geometry in kept.GEOMETRIES:
+    kept.test_scores_on_both_sides_of_the_density(geometry, DTYPES[0])
 """
 
 

@@ -38,7 +38,12 @@ def test_methods_table() -> None:
     assert rows["synflow"]["rounds"] == 100
     assert rows["synflow"]["needs_inputs"]
     assert not rows["magnitude"]["needs_inputs"]
-    assert rows["synflow_l2"]["options"] == {"norm": "scale", "monotone": True, "definition": "a"}
+    assert rows["synflow_l2"]["options"] == {
+        "norm": "scale",
+        "monotone": True,
+        "conv": "exact",
+        "definition": "a",
+    }
 
 
 @pytest.mark.parametrize("name", ["synflow-l2", "SynFlow_L2", "SYNFLOW-L2"])
