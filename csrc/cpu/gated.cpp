@@ -349,31 +349,42 @@ void GatedProgram::Impl::run_pool(Worker &w, const GatedStep &s) const {
   const GatedLattice &from = lattice(s.in), &to = lattice(s.out);
   out.exponent = in.exponent;
   out.top = in.top;
-  std::vector<int64_t> line(static_cast<size_t>(map.h));
-  for (int64_t n = 0; n < samples; ++n) {
-    for (int64_t y = 0; y < map.h; ++y) line[static_cast<size_t>(y)] = from.at(n, y, 0);
+  // All floats of a unit before the next one, so that its line is read once.
+  std::vector<int64_t> source(static_cast<size_t>(s.kernel[0] * kGatedUnit));  // of each tap: its row, or -1
+  for (int64_t place = 0; place < to.groups * to.rows; ++place) {
+    const int64_t group = place / to.rows, row = place % to.rows, images = kGatedUnit / to.strips;
+    for (int64_t i = 0; i < s.kernel[0]; ++i) {
+      for (int64_t lane = 0; lane < kGatedUnit; ++lane) {
+        const int64_t h = lane % to.strips * to.rows + row, n = group * images + lane / to.strips;
+        const int64_t y = h * s.stride[0] - s.padding[0] + i * s.dilation[0];
+        const bool inside = h < pooled.h && y >= 0 && y < map.h;
+        source[static_cast<size_t>(i * kGatedUnit + lane)] = inside ? from.at(n, y, 0) : -1;
+      }
+    }
     for (int64_t c = 0; c < map.channels; ++c) {
       const float *f = in.f.get() + c * from.span, *g = in.g.get() + c * from.span;
-      for (int64_t h = 0; h < pooled.h; ++h) {
-        const int64_t target = c * to.span + to.at(n, h, 0);
-        for (int64_t v = 0; v < pooled.w; ++v) {
-          float best = -INFINITY, paths = 0.0f, at_best = 0.0f;
-          for (int64_t i = 0; i < s.kernel[0]; ++i) {
-            const int64_t y = h * s.stride[0] - s.padding[0] + i * s.dilation[0];
-            if (y < 0 || y >= map.h) continue;
-            for (int64_t j = 0; j < s.kernel[1]; ++j) {
-              const int64_t x = v * s.stride[1] - s.padding[1] + j * s.dilation[1];
-              if (x < 0 || x >= map.w) continue;
-              const int64_t at = line[static_cast<size_t>(y)] + x * kGatedUnit;
-              if (f[at] > best) {
-                best = f[at];
-                at_best = g[at];
-              }
-              paths = std::max(paths, g[at]);
+      for (int64_t v = 0; v < pooled.w; ++v) {
+        float best[kGatedUnit], paths[kGatedUnit] = {}, at_best[kGatedUnit] = {};
+        std::fill(best, best + kGatedUnit, -INFINITY);
+        for (int64_t tap = 0; tap < s.kernel[0] * s.kernel[1]; ++tap) {
+          const int64_t x = v * s.stride[1] - s.padding[1] + tap % s.kernel[1] * s.dilation[1];
+          if (x < 0 || x >= map.w) continue;
+          const int64_t *rows = source.data() + tap / s.kernel[1] * kGatedUnit;
+          for (int64_t lane = 0; lane < kGatedUnit; ++lane) {
+            if (rows[lane] < 0) continue;
+            const int64_t at = rows[lane] + x * kGatedUnit;
+            if (f[at] > best[lane]) {
+              best[lane] = f[at];
+              at_best[lane] = g[at];
             }
+            paths[lane] = std::max(paths[lane], g[at]);
           }
-          out.f.get()[target + v * kGatedUnit] = best;
-          out.g.get()[target + v * kGatedUnit] = s.pool_gate ? at_best : paths;
+        }
+        const int64_t target = c * to.span + to.origin(group, row) + v * kGatedUnit;
+        for (int64_t lane = 0; lane < kGatedUnit; ++lane) {
+          if (!(to.valid(row) >> lane & 1)) continue;
+          out.f.get()[target + lane] = best[lane];
+          out.g.get()[target + lane] = s.pool_gate ? at_best[lane] : paths[lane];
         }
       }
     }
