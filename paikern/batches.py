@@ -40,6 +40,7 @@ class Batches:
             )
         self._size = size
         self._whole = _pair(data)
+        self._finite = False  # whether a pass over data given whole has found all of it finite
         # An iterator gives its batches once, but every round needs them.
         one_shot = self._whole is None and iter(data) is data
         self._data: Iterable[Any] = list(data) if one_shot else data
@@ -54,13 +55,14 @@ class Batches:
                 raise ValueError(
                     f"data: inputs must be floating point, got {x.dtype}; convert with .float()"
                 )
-            if not bool(torch.isfinite(x).all()):
+            if not self._finite and not bool(torch.isfinite(x).all()):
                 raise ValueError(
                     "data: inputs hold NaN or infinite values; leave those samples out"
                 )
             yield x, y
         if empty:
             raise ValueError("data: no sample was given; pass at least one batch")
+        self._finite = self._whole is not None
 
     def _raw(self) -> Iterator[Batch]:
         if self._whole is not None:

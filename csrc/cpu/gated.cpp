@@ -14,8 +14,9 @@
 namespace paikern {
 namespace {
 
-// Floats of the largest map of a chunk, f only: 4 samples of ResNet-20, whose 16 x 32 x 32 maps then take 270 KB.
-constexpr int64_t kChunkFloats = 72 << 10, kMostSamples = 128;
+// Floats of the largest map of a chunk, f only: 4 samples of ResNet-20, whose 16 x 32 x 32 maps then take 350 KB.
+constexpr int64_t kChunkFloats = 96 << 10, kMostGroups = 8;
+constexpr double kMostWaste = 1.1;
 constexpr int kTopExponent = 40;  // maps are rescaled when read beyond 2**40 or below 2**-40
 
 const GatedKernels &kernels() {
@@ -55,7 +56,6 @@ struct GatedProgram::Impl {
   std::vector<GatedLists> lists;    // of each step
   std::vector<int64_t> lattice_of;  // of each map
   std::vector<GatedLattice> lattices;
-  std::vector<std::vector<uint8_t>> valid;  // of each lattice
   int64_t output = 0, samples = 1;
 
   // What one thread works in; kept from call to call.
@@ -70,12 +70,14 @@ struct GatedProgram::Impl {
   }
   int64_t floats(int64_t map) const { return maps[static_cast<size_t>(map)].channels * lattice(map).span; }
 
+  void cut();
   Worker &worker(int thread);
   void fill(Worker &w, const float *x, int64_t count) const;
   void run_weight(Worker &w, size_t index) const;
   void run_mean(Worker &w, const GatedStep &s) const;
   void run_pool(Worker &w, const GatedStep &s) const;
   void run_reshape(Worker &w, const GatedStep &s) const;
+  void share(int64_t map, Planes &planes) const;
   void run_chunk(Worker &w) const;
 };
 
@@ -96,18 +98,39 @@ GatedProgram::GatedProgram(std::vector<GatedMap> maps, std::vector<GatedStep> st
     if (s.kind != GatedKind::kWeight) continue;
     p.lattices[static_cast<size_t>(p.lattice_of[static_cast<size_t>(s.out)])].admit(s, map_at(s.in));
   }
-  int64_t largest = 1;
-  for (size_t i = 0; i < p.maps.size(); ++i) {
-    largest = std::max(largest, p.maps[i].channels * p.lattice(static_cast<int64_t>(i)).image());
-  }
-  p.samples = std::clamp<int64_t>(kChunkFloats / largest, 1, kMostSamples);
-  for (GatedLattice &lattice : p.lattices) {
-    lattice.finish(p.samples);
-    p.valid.push_back(lattice.valid(p.samples));
-  }
+  p.cut();
   for (const GatedStep &s : p.steps) {
     p.lists.emplace_back(s, map_at(s.in), map_at(s.out), p.lattice(s.out));
   }
+}
+
+// The samples of a chunk: images whole where that keeps the largest map small, else in as few strips as do, unless
+// much of the arithmetic would then fall on no pixel.
+void GatedProgram::Impl::cut() {
+  const auto largest = [&](int64_t strips, int64_t groups) {
+    int64_t floats = 0;
+    for (size_t i = 0; i < maps.size(); ++i) {
+      floats = std::max(floats, maps[i].channels * lattice(static_cast<int64_t>(i)).floats(strips, groups));
+    }
+    return floats;
+  };
+  const auto work = [&](int64_t strips) {
+    double sum = 0.0;
+    for (const GatedStep &s : steps) {
+      if (s.kind != GatedKind::kWeight) continue;
+      const GatedMap &in = maps[static_cast<size_t>(s.in)], &out = maps[static_cast<size_t>(s.out)];
+      const int64_t depth = in.channels / s.groups * s.kernel[0] * s.kernel[1];
+      sum += static_cast<double>(out.channels * out.h * out.w * depth) / lattice(s.out).use(strips);
+    }
+    return sum;
+  };
+  int64_t strips = 1, groups = 1;
+  while (strips < kGatedUnit && largest(strips, 1) > kChunkFloats && work(2 * strips) <= kMostWaste * work(strips)) {
+    strips *= 2;
+  }
+  while (strips == 1 && groups < kMostGroups && largest(strips, 2 * groups) <= kChunkFloats) groups *= 2;
+  for (GatedLattice &lattice : lattices) lattice.finish(strips, groups);
+  samples = groups * (kGatedUnit / strips);
 }
 
 GatedProgram::~GatedProgram() = default;
@@ -151,7 +174,7 @@ int64_t GatedProgram::run(const float *x, int64_t samples, double *total, float 
         for (int64_t c = 0, i = 0; c < out.channels; ++c) {
           for (int64_t h = 0; h < out.h; ++h) {
             for (int64_t v = 0; v < out.w; ++v, ++i) {
-              const int64_t at = c * lattice.span + lattice.lead + lattice.flat(n, h, v);
+              const int64_t at = c * lattice.span + lattice.at(n, h, v);
               totals[static_cast<size_t>(chunk * outputs + i)] += static_cast<double>(found.g.get()[at]);
               if (f) f[(first + n) * outputs + i] = found.f.get()[at];
             }
@@ -187,16 +210,24 @@ void GatedProgram::Impl::fill(Worker &w, const float *x, int64_t count) const {
     for (int64_t c = 0; c < map.channels; ++c) {
       for (int64_t h = 0; h < map.h; ++h) {
         const float *row = x + ((n * map.channels + c) * map.h + h) * map.w;
-        float *f = planes.f.get() + c * l.span + l.lead + l.flat(n, h, 0);
-        float *g = planes.g.get() + c * l.span + l.lead + l.flat(n, h, 0);
+        const int64_t at = c * l.span + l.at(n, h, 0);
+        float *f = planes.f.get() + at, *g = planes.g.get() + at;
         for (int64_t v = 0; v < map.w; ++v) {
           const float value = n < count ? row[v] : 0.0f;
-          f[v] = value;
-          g[v] = value * factor * (value * factor);
+          f[v * kGatedUnit] = value;
+          g[v * kGatedUnit] = value * factor * (value * factor);
         }
       }
     }
   }
+  share(0, planes);
+}
+
+// Copy the rows that strips of a map share.
+void GatedProgram::Impl::share(int64_t map, Planes &planes) const {
+  const int64_t channels = maps[static_cast<size_t>(map)].channels;
+  lattice(map).fill_shared(kernels(), channels, planes.f.get());
+  lattice(map).fill_shared(kernels(), channels, planes.g.get());
 }
 
 void GatedProgram::Impl::run_chunk(Worker &w) const {
@@ -227,47 +258,53 @@ void GatedProgram::Impl::run_weight(Worker &w, size_t index) const {
   const Planes &in = w.maps[static_cast<size_t>(s.in)];
   const Planes *add = s.add < 0 ? nullptr : &w.maps[static_cast<size_t>(s.add)];
   Planes &out = w.maps[static_cast<size_t>(s.out)];
-  const float *f_in = in.f.get() + l.lead, *g_in = in.g.get() + l.lead;
+  const GatedKernels &k = kernels();
+  const float *f_in = in.f.get(), *g_in = in.g.get();
   if (list.phase_floats()) {
     Planes &phases = *w.phases[index];
-    list.fill_phases(lattice(s.in), samples, in.f.get(), phases.f.get());
-    list.fill_phases(lattice(s.in), samples, in.g.get(), phases.g.get());
-    f_in = phases.f.get() + l.lead;
-    g_in = phases.g.get() + l.lead;
+    list.fill_phases(k, lattice(s.in), f_in, phases.f.get());
+    list.fill_phases(k, lattice(s.in), g_in, phases.g.get());
+    f_in = phases.f.get();
+    g_in = phases.g.get();
   }
   out.exponent = in.top == 0.0f && add ? add->wanted() : in.wanted();
   if (add && add->top > 0.0f) out.exponent = std::max(out.exponent, add->wanted());
   const float g_scale = power_of_two(in.exponent - out.exponent);
   const float add_scale = add ? power_of_two(add->exponent - out.exponent) : 0.0f;
-  const GatedKernels &k = kernels();
-  const std::vector<uint8_t> &bits = valid[static_cast<size_t>(lattice_of[static_cast<size_t>(s.out)])];
-  // Blocks of whole 16 positions, the unit of the valid bits. All channels of one block at a time: the window of the
-  // input stays in the first cache.
-  const int64_t units = l.positions(samples) / 16;
-  const int64_t most = std::max(1, (list.dense() ? 2 * k.tile_vectors : k.gather_vectors) * k.lanes / 16);
-  const int64_t blocks = divide_up(units, most);
-  const FloatBuffer all(16 * most);
+  // All channels of one block at a time: the window of the input stays in the first cache.
+  const bool flat = l.flat();
+  const int64_t width = flat ? l.groups * l.rows * l.w : l.w, rows = flat ? 1 : l.rows, groups = flat ? 1 : l.groups;
+  const FloatBuffer scratch(list.scratch() * k.columns * k.rows * kGatedUnit);
   out.top = 0.0f;
-  for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t q = 16 * (units * block / blocks), end = 16 * (units * (block + 1) / blocks);
-    const int64_t vectors = (end - q) / k.lanes, at = l.lead + q;
-    const GatedBlock f{f_in + q, out.f.get() + at, add ? add->f.get() + at : nullptr,
-                       nullptr,  nullptr,          bits.data() + q / 8,
-                       l.span,   vectors,          1.0f,
-                       s.gate};
-    const GatedBlock g{g_in + q,
-                       out.g.get() + at,
-                       add ? add->g.get() + at : nullptr,
-                       s.gate ? f.out : nullptr,
-                       nullptr,
-                       f.valid,
-                       l.span,
-                       vectors,
-                       add_scale,
-                       false};
-    list.run_values(k, f);
-    out.top = std::max(out.top, list.run_paths(k, g, g_scale, all.get()));
+  for (int64_t group = 0; group < groups; ++group) {
+    for (int64_t y = 0, high; y < rows; y += high) {
+      high = std::min<int64_t>(k.rows, rows - y);
+      for (int64_t x = 0, wide = k.columns; x < width; x += wide) {
+        while (wide > width - x) wide /= 2;
+        const int64_t at = l.origin(group, y) + x * kGatedUnit;
+        GatedBlock b{};
+        b.base = f_in + at;
+        b.out = out.f.get() + at;
+        b.add = add ? add->f.get() + at : nullptr;
+        b.channel = l.span;
+        b.row = l.row_floats();
+        b.columns = static_cast<int>(wide);
+        b.rows = static_cast<int>(high);
+        for (int64_t i = 0; i < high; ++i) b.valid[i] = l.valid(y + i);
+        b.add_scale = 1.0f;
+        b.rectify = s.gate;
+        list.run_values(k, b, scratch.get());
+        b.base = g_in + at;
+        b.out = out.g.get() + at;
+        b.add = add ? add->g.get() + at : nullptr;
+        b.gate = s.gate ? out.f.get() + at : nullptr;
+        b.add_scale = add_scale;
+        b.rectify = false;
+        out.top = std::max(out.top, list.run_paths(k, b, g_scale, scratch.get()));
+      }
+    }
   }
+  share(s.out, out);
 }
 
 void GatedProgram::Impl::run_mean(Worker &w, const GatedStep &s) const {
@@ -275,25 +312,34 @@ void GatedProgram::Impl::run_mean(Worker &w, const GatedStep &s) const {
   Planes &out = w.maps[static_cast<size_t>(s.out)];
   const GatedMap &map = maps[static_cast<size_t>(s.in)];
   const GatedLattice &from = lattice(s.in), &to = lattice(s.out);
-  const float share = 1.0f / static_cast<float>(map.h * map.w);
+  const float each = 1.0f / static_cast<float>(map.h * map.w);
   out.exponent = in.exponent;
   out.top = 0.0f;
   for (int64_t c = 0; c < map.channels; ++c) {
-    for (int64_t n = 0; n < samples; ++n) {
-      float f = 0.0f, g = 0.0f;
-      for (int64_t h = 0; h < map.h; ++h) {
-        const int64_t at = c * from.span + from.lead + from.flat(n, h, 0);
-        for (int64_t v = 0; v < map.w; ++v) {
-          f += in.f.get()[at + v];
-          g += in.g.get()[at + v];
+    for (int64_t group = 0; group < from.groups; ++group) {
+      float f[kGatedUnit] = {}, g[kGatedUnit] = {};  // of each strip
+      for (int64_t row = 0; row < from.rows; ++row) {
+        const int64_t at = c * from.span + from.origin(group, row);
+        for (int64_t i = 0; i < map.w * kGatedUnit; ++i) {
+          f[i % kGatedUnit] += in.f.get()[at + i];
+          g[i % kGatedUnit] += in.g.get()[at + i];
         }
       }
-      const int64_t at = c * to.span + to.lead + to.flat(n, 0, 0);
-      out.f.get()[at] = f * share;
-      out.g.get()[at] = g * share;
-      out.top = std::max(out.top, g * share);
+      const int64_t images = kGatedUnit / from.strips;
+      for (int64_t n = 0; n < images; ++n) {
+        float f_sum = 0.0f, g_sum = 0.0f;
+        for (int64_t strip = n * from.strips; strip < (n + 1) * from.strips; ++strip) {
+          f_sum += f[strip];
+          g_sum += g[strip];
+        }
+        const int64_t at = c * to.span + to.at(group * images + n, 0, 0);
+        out.f.get()[at] = f_sum * each;
+        out.g.get()[at] = g_sum * each;
+        out.top = std::max(out.top, g_sum * each);
+      }
     }
   }
+  share(s.out, out);
 }
 
 void GatedProgram::Impl::run_pool(Worker &w, const GatedStep &s) const {
@@ -303,33 +349,47 @@ void GatedProgram::Impl::run_pool(Worker &w, const GatedStep &s) const {
   const GatedLattice &from = lattice(s.in), &to = lattice(s.out);
   out.exponent = in.exponent;
   out.top = in.top;
-  for (int64_t c = 0; c < map.channels; ++c) {
-    for (int64_t n = 0; n < samples; ++n) {
-      const float *f = in.f.get() + c * from.span + from.lead, *g = in.g.get() + c * from.span + from.lead;
-      for (int64_t h = 0; h < pooled.h; ++h) {
-        for (int64_t v = 0; v < pooled.w; ++v) {
-          float best = -INFINITY, paths = 0.0f, at_best = 0.0f;
-          for (int64_t i = 0; i < s.kernel[0]; ++i) {
-            const int64_t y = h * s.stride[0] - s.padding[0] + i * s.dilation[0];
-            if (y < 0 || y >= map.h) continue;
-            for (int64_t j = 0; j < s.kernel[1]; ++j) {
-              const int64_t x = v * s.stride[1] - s.padding[1] + j * s.dilation[1];
-              if (x < 0 || x >= map.w) continue;
-              const int64_t at = from.flat(n, y, x);
-              if (f[at] > best) {
-                best = f[at];
-                at_best = g[at];
-              }
-              paths = std::max(paths, g[at]);
+  // All floats of a unit before the next one, so that its line is read once.
+  std::vector<int64_t> source(static_cast<size_t>(s.kernel[0] * kGatedUnit));  // of each tap: its row, or -1
+  for (int64_t place = 0; place < to.groups * to.rows; ++place) {
+    const int64_t group = place / to.rows, row = place % to.rows, images = kGatedUnit / to.strips;
+    for (int64_t i = 0; i < s.kernel[0]; ++i) {
+      for (int64_t lane = 0; lane < kGatedUnit; ++lane) {
+        const int64_t h = lane % to.strips * to.rows + row, n = group * images + lane / to.strips;
+        const int64_t y = h * s.stride[0] - s.padding[0] + i * s.dilation[0];
+        const bool inside = h < pooled.h && y >= 0 && y < map.h;
+        source[static_cast<size_t>(i * kGatedUnit + lane)] = inside ? from.at(n, y, 0) : -1;
+      }
+    }
+    for (int64_t c = 0; c < map.channels; ++c) {
+      const float *f = in.f.get() + c * from.span, *g = in.g.get() + c * from.span;
+      for (int64_t v = 0; v < pooled.w; ++v) {
+        float best[kGatedUnit], paths[kGatedUnit] = {}, at_best[kGatedUnit] = {};
+        std::fill(best, best + kGatedUnit, -INFINITY);
+        for (int64_t tap = 0; tap < s.kernel[0] * s.kernel[1]; ++tap) {
+          const int64_t x = v * s.stride[1] - s.padding[1] + tap % s.kernel[1] * s.dilation[1];
+          if (x < 0 || x >= map.w) continue;
+          const int64_t *rows = source.data() + tap / s.kernel[1] * kGatedUnit;
+          for (int64_t lane = 0; lane < kGatedUnit; ++lane) {
+            if (rows[lane] < 0) continue;
+            const int64_t at = rows[lane] + x * kGatedUnit;
+            if (f[at] > best[lane]) {
+              best[lane] = f[at];
+              at_best[lane] = g[at];
             }
+            paths[lane] = std::max(paths[lane], g[at]);
           }
-          const int64_t at = c * to.span + to.lead + to.flat(n, h, v);
-          out.f.get()[at] = best;
-          out.g.get()[at] = s.pool_gate ? at_best : paths;
+        }
+        const int64_t target = c * to.span + to.origin(group, row) + v * kGatedUnit;
+        for (int64_t lane = 0; lane < kGatedUnit; ++lane) {
+          if (!(to.valid(row) >> lane & 1)) continue;
+          out.f.get()[target + lane] = best[lane];
+          out.g.get()[target + lane] = s.pool_gate ? at_best[lane] : paths[lane];
         }
       }
     }
   }
+  share(s.out, out);
 }
 
 void GatedProgram::Impl::run_reshape(Worker &w, const GatedStep &s) const {
@@ -343,15 +403,16 @@ void GatedProgram::Impl::run_reshape(Worker &w, const GatedStep &s) const {
     for (int64_t c = 0, i = 0; c < map.channels; ++c) {
       for (int64_t h = 0; h < map.h; ++h) {
         for (int64_t v = 0; v < map.w; ++v, ++i) {
-          const int64_t source = c * from.span + from.lead + from.flat(n, h, v), x = i % shaped.w;
+          const int64_t source = c * from.span + from.at(n, h, v), x = i % shaped.w;
           const int64_t y = i / shaped.w % shaped.h, channel = i / (shaped.w * shaped.h);
-          const int64_t target = channel * to.span + to.lead + to.flat(n, y, x);
+          const int64_t target = channel * to.span + to.at(n, y, x);
           out.f.get()[target] = in.f.get()[source];
           out.g.get()[target] = in.g.get()[source];
         }
       }
     }
   }
+  share(s.out, out);
 }
 
 }  // namespace paikern

@@ -6,9 +6,9 @@
 // A chunk of a few samples goes through the whole network before the next one starts, so its maps stay in the caches;
 // chunks are independent and their totals are added in order, so the result does not depend on the threads.
 //
-// Layout: a map is one plane a channel, the images of the chunk behind each other in a lattice of h x w pixels with
-// enough zeros between rows and images that every tap of a convolution is one shift of the plane (as in path_plan.h).
-// Maps of one size share one lattice, so a convolution of stride 1 reads the planes as the layer before wrote them.
+// Layout: a map is one plane a channel, in which sixteen strips of the images of the chunk lie side by side, so that
+// every tap of a convolution is one shift of the plane by whole cache lines (gated_lattice.h). Maps of one size share
+// one lattice, so a convolution of stride 1 reads the planes as the layer before wrote them.
 //
 // Numbers: g has one power-of-two exponent a map and chunk, applied where the map is read; its maximum is known from
 // the pass that wrote it. Nothing is rounded by it except what falls 2**-126 below the maximum of its chunk.

@@ -5,38 +5,59 @@
 
 namespace paikern {
 
-constexpr int kGatedRows = 4;  // output channels of a dense tile
+constexpr int64_t kGatedQuad = 4;  // output channels whose path counts are summed together
 
-// A stretch of positions of some output channels: out = valid * gate(acc * scale + shift + add * add_scale).
+// A rectangle of units (see gated_lattice.h) of some output channels. `base`, `out`, `add` and `gate` point at its
+// first unit: out = valid * gate(sum * scale + shift + add * add_scale).
 struct GatedBlock {
-  const float *base;     // input planes at the first position; kept weights are offsets from here
-  float *out;            // channel 0 of the rows at the first position
-  const float *add;      // another map in the layout of `out`, or null
-  const float *gate;     // keep where this map is positive, or null
-  const float *all;      // g: the sum over all columns, from which pruned weights are taken, or null
-  const uint8_t *valid;  // bits of the positions that are pixels, from the first position on
-  int64_t stride;        // floats from channel to channel of out, add and gate
-  int64_t vectors;
+  const float *base;  // input planes; kept weights are offsets from here
+  float *out;         // of the first of the output channels
+  const float *add;   // another map in the layout of `out`, or null
+  const float *gate;  // keep where this map is positive, or null
+  const float *all;   // g: the sums over all columns, from which pruned weights are taken, or null
+  const float *from;  // what the sums start from: kGatedZeros, or `sums` after earlier columns
+  float *sums;        // [channels of a call, rows, columns] units
+  int64_t channel;    // floats from channel to channel of out, add and gate
+  int64_t row;        // floats from row to row of all maps
+  int columns, rows;  // as the table allows; columns a power of two
+  uint32_t valid[2];  // of each row: the floats of its units that are pixels
   float add_scale;
   bool rectify;  // keep what is positive itself
+  bool last;     // of the columns: what follows the sum is done, else the sum is kept in `sums`
+};
+
+// One block of zeros: sums start with loads, since a branch would keep them in memory.
+alignas(64) constexpr float kGatedZeros[16 * 16] = {};
+
+// The columns of a quad that just the rows in `rows` (bits) list.
+struct GatedClass {
+  uint32_t rows;
+  int32_t count;
 };
 
 struct GatedKernels {
-  int lanes, gather_vectors, tile_vectors;  // vectors a block at most, 1 for each accumulator
+  int columns, rows;  // units a block at most
 
   // f, one channel from its kept weights.
-  void (*gather)(const GatedBlock &block, const int32_t *offsets, const float *values, int64_t count,
-                 const float *scale, const float *shift);
+  void (*values)(const GatedBlock &block, const int32_t *offsets, const float *values, int64_t count, float scale,
+                 float shift);
 
-  // f, kGatedRows channels from weights [count][kGatedRows].
-  void (*tile)(const GatedBlock &block, const int32_t *offsets, const float *values, int64_t count, const float *scale,
-               const float *shift);
+  // f, two channels that share the loads of the columns that both keep: `counts` of both, of the first alone and of the
+  // second alone, in this order in `offsets` and `values`; columns of both have two values.
+  void (*pair)(const GatedBlock &block, const int32_t *offsets, const float *values, const int32_t *counts,
+               const float *scale, const float *shift);
 
   // g, one channel from its kept weights, or from the pruned ones where `all` is given. Returns the maximum.
   float (*paths)(const GatedBlock &block, const int32_t *offsets, int64_t count, float scale);
 
-  // out = the sum of the planes at `offsets`.
-  void (*sum)(const GatedBlock &block, const int32_t *offsets, int64_t count, float *out);
+  // g, kGatedQuad channels from classes of columns: what several channels add is added up once.
+  float (*quad)(const GatedBlock &block, const int32_t *offsets, const GatedClass *classes, int64_t count, float scale);
+
+  // sums += the planes at `offsets`.
+  void (*sum)(const GatedBlock &block, const int32_t *offsets, int64_t count);
+
+  // to = from where bit (position % 16) of `bits` is set, else 0; `from` may lie anywhere.
+  void (*shift)(const float *from, float *to, int64_t units, uint32_t bits);
 };
 
 const GatedKernels &gated_kernels_portable();

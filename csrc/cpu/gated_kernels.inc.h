@@ -1,10 +1,11 @@
 // The bodies behind GatedKernels, compiled once for each instruction set.
 //
-//   gather  f from kept weights, one load a multiply-add
-//   tile    f for 4 channels that share each load, close to 2 multiply-adds a cycle on AVX-512
+//   values  f from kept weights, one load a multiply-add
+//   pair    the same for two channels, one load for both where both keep a weight
 //   paths   g: sums of kept planes, or of the pruned ones taken from the sum of all where more than half is kept
+//   quad    the same for four channels, the columns sorted by which of the four list them
 //
-// All end with scale, shift, branch, gate and the zeros between the pixels while the sums are in registers.
+// All end with scale, shift, branch, gate and the zeros beside the pixels while the sums are in registers.
 #pragma once
 
 #include "gated_kernels.h"
@@ -13,154 +14,259 @@
 namespace {
 
 using paikern::GatedBlock;
-using paikern::kGatedRows;
+using paikern::GatedClass;
+using paikern::kGatedQuad;
 
 #if defined(__AVX512F__)
-constexpr int kGatherVectors = 8, kGatedTileVectors = 6;
+constexpr int kMostColumns = 8, kMostRows = 2, kPairColumns = 8;
 inline vf v_max(vf a, vf b) { return _mm512_max_ps(a, b); }
 inline vm v_positive(vf a) { return _mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_GT_OQ); }
 #elif defined(__AVX2__)
-constexpr int kGatherVectors = 8, kGatedTileVectors = 2;
+constexpr int kMostColumns = 4, kMostRows = 1, kPairColumns = 2;
 inline vf v_max(vf a, vf b) { return _mm256_max_ps(a, b); }
 inline vm v_positive(vf a) { return _mm256_cmp_ps(a, _mm256_setzero_ps(), _CMP_GT_OQ); }
 #else
-constexpr int kGatherVectors = 4, kGatedTileVectors = 2;
+constexpr int kMostColumns = 2, kMostRows = 1, kPairColumns = 1;
 inline vf v_max(vf a, vf b) { return v_select(a > b, a, b); }
 inline vm v_positive(vf a) { return a > v_zero(); }
 #endif
 
-inline uint32_t valid_bits(const uint8_t *valid, int64_t position) {
-  uint32_t bits = 0;
-  std::memcpy(&bits, valid + position / 8, kLanes > 8 ? 2 : 1);
-  return kLanes < 8 ? bits >> (position % 8) : bits;
-}
+// The accumulators stay in registers only where every call on them is inlined.
+#define GATED_LAMBDA __attribute__((always_inline))
+#define GATED_INLINE GATED_LAMBDA inline
 
-// What happens to a finished sum of row r at vector v of the block.
-inline vf gated_finish(const GatedBlock &b, int64_t row, int64_t v, vf y) {
-  const int64_t at = row * b.stride + v * kLanes;
-  if (b.add) y = v_fma(v_load(b.add + at), v_set(b.add_scale), y);
-  if (b.gate) y = v_keep(v_positive(v_load(b.gate + at)), y);
-  if (b.rectify) y = v_keep(v_positive(y), y);
-  y = v_keep(v_mask(valid_bits(b.valid, v * kLanes)), y);
-  v_store(b.out + at, y);
-  return y;
-}
+// A vector is loaded once and stays in its register: GCC makes two multiply-adds from memory of it.
+#if defined(__x86_64__)
+#define GATED_KEEP(x) asm("" : "+v"(x))
+#else
+#define GATED_KEEP(x)
+#endif
 
-// Calls visit(Count<Vectors>, first vector) over the vectors of a block, `Most` (8, 6, 4 or 2) at a time while it can.
-template <int Vectors>
-struct Count {
-  static constexpr int value = Vectors;
-};
+constexpr int kUnit = 16, kParts = kUnit / kLanes;  // vectors a unit
 
-template <int Most, class Visit>
-inline void gated_vectors(int64_t vectors, Visit visit) {
-  int64_t n = 0;
-  for (; n + Most <= vectors; n += Most) visit(Count<Most>{}, n);
-  if constexpr (Most > 4) {
-    for (; n + 4 <= vectors; n += 4) visit(Count<4>{}, n);
+// The accumulators of a block, row by row.
+template <int Columns, int Rows>
+struct Sums {
+  static constexpr int kWidth = Columns * kParts, kCount = Rows * kWidth;
+  vf at[kCount];
+
+  GATED_INLINE void load(const float *from) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kCount; ++v) at[v] = v_load(from + v * kLanes);
   }
-  if constexpr (Most > 2) {
-    for (; n + 2 <= vectors; n += 2) visit(Count<2>{}, n);
+  GATED_INLINE void store(float *to) const {
+#pragma GCC unroll 16
+    for (int v = 0; v < kCount; ++v) v_store(to + v * kLanes, at[v]);
   }
-  for (; n < vectors; ++n) visit(Count<1>{}, n);
-}
-
-// sum[v] = the planes at `offsets` added up.
-template <int Vectors>
-inline void gated_add(const float *base, const int32_t *offsets, int64_t count, vf *sum) {
-#pragma GCC unroll 8
-  for (int v = 0; v < Vectors; ++v) sum[v] = v_zero();
-  for (int64_t i = 0; i < count; ++i) {
-    const float *src = base + offsets[i];
-#pragma GCC unroll 8
-    for (int v = 0; v < Vectors; ++v) sum[v] = v_add(sum[v], v_load(src + v * kLanes));
+  GATED_INLINE void add_to(float *to) const {
+#pragma GCC unroll 16
+    for (int v = 0; v < kCount; ++v) v_store(to + v * kLanes, v_add(v_load(to + v * kLanes), at[v]));
   }
-}
-
-void gated_gather(const GatedBlock &b, const int32_t *offsets, const float *values, int64_t count, const float *scale,
-                  const float *shift) {
-  const vf s = v_set(*scale), t = v_set(*shift);
-  gated_vectors<kGatherVectors>(b.vectors, [&](auto most, int64_t first) {
-    constexpr int kVectors = decltype(most)::value;
-    const float *base = b.base + first * kLanes;
-    vf sum[kVectors];
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) sum[v] = v_zero();
+  // Calls take(accumulator, a float of the plane at `src` that it is of) for all.
+  template <class Take>
+  GATED_INLINE void each(const float *src, int64_t row, Take take) {
+    const float *line[Rows];
+#pragma GCC unroll 2
+    for (int y = 0; y < Rows; ++y) {
+      line[y] = src + y * row;
+      // Else GCC makes one address a load, not one a line.
+      asm("" : "+r"(line[y]));
+    }
+#pragma GCC unroll 16
+    for (int v = 0; v < kCount; ++v) take(at[v], line[v / kWidth] + v % kWidth * kLanes);
+  }
+  GATED_INLINE void add(const float *base, int64_t row, const int32_t *offsets, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+      each(base + offsets[i], row, [](vf &sum, const float *from) GATED_LAMBDA { sum = v_add(sum, v_load(from)); });
+    }
+  }
+  GATED_INLINE void add(const float *base, int64_t row, const int32_t *offsets, const float *values, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
       const vf weight = v_set(values[i]);
-      const float *src = base + offsets[i];
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) sum[v] = v_fma(weight, v_load(src + v * kLanes), sum[v]);
+      each(base + offsets[i], row,
+           [weight](vf &sum, const float *from) GATED_LAMBDA { sum = v_fma(weight, v_load(from), sum); });
     }
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) gated_finish(b, 0, first + v, v_fma(sum[v], s, t));
-  });
-}
+  }
 
-void gated_tile(const GatedBlock &b, const int32_t *offsets, const float *values, int64_t count, const float *scale,
-                const float *shift) {
-  gated_vectors<kGatedTileVectors>(b.vectors, [&](auto most, int64_t first) {
-    constexpr int kVectors = decltype(most)::value;
-    const float *base = b.base + first * kLanes;
-    vf sum[kGatedRows][kVectors];
-#pragma GCC unroll 4
-    for (int r = 0; r < kGatedRows; ++r) {
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = v_zero();
-    }
-    for (int64_t i = 0; i < count; ++i) {
-      const float *src = base + offsets[i];
-      vf weight[kGatedRows];
-#pragma GCC unroll 4
-      for (int r = 0; r < kGatedRows; ++r) weight[r] = v_set(values[i * kGatedRows + r]);
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) {
-        const vf x = v_load(src + v * kLanes);
-#pragma GCC unroll 4
-        for (int r = 0; r < kGatedRows; ++r) sum[r][v] = v_fma(weight[r], x, sum[r][v]);
-      }
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < kGatedRows; ++r) {
-      const vf s = v_set(scale[r]), t = v_set(shift[r]);
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) gated_finish(b, r, first + v, v_fma(sum[r][v], s, t));
-    }
-  });
-}
+  GATED_INLINE void scale_by(vf scale, vf shift) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kCount; ++v) at[v] = v_fma(at[v], scale, shift);
+  }
 
-float gated_paths(const GatedBlock &b, const int32_t *offsets, int64_t count, float scale) {
-  vf top = v_zero();
-  const vf s = v_set(scale);
-  gated_vectors<kGatherVectors>(b.vectors, [&](auto most, int64_t first) {
-    constexpr int kVectors = decltype(most)::value;
-    vf sum[kVectors];
-    gated_add<kVectors>(b.base + first * kLanes, offsets, count, sum);
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
+  // Sums of g that are complete: what they are of all columns, times `scale`.
+  GATED_INLINE void count_paths(const GatedBlock &b, vf scale) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kCount; ++v) {
       // A difference may round to just below 0.
-      if (b.all) sum[v] = v_max(v_sub(v_load(b.all + (first + v) * kLanes), sum[v]), v_zero());
-      top = v_max(top, gated_finish(b, 0, first + v, v_mul(sum[v], s)));
+      if (b.all) at[v] = v_max(v_sub(v_load(b.all + v * kLanes), at[v]), v_zero());
+      at[v] = v_mul(at[v], scale);
     }
-  });
+  }
+
+  // Branch, gate and store of channel `channel`; the maximum of `top` and what is stored.
+  GATED_INLINE vf finish(const GatedBlock b, int64_t channel, vf top) {  // a copy, else every store may change it
+#pragma GCC unroll 16
+    for (int v = 0; v < kCount; ++v) {
+      const int64_t place = channel * b.channel + v / kWidth * b.row + v % kWidth * kLanes;
+      vf sum = at[v];
+      if (b.add) sum = v_fma(v_load(b.add + place), v_set(b.add_scale), sum);
+      if (b.gate) sum = v_keep(v_positive(v_load(b.gate + place)), sum);
+      if (b.rectify) sum = v_keep(v_positive(sum), sum);
+      sum = v_keep(v_mask(b.valid[v / kWidth] >> (v % kParts * kLanes)), sum);
+      v_store(b.out + place, sum);
+      top = v_max(top, sum);
+    }
+    return top;
+  }
+};
+
+// Calls run(accumulators of the shape of the block).
+template <int Columns, int Rows, class Run>
+inline void shaped(const GatedBlock &b, Run run) {
+  if constexpr (Columns > 1) {
+    if (b.columns < Columns) return shaped<Columns / 2, Rows>(b, run);
+  }
+  if constexpr (Rows > 1) {
+    if (b.rows < Rows) return shaped<Columns, Rows - 1>(b, run);
+  }
+  Sums<Columns, Rows> sums;
+  run(sums);
+}
+
+inline float highest(vf top) {
   float lane[kLanes], found = 0.0f;
   v_store(lane, top);
   for (int i = 0; i < kLanes; ++i) found = lane[i] > found ? lane[i] : found;
   return found;
 }
 
-void gated_sum(const GatedBlock &b, const int32_t *offsets, int64_t count, float *out) {
-  gated_vectors<kGatherVectors>(b.vectors, [&](auto most, int64_t first) {
-    constexpr int kVectors = decltype(most)::value;
-    vf sum[kVectors];
-    gated_add<kVectors>(b.base + first * kLanes, offsets, count, sum);
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) v_store(out + (first + v) * kLanes, sum[v]);
+void gated_values(const GatedBlock &b, const int32_t *offsets, const float *values, int64_t count, float scale,
+                  float shift) {
+  shaped<kMostColumns, kMostRows>(b, [&](auto &sums) {
+    sums.load(b.from);
+    sums.add(b.base, b.row, offsets, values, count);
+    if (!b.last) return sums.store(b.sums);
+    sums.scale_by(v_set(scale), v_set(shift));
+    sums.finish(b, 0, v_zero());
   });
 }
 
+// The units of a block from row `y` and column `x` on.
+inline GatedBlock part_of(const GatedBlock &b, int64_t y, int64_t x) {
+  GatedBlock part = b;
+  const int64_t at = y * b.row + x * kUnit, held = (y * b.columns + x) * kUnit;
+  part.base += at;
+  part.out += at;
+  if (b.add) part.add += at;
+  if (b.from == b.sums) part.from += held;
+  part.sums += held;
+  part.valid[0] = b.valid[y];
+  return part;
+}
+
+template <int Columns>
+void pair_of(const GatedBlock &b, int64_t next, const int32_t *offsets, const float *values, const int32_t *counts,
+             const float *scale, const float *shift) {
+  Sums<Columns, 1> one, two;
+  one.load(b.from);
+  two.load(b.from == b.sums ? b.from + next : b.from);
+  for (int64_t i = 0; i < counts[0]; ++i) {
+    const float *src = b.base + offsets[i];
+    const vf first = v_set(values[2 * i]), second = v_set(values[2 * i + 1]);
+#pragma GCC unroll 16
+    for (int v = 0; v < one.kCount; ++v) {
+      vf x = v_load(src + v * kLanes);
+      GATED_KEEP(x);
+      one.at[v] = v_fma(first, x, one.at[v]);
+      two.at[v] = v_fma(second, x, two.at[v]);
+    }
+  }
+  offsets += counts[0];
+  values += 2 * counts[0];
+  one.add(b.base, b.row, offsets, values, counts[1]);
+  two.add(b.base, b.row, offsets + counts[1], values + counts[1], counts[2]);
+  if (!b.last) {
+    one.store(b.sums);
+    two.store(b.sums + next);
+    return;
+  }
+  one.scale_by(v_set(scale[0]), v_set(shift[0]));
+  two.scale_by(v_set(scale[1]), v_set(shift[1]));
+  one.finish(b, 0, v_zero());
+  two.finish(b, 1, v_zero());
+}
+
+void gated_pair(const GatedBlock &b, const int32_t *offsets, const float *values, const int32_t *counts,
+                const float *scale, const float *shift) {
+  const int64_t next = int64_t{b.rows} * b.columns * kUnit;
+  for (int64_t y = 0; y < b.rows; ++y) {
+    int64_t x = 0;
+    for (; x + kPairColumns <= b.columns; x += kPairColumns) {
+      pair_of<kPairColumns>(part_of(b, y, x), next, offsets, values, counts, scale, shift);
+    }
+    for (; x + 2 <= b.columns; x += 2) pair_of<2>(part_of(b, y, x), next, offsets, values, counts, scale, shift);
+    for (; x < b.columns; ++x) pair_of<1>(part_of(b, y, x), next, offsets, values, counts, scale, shift);
+  }
+}
+
+float gated_paths(const GatedBlock &b, const int32_t *offsets, int64_t count, float scale) {
+  vf top = v_zero();
+  shaped<kMostColumns, kMostRows>(b, [&](auto &sums) {
+    sums.load(b.from);
+    sums.add(b.base, b.row, offsets, count);
+    if (!b.last) return sums.store(b.sums);
+    sums.count_paths(b, v_set(scale));
+    top = sums.finish(b, 0, top);
+  });
+  return b.last ? highest(top) : 0.0f;
+}
+
+float gated_quad(const GatedBlock &b, const int32_t *offsets, const GatedClass *classes, int64_t count, float scale) {
+  vf top = v_zero();
+  shaped<kMostColumns, kMostRows>(b, [&](auto &sums) {
+    constexpr int64_t kFloats = int64_t{sizeof(sums.at)} / int64_t{sizeof(float)};
+    if (b.from != b.sums) {
+      sums.load(b.from);
+      for (int64_t r = 0; r < kGatedQuad; ++r) sums.store(b.sums + r * kFloats);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      sums.load(paikern::kGatedZeros);
+      sums.add(b.base, b.row, offsets, classes[i].count);
+      offsets += classes[i].count;
+      for (int64_t r = 0; r < kGatedQuad; ++r) {
+        if (classes[i].rows >> r & 1) sums.add_to(b.sums + r * kFloats);
+      }
+    }
+    if (!b.last) return;
+    for (int64_t r = 0; r < kGatedQuad; ++r) {
+      sums.load(b.sums + r * kFloats);
+      sums.count_paths(b, v_set(scale));
+      top = sums.finish(b, r, top);
+    }
+  });
+  return b.last ? highest(top) : 0.0f;
+}
+
+void gated_sum(const GatedBlock &b, const int32_t *offsets, int64_t count) {
+  shaped<kMostColumns, kMostRows>(b, [&](auto &sums) {
+    sums.load(b.from);
+    sums.add(b.base, b.row, offsets, count);
+    sums.store(b.sums);
+  });
+}
+
+void gated_shift(const float *from, float *to, int64_t units, uint32_t bits) {
+  for (int64_t unit = 0; unit < units; ++unit) {
+#pragma GCC unroll 4
+    for (int p = 0; p < kParts; ++p) {
+      const int64_t at = unit * kUnit + p * kLanes;
+      v_store(to + at, v_keep(v_mask(bits >> (p * kLanes)), v_load(from + at)));
+    }
+  }
+}
+
 constexpr paikern::GatedKernels make_gated_kernels() {
-  return {kLanes, kGatherVectors, kGatedTileVectors, gated_gather, gated_tile, gated_paths, gated_sum};
+  return {kMostColumns, kMostRows, gated_values, gated_pair, gated_paths, gated_quad, gated_sum, gated_shift};
 }
 
 }  // namespace

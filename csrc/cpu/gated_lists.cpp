@@ -1,6 +1,7 @@
 #include "gated_lists.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <limits>
 #include <stdexcept>
@@ -10,75 +11,37 @@
 namespace paikern {
 namespace {
 
-// Above this density four channels that share each load win over lists of single weights: a tile skips only columns
-// that none of its channels keeps, but a list loads once a multiply-add, 2.4 times as slow.
-constexpr double kTileDensity = 0.3;
+// Bytes of the planes that one part of the columns reads for a block of 8 x 2 units: 16 channels of a 3 x 3
+// convolution. With 32 of them sums run 1.4 times as slow, with 8 no faster.
+constexpr int64_t kWindow = 40 << 10;
 
-struct AxisTap {
-  int64_t phase, shift;  // input index = (output index + shift) * stride + phase
-};
+constexpr int kCodes = 1 << kGatedQuad;
+constexpr int kBits[kCodes] = {0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4};
 
-AxisTap axis_tap(const GatedStep &s, int axis, int64_t u) {
-  const int64_t reach = u * s.dilation[axis] - s.padding[axis];
-  const int64_t shift = floor_divide(reach, s.stride[axis]);
-  return {reach - shift * s.stride[axis], shift};
-}
-
-bool kept(const uint8_t *mask, int64_t i) { return !mask || (mask[i >> 3] >> (i & 7) & 1); }
+// What it takes to add one class of a quad to one of its rows, in columns: a load, an add and a store.
+constexpr double kClassCost = 1.5;
 
 }  // namespace
 
-void GatedLattice::admit(const GatedStep &s, const GatedMap &in) {
-  const int64_t out[2] = {h, w}, size[2] = {in.h, in.w};
-  int64_t *extents[2] = {&rows, &pitch}, *before[2] = {&above_, &left_}, *behind[2] = {&below_, &right_};
-  for (int a = 0; a < 2; ++a) {
-    const int64_t stored = divide_up(size[a], s.stride[a]);
-    const int64_t left = std::max<int64_t>(0, -axis_tap(s, a, 0).shift);
-    const int64_t last = out[a] - 1 + axis_tap(s, a, s.kernel[a] - 1).shift;
-    const int64_t right = std::max<int64_t>(0, last - (stored - 1));
-    *extents[a] = std::max({*extents[a], out[a], stored + std::max(left, right)});
-    *before[a] = std::max(*before[a], left);
-    *behind[a] = std::max(*behind[a], axis_tap(s, a, s.kernel[a] - 1).shift);
-  }
-}
-
-void GatedLattice::finish(int64_t samples) {
-  lead = round_up(above_ * pitch + left_, 16);
-  span = lead + positions(samples) + round_up(std::max<int64_t>(0, below_ * pitch + right_), 16) + 16;
-  if (span % 1024 < 16) span += 16;  // planes of power-of-two maps off each other's cache sets
-}
-
-std::vector<uint8_t> GatedLattice::valid(int64_t samples) const {
-  std::vector<uint8_t> bits(static_cast<size_t>(positions(samples) / 8 + 8), 0);
-  for (int64_t n = 0; n < samples; ++n) {
-    for (int64_t y = 0; y < h; ++y) {
-      for (int64_t x = 0; x < w; ++x) {
-        const int64_t q = flat(n, y, x);
-        bits[static_cast<size_t>(q >> 3)] |= static_cast<uint8_t>(1 << (q & 7));
-      }
-    }
-  }
-  return bits;
-}
-
 GatedLists::GatedLists(const GatedStep &step, const GatedMap &in, const GatedMap &out, const GatedLattice &to)
-    : step_(step), in_(in), out_(out), to_span_(to.span), to_rows_(to.rows), to_pitch_(to.pitch), to_lead_(to.lead) {
-  if (step.kind == GatedKind::kElementwise) {
-    for (int64_t c = 0; c < out.channels; ++c) values_.offsets.push_back(static_cast<int32_t>(c * to.span));
-    for (int64_t c = 0; c <= out.channels; ++c) values_.begin.push_back(c);
-    values_.values.assign(static_cast<size_t>(out.channels), 1.0f);
-    values_.pruned.assign(static_cast<size_t>(out.channels), 0);
-    paths_ = values_;
+    : step_(step), in_(in), out_(out), to_(to) {
+  if (step.kind != GatedKind::kWeight && step.kind != GatedKind::kElementwise) return;
+  if (step.kind == GatedKind::kElementwise) {  // every channel a group with one weight of 1
+    step_.groups = out.channels;
+    group_stride_ = to.span;
+    offset_of_.push_back(0);
+    const std::vector<float> ones(static_cast<size_t>(out.channels), 1.0f);
+    load(ones.data(), nullptr, nullptr, nullptr);
     return;
   }
-  if (step.kind != GatedKind::kWeight) return;
   direct_ = step.stride[0] == 1 && step.stride[1] == 1 && in.h == out.h && in.w == out.w;
-  const int64_t channels = in.channels / step.groups, taps = step.kernel[0] * step.kernel[1];
+  const int64_t channels = in.channels / step.groups;
+  taps_ = step.kernel[0] * step.kernel[1];
   std::vector<int64_t> plane_of, shifts;
   for (int64_t i = 0; i < step.kernel[0]; ++i) {
     for (int64_t j = 0; j < step.kernel[1]; ++j) {
       const AxisTap y = axis_tap(step, 0, i), x = axis_tap(step, 1, j);
-      shifts.push_back(y.shift * to.pitch + x.shift);
+      shifts.push_back((y.shift * to.pitch + x.shift) * kGatedUnit);
       if (direct_) {
         plane_of.push_back(0);
         continue;
@@ -89,37 +52,59 @@ GatedLists::GatedLists(const GatedStep &step, const GatedMap &in, const GatedMap
       plane_of.push_back(static_cast<int64_t>(at));
     }
   }
-  const int64_t stride = direct_ ? to.span : static_cast<int64_t>(planes_.size()) * to.span;
-  depth_ = channels * taps;
+  const int64_t planes = direct_ ? 1 : static_cast<int64_t>(planes_.size()), stride = planes * to.span;
+  depth_ = channels * taps_;
   group_stride_ = channels * stride;
   if (in.channels * stride > std::numeric_limits<int32_t>::max()) {
     throw std::invalid_argument("gated: a map is too large for 32-bit offsets");
   }
   for (int64_t c = 0; c < channels; ++c) {
-    for (size_t t = 0; t < static_cast<size_t>(taps); ++t) {
+    for (size_t t = 0; t < static_cast<size_t>(taps_); ++t) {
       offset_of_.push_back(static_cast<int32_t>(c * stride + plane_of[t] * to.span + shifts[t]));
     }
   }
+  const int64_t columns = std::min<int64_t>(8, to.flat() ? to.groups * to.rows * to.w : to.w);
+  const int64_t rows = to.flat() ? 1 : std::min<int64_t>(2, to.rows);
+  const auto reach = [&](int axis) {
+    return axis_tap(step, axis, step.kernel[axis] - 1).shift - axis_tap(step, axis, 0).shift;
+  };
+  const int64_t window = std::min(taps_ * columns * rows, planes * (rows + reach(0)) * (columns + reach(1)));
+  parts_ = divide_up(channels * window * kGatedUnit * static_cast<int64_t>(sizeof(float)), kWindow);
+  parts_ = std::min(parts_, channels);
 }
 
-void GatedLists::fill_phases(const GatedLattice &from, int64_t samples, const float *map, float *planes) const {
+void GatedLists::fill_phases(const GatedKernels &kernels, const GatedLattice &from, const float *map,
+                             float *planes) const {
   const int64_t sh = step_.stride[0], sw = step_.stride[1];
+  const bool aligned = from.rows == sh * to_.rows;  // rows of a strip end in the same strip
   for (int64_t c = 0; c < in_.channels; ++c) {
-    const float *source = map + c * from.span + from.lead;
+    const float *source = map + c * from.span;
     for (size_t p = 0; p < planes_.size(); ++p) {
       const Plane &plane = planes_[p];
-      const int64_t index = c * static_cast<int64_t>(planes_.size()) + static_cast<int64_t>(p);
       const int64_t columns = divide_up(in_.w - plane.phase_x, sw);
-      float *target = planes + index * to_span_ + to_lead_;
-      for (int64_t n = 0; n < samples; ++n) {
-        for (int64_t y = plane.phase_y, i = 0; y < in_.h; y += sh, ++i) {
-          const float *row = source + from.flat(n, y, plane.phase_x);
-          float *to = target + (n * to_rows_ + i) * to_pitch_;
-          for (int64_t x = 0; x < columns; ++x) to[x] = row[x * sw];
+      float *target = planes + (c * static_cast<int64_t>(planes_.size()) + static_cast<int64_t>(p)) * to_.span;
+      if (aligned) {
+        for (int64_t group = 0; group < to_.groups; ++group) {
+          for (int64_t row = 0; row < to_.rows; ++row) {
+            const float *line = source + from.origin(group, row * sh + plane.phase_y) + plane.phase_x * kGatedUnit;
+            float *to = target + to_.origin(group, row);
+            for (int64_t x = 0; x < columns; ++x) {
+              std::memcpy(to + x * kGatedUnit, line + x * sw * kGatedUnit, sizeof(float) * kGatedUnit);
+            }
+          }
+        }
+        continue;
+      }
+      for (int64_t n = 0; n < to_.samples(); ++n) {
+        for (int64_t y = plane.phase_y, row = 0; y < in_.h; y += sh, ++row) {
+          const float *line = source + from.at(n, y, plane.phase_x);
+          float *to = target + to_.at(n, row, 0);
+          for (int64_t x = 0; x < columns; ++x) to[x * kGatedUnit] = line[x * sw * kGatedUnit];
         }
       }
     }
   }
+  to_.fill_shared(kernels, in_.channels * static_cast<int64_t>(planes_.size()), planes);
 }
 
 void GatedLists::load(const float *theta, const uint8_t *mask, const float *scale, const float *shift) {
@@ -128,99 +113,236 @@ void GatedLists::load(const float *theta, const uint8_t *mask, const float *scal
   shift_.assign(rows, 0.0f);
   if (scale) std::memcpy(scale_.data(), scale, sizeof(float) * rows);
   if (shift) std::memcpy(shift_.data(), shift, sizeof(float) * rows);
-  if (step_.kind != GatedKind::kWeight) return;
-  const int64_t numel = out_.channels * depth_;
-  const double density = mask_density({theta, mask, numel, WeightType::kFloat32, 1});
-  dense_ = density > kTileDensity && out_.channels / step_.groups % kGatedRows == 0;
-  values_ = Lists{};
-  values_.begin.push_back(0);
-  if (dense_) {
-    list_tiles(theta, mask);
-  } else {
-    list_values(theta, mask);
-  }
-  list_paths(mask);
-}
-
-void GatedLists::list_values(const float *theta, const uint8_t *mask) {
-  for (int64_t r = 0; r < out_.channels; ++r) {
-    for (int64_t i = 0; i < depth_; ++i) {
-      if (!kept(mask, r * depth_ + i)) continue;
-      values_.offsets.push_back(offset_of_[static_cast<size_t>(i)]);
-      values_.values.push_back(theta[r * depth_ + i]);
+  if (!theta) return;
+  std::vector<uint8_t> kept(rows * static_cast<size_t>(depth_), 1);
+  if (mask) {
+    const size_t whole = kept.size() / 8;
+    for (size_t byte = 0; byte < whole; ++byte) {
+      for (size_t bit = 0; bit < 8; ++bit) kept[8 * byte + bit] = mask[byte] >> bit & 1;
     }
-    values_.begin.push_back(static_cast<int64_t>(values_.offsets.size()));
+    for (size_t i = 8 * whole; i < kept.size(); ++i) kept[i] = mask[i >> 3] >> (i & 7) & 1;
   }
+  codes_.resize(static_cast<size_t>(depth_));
+  sorted_.resize(static_cast<size_t>(depth_));
+  list_values(theta, kept.data());
+  list_paths(kept.data());
 }
 
-void GatedLists::list_tiles(const float *theta, const uint8_t *mask) {
-  for (int64_t r = 0; r < out_.channels; r += kGatedRows) {
-    for (int64_t i = 0; i < depth_; ++i) {
-      float value[kGatedRows];
-      bool any = false;
-      for (int64_t k = 0; k < kGatedRows; ++k) {
-        const int64_t at = (r + k) * depth_ + i;
-        const bool keep = kept(mask, at);
-        value[k] = keep ? theta[at] : 0.0f;
-        any |= keep;
+void GatedLists::list_values(const float *theta, const uint8_t *kept) {
+  const int64_t group_rows = out_.channels / step_.groups;
+  values_.begin.clear();
+  values_.lists.clear();
+  values_.offsets.clear();
+  values_.values.clear();
+  for (int64_t group = 0; group < step_.groups; ++group) {
+    for (int64_t index = 0; index < parts_; ++index) {
+      values_.begin.push_back(static_cast<int64_t>(values_.lists.size()));
+      const int64_t end = (group + 1) * group_rows;
+      for (int64_t r = group * group_rows; r < end;) {
+        list_kept(theta, kept, r, end, index);
+        r += values_.lists.back().rows;
       }
-      if (!any) continue;
-      values_.offsets.push_back(offset_of_[static_cast<size_t>(i)]);
-      values_.values.insert(values_.values.end(), value, value + kGatedRows);
     }
-    values_.begin.push_back(static_cast<int64_t>(values_.offsets.size()));
+  }
+  values_.begin.push_back(static_cast<int64_t>(values_.lists.size()));
+}
+
+// Columns of a part in the order of their codes, and how many have each of the 1 << kGatedQuad codes.
+void GatedLists::sort_part(int64_t index, int64_t *counts) {
+  const int64_t end = part(index + 1);
+  const uint8_t *codes = codes_.data();
+  int32_t *sorted = sorted_.data();
+  std::fill(counts, counts + kCodes, 0);
+  for (int64_t i = part(index); i < end; ++i) ++counts[codes[i]];
+  int64_t next[kCodes] = {};
+  for (int code = 1; code < kCodes; ++code) next[code] = next[code - 1] + counts[code - 1];
+  for (int64_t i = part(index); i < end; ++i) sorted[next[codes[i]]++] = static_cast<int32_t>(i);
+}
+
+// The next row before `end`, or the next two where they have enough in common: loads of a block of 8 x 2 units.
+void GatedLists::list_kept(const float *theta, const uint8_t *kept, int64_t row, int64_t end, int64_t index) {
+  const bool last = row + 1 == end;
+  mark(kept, row, last ? 1 : 2, index);
+  int64_t counts[kCodes];
+  sort_part(index, counts);
+  const int64_t alone = counts[1] + counts[2], both = counts[3];
+  const bool together = !last && 2 * (11 * both + 10 * alone) < 18 * (alone + 2 * both);
+  Kept list{row,
+            together ? 2 : 1,
+            static_cast<int64_t>(values_.offsets.size()),
+            static_cast<int64_t>(values_.values.size()),
+            {}};
+  const int32_t *columns = sorted_.data() + counts[0];
+  const auto take = [&](int which, int code, bool first, bool second) {
+    const int32_t *from = columns + (code > 1 ? counts[1] : 0) + (code > 2 ? counts[2] : 0);
+    list.counts[which] += static_cast<int32_t>(counts[code]);
+    for (int64_t k = 0; k < counts[code]; ++k) {
+      values_.offsets.push_back(offset_of_[static_cast<size_t>(from[k])]);
+      if (first) values_.values.push_back(theta[row * depth_ + from[k]]);
+      if (second) values_.values.push_back(theta[(row + 1) * depth_ + from[k]]);
+    }
+  };
+  if (together) {
+    take(0, 3, true, true);
+    take(1, 1, true, false);
+    take(2, 2, false, true);
+  } else {
+    take(1, 1, true, false);
+    take(1, 3, true, false);
+  }
+  values_.lists.push_back(list);
+}
+
+void GatedLists::list_paths(const uint8_t *kept) {
+  const int64_t group_rows = out_.channels / step_.groups;
+  paths_.items.clear();
+  paths_.group.clear();
+  paths_.begin.clear();
+  paths_.first.clear();
+  paths_.offsets.clear();
+  paths_.classes.clear();
+  for (int64_t group = 0; group < step_.groups; ++group) {
+    paths_.group.push_back(static_cast<int64_t>(paths_.items.size()));
+    const int64_t end = (group + 1) * group_rows;
+    for (int64_t r = group * group_rows; r < end;) {
+      const int64_t together = std::min(kGatedQuad, end - r);
+      double alone = 0.0, joint = 0.0;
+      std::array<Item, kGatedQuad> single;
+      for (int64_t k = 0; k < together; ++k) {
+        int64_t count = 0;
+        for (int64_t i = 0; i < depth_; ++i) count += kept[(r + k) * depth_ + i];
+        // The sum of all columns is shared by the rows of the group.
+        const int64_t otherwise = depth_ - count + depth_ / group_rows;
+        single[static_cast<size_t>(k)] = {r + k, 1, otherwise < count};
+        alone += static_cast<double>(std::min(count, otherwise));
+      }
+      const Item item = together == kGatedQuad ? quad(kept, r, &joint) : Item{};
+      if (together == kGatedQuad && joint < alone) {
+        paths_.items.push_back(item);
+      } else {
+        paths_.items.insert(paths_.items.end(), single.begin(), single.begin() + together);
+      }
+      r += together;
+    }
+  }
+  paths_.group.push_back(static_cast<int64_t>(paths_.items.size()));
+  paths_.begin.push_back(0);
+  paths_.first.push_back(0);
+  for (const Item &item : paths_.items) list_item(item, kept);
+}
+
+// Four rows together as they are best listed, and what that costs in columns.
+GatedLists::Item GatedLists::quad(const uint8_t *kept, int64_t row, double *cost) {
+  double costs[2] = {0.0, static_cast<double>(kGatedQuad * depth_ * step_.groups / out_.channels)};
+  for (int64_t index = 0; index < parts_; ++index) {
+    int64_t count[kCodes];
+    mark(kept, row, kGatedQuad, index);
+    sort_part(index, count);
+    for (int pruned = 0; pruned < 2; ++pruned) {
+      for (int code = 1; code < kCodes; ++code) {
+        const int64_t columns = count[pruned ? kCodes - 1 - code : code];
+        if (columns) costs[pruned] += static_cast<double>(columns) + kClassCost * kBits[code];
+      }
+    }
+  }
+  const bool pruned = costs[1] < costs[0];
+  *cost = costs[pruned];
+  return {row, kGatedQuad, pruned};
+}
+
+// Which of `rows` rows keep each column of a part.
+void GatedLists::mark(const uint8_t *kept, int64_t row, int64_t rows, int64_t index) {
+  const int64_t first = part(index), count = part(index + 1) - first;
+  const uint8_t *__restrict from = kept + row * depth_ + first;
+  uint8_t *__restrict codes = codes_.data() + first;
+  std::memcpy(codes, from, static_cast<size_t>(count));
+  for (int64_t k = 1; k < rows; ++k) {
+    from += depth_;
+    for (int64_t i = 0; i < count; ++i) codes[i] = static_cast<uint8_t>(codes[i] | from[i] << k);
   }
 }
 
-void GatedLists::list_paths(const uint8_t *mask) {
-  paths_ = Lists{};
-  paths_.begin.push_back(0);
-  for (int64_t r = 0; r < out_.channels; ++r) {
-    int64_t count = 0;
-    for (int64_t i = 0; i < depth_; ++i) count += kept(mask, r * depth_ + i);
-    const bool pruned = 2 * count > depth_;
-    for (int64_t i = 0; i < depth_; ++i) {
-      if (kept(mask, r * depth_ + i) != pruned) paths_.offsets.push_back(offset_of_[static_cast<size_t>(i)]);
+void GatedLists::list_item(const Item &item, const uint8_t *kept) {
+  const int all = (1 << item.rows) - 1;
+  for (int64_t index = 0; index < parts_; ++index) {
+    int64_t counts[kCodes];
+    mark(kept, item.row, item.rows, index);
+    sort_part(index, counts);
+    const int32_t *columns = sorted_.data();
+    for (int code = 0; code <= all; columns += counts[code++]) {
+      const int rows = item.pruned ? all - code : code;
+      if (rows == 0 || counts[code] == 0) continue;
+      for (int64_t k = 0; k < counts[code]; ++k) {
+        paths_.offsets.push_back(offset_of_[static_cast<size_t>(columns[k])]);
+      }
+      paths_.classes.push_back({static_cast<uint32_t>(rows), static_cast<int32_t>(counts[code])});
     }
     paths_.begin.push_back(static_cast<int64_t>(paths_.offsets.size()));
-    paths_.pruned.push_back(pruned);
+    paths_.first.push_back(static_cast<int64_t>(paths_.classes.size()));
   }
 }
 
-void GatedLists::run_values(const GatedKernels &kernels, GatedBlock block) const {
-  const int64_t each = dense_ ? kGatedRows : 1, group_rows = out_.channels / step_.groups;
-  const float *base = block.base;
-  for (int64_t r = 0, i = 0; r < out_.channels; r += each, ++i) {
-    const int64_t from = values_.begin[static_cast<size_t>(i)];
-    const int64_t count = values_.begin[static_cast<size_t>(i) + 1] - from;
-    block.base = base + r / group_rows * group_stride_;
-    const auto run = dense_ ? kernels.tile : kernels.gather;
-    run(block, values_.offsets.data() + from, values_.values.data() + from * each, count, scale_.data() + r,
-        shift_.data() + r);
-    block.out += each * block.stride;
-    if (block.add) block.add += each * block.stride;
-  }
-}
-
-float GatedLists::run_paths(const GatedKernels &kernels, GatedBlock block, float scale, float *all) const {
-  const int64_t group_rows = out_.channels / step_.groups;
-  const float *base = block.base;
-  float top = 0.0f;
-  int64_t summed = -1;  // the group whose sum over all columns is in `all`
-  for (int64_t r = 0; r < out_.channels; ++r) {
-    const int64_t from = paths_.begin[static_cast<size_t>(r)], group = r / group_rows;
-    const int64_t count = paths_.begin[static_cast<size_t>(r) + 1] - from;
-    block.base = base + group * group_stride_;
-    block.all = nullptr;
-    if (paths_.pruned[static_cast<size_t>(r)]) {
-      if (summed != group) kernels.sum(block, offset_of_.data(), depth_, all);
-      summed = group;
-      block.all = all;
+void GatedLists::run_values(const GatedKernels &kernels, const GatedBlock &block, float *scratch) const {
+  const int64_t group_rows = out_.channels / step_.groups, each = block.columns * block.rows * kGatedUnit;
+  for (int64_t group = 0; group < step_.groups; ++group) {
+    for (int64_t index = 0; index < parts_; ++index) {
+      GatedBlock b = block;
+      b.base += group * group_stride_;
+      b.last = index == parts_ - 1;
+      const size_t at = static_cast<size_t>(group * parts_ + index);
+      for (int64_t i = values_.begin[at]; i < values_.begin[at + 1]; ++i) {
+        const Kept &list = values_.lists[static_cast<size_t>(i)];
+        const int32_t *offsets = values_.offsets.data() + list.offset;
+        const float *values = values_.values.data() + list.value;
+        const float *scale = scale_.data() + list.row, *shift = shift_.data() + list.row;
+        b.sums = scratch + (list.row - group * group_rows) * each;
+        b.from = index == 0 ? kGatedZeros : b.sums;
+        b.out = block.out + list.row * b.channel;
+        if (b.add) b.add = block.add + list.row * b.channel;
+        if (list.rows == 1) {
+          kernels.values(b, offsets, values, list.counts[1], *scale, *shift);
+        } else {
+          kernels.pair(b, offsets, values, list.counts, scale, shift);
+        }
+      }
     }
-    top = std::max(top, kernels.paths(block, paths_.offsets.data() + from, count, scale));
-    block.out += block.stride;
-    if (block.add) block.add += block.stride;
-    if (block.gate) block.gate += block.stride;
+  }
+}
+
+float GatedLists::run_paths(const GatedKernels &kernels, const GatedBlock &block, float scale, float *scratch) const {
+  const int64_t group_rows = out_.channels / step_.groups, each = block.columns * block.rows * kGatedUnit;
+  float *all = scratch + group_rows * each;
+  float top = 0.0f;
+  for (int64_t group = 0; group < step_.groups; ++group) {
+    const int64_t first = paths_.group[static_cast<size_t>(group)], end = paths_.group[static_cast<size_t>(group) + 1];
+    const auto pruned = [](const Item &item) { return item.pruned; };
+    const bool any = std::any_of(paths_.items.begin() + first, paths_.items.begin() + end, pruned);
+    for (int64_t index = 0; index < parts_; ++index) {
+      GatedBlock b = block;
+      b.base += group * group_stride_;
+      b.last = index == parts_ - 1;
+      if (any) {
+        b.sums = all;
+        b.from = index == 0 ? kGatedZeros : all;
+        kernels.sum(b, offset_of_.data() + part(index), part(index + 1) - part(index));
+      }
+      for (int64_t i = first; i < end; ++i) {
+        const Item &item = paths_.items[static_cast<size_t>(i)];
+        const size_t list = static_cast<size_t>(i * parts_ + index);
+        const int32_t *offsets = paths_.offsets.data() + paths_.begin[list];
+        b.sums = scratch + (item.row - group * group_rows) * each;
+        b.from = index == 0 ? kGatedZeros : b.sums;
+        b.all = item.pruned ? all : nullptr;
+        b.out = block.out + item.row * b.channel;
+        if (b.add) b.add = block.add + item.row * b.channel;
+        if (b.gate) b.gate = block.gate + item.row * b.channel;
+        const float found = item.rows == 1
+                                ? kernels.paths(b, offsets, paths_.begin[list + 1] - paths_.begin[list], scale)
+                                : kernels.quad(b, offsets, paths_.classes.data() + paths_.first[list],
+                                               paths_.first[list + 1] - paths_.first[list], scale);
+        top = std::max(top, found);
+      }
+    }
   }
   return top;
 }

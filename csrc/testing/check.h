@@ -45,6 +45,7 @@ void topk_sources(Random &random, int rounds);
 void paths(Random &random, int rounds);
 void sweeps(Random &random, int rounds);
 void flow(Random &random, int rounds);
+void gated(Random &random, int rounds);
 void forecast(Random &random, int rounds);
 void maps(Random &random);
 void patterns(Random &random, int rounds);

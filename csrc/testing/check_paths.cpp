@@ -232,6 +232,7 @@ void few(Random &random) {
   check_few(random, flat(1, 32, 15, 4, 4, 1), true);
   check_few(random, flat(4, 71, 15, 4, 3, 2), true);
   check_few(random, flat(1, 65, 16, 16, 16, 4), true);
+  check_few(random, flat(1, 1100, 15, 1, 2, 1), true);  // several tables of sums
   check_few(random, flat(1, 40, 15, 17, 1, 1), false);  // positions
   check_few(random, flat(2, 40, 15, 3, 3, 1), false);
   check_few(random, flat(1, 31, 15, 2, 2, 1), false);    // rows

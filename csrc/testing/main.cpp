@@ -16,6 +16,7 @@ void run_all(uint32_t seed, int rounds) {
   check::paths(random, rounds);
   check::sweeps(random, rounds);
   check::flow(random, rounds);
+  check::gated(random, rounds);
   check::forecast(random, rounds);
   check::maps(random);
   check::patterns(random, rounds);

@@ -27,6 +27,7 @@ _POINT = (1, 1, 1, 1, 1, 0, 0, 1, 1)  # groups, kernel, stride, padding, dilatio
 _CLOSE = 1e-2  # a gate at a pre-activation of almost 0 may fall either way
 
 Shape = tuple[int, int, int]
+_Affine = tuple[Tensor | None, Tensor | None]
 
 
 @dataclass
@@ -61,15 +62,23 @@ class GatedGraph:
         self._nodes = nodes
         self._program = program
         self._shape = shape
+        self._state: State | None = None
+        self._affines: list[_Affine] = []
         self.maps = maps
 
     @torch.no_grad()
     def load(self, state: State, masks: Mapping[str, Tensor]) -> None:
-        """Take theta, norms and M of one round; a weight that `masks` does not name is dense."""
+        """Take theta, norms and M of one round; a weight that `masks` does not name is dense.
+
+        Biases and norms are read once for each `state` object: between rounds only masks change.
+        """
+        if state is not self._state:
+            self._state = state
+            self._affines = [_affine(node, state) for node in self._nodes]
         for index, node in enumerate(self._nodes):
             if node.kind > _ELEMENTWISE:
                 continue
-            scale, shift = _affine(node, state)
+            scale, shift = self._affines[index]
             weight = None if node.weight is None else state[node.weight.parameter]
             mask = None if node.weight is None else masks.get(node.weight.parameter)
             self._program.load(index, weight, mask, scale, shift)
@@ -235,7 +244,7 @@ def _assign(
     return maps, number
 
 
-def _affine(node: _Node, state: State) -> tuple[Tensor | None, Tensor | None]:
+def _affine(node: _Node, state: State) -> _Affine:
     """The scale and shift of f that a bias and the norms behind it make together."""
     bias = None if node.weight is None else node.weight.bias
     if bias is None and not node.norms:
@@ -253,7 +262,7 @@ def _affine(node: _Node, state: State) -> tuple[Tensor | None, Tensor | None]:
             shift = shift + norm.bias(state).double()
         scale = scale * factor
     scale, shift = torch.broadcast_tensors(scale, shift)
-    return scale, shift
+    return scale.float().contiguous(), shift.float().contiguous()
 
 
 def _close(found: Tensor, expected: Tensor) -> bool:

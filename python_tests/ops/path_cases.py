@@ -86,8 +86,8 @@ GEOMETRIES = (
 )
 
 # Few positions (path_few.h), and one more or less than it takes: a single position, all of 16, 16
-# by the batch, strides, dilation, one and three axes, 256 pixels; then too many positions, too
-# many pixels, too few rows, too little depth, groups.
+# by the batch, strides, dilation, one and three axes, 256 pixels, rows for several tables of sums;
+# then too many positions, too many pixels, too few rows, too little depth, groups.
 FEW = (
     Geometry((1, 1), (3, 3), (1, 1), (1, 1), (1, 1), rows=33, channels=17, batch=1),
     Geometry((2, 2), (3, 3), (1, 1), (1, 1), (1, 1), rows=71, channels=33, batch=1),
@@ -99,6 +99,7 @@ FEW = (
     Geometry((9,), (4,), (2,), (2,), (2,), rows=33, channels=40, batch=3),
     Geometry((2, 2, 3), (3, 2, 3), (1, 1, 1), (1, 1, 1), (1, 2, 1), rows=34, channels=9, batch=1),
     Geometry((16, 16), (4, 4), (4, 4), (0, 0), (1, 1), rows=32, channels=9, batch=1),
+    Geometry((2, 2), (3, 3), (1, 1), (1, 1), (1, 1), rows=1100, channels=15, batch=1),
     Geometry((1, 17), (3, 3), (1, 1), (1, 1), (1, 1), rows=33, channels=33, batch=1),
     Geometry((3, 3), (3, 3), (1, 1), (1, 1), (1, 1), rows=33, channels=33, batch=2),
     Geometry((16, 17), (5, 5), (5, 5), (2, 2), (1, 1), rows=33, channels=6, batch=1),

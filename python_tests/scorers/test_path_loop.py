@@ -140,7 +140,7 @@ def test_masks_are_those_of_single_rounds(network: str, name: str) -> None:
 
 @pytest.mark.parametrize("network", ["chain", "mixed"])
 @pytest.mark.parametrize("scope", ["global", "erk", "local"])
-@pytest.mark.parametrize("schedule", ["exponential", "linear", "cubic"])
+@pytest.mark.parametrize("schedule", ["exponential", "linear", "cubic", "expinv"])
 def test_budgets_and_schedules(network: str, scope: str, schedule: str) -> None:
     make, shape = NETWORKS[network]
     options = {"sparsity": 0.85, "rounds": 9, "scope": scope, "schedule": schedule}
