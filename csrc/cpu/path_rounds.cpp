@@ -67,7 +67,7 @@ void KthForecast::predict(int64_t k, int64_t total, int64_t room, double *low, d
 }
 
 void KthForecast::observe(double log2_kth, int64_t candidates) {
-  if (std::isnan(log2_kth)) {
+  if (!std::isfinite(log2_kth)) {  // nothing to go by
     *this = KthForecast();
     return;
   }
@@ -154,6 +154,7 @@ RoundsStatus PathRounds::finish(const std::vector<int64_t> &counts, bool stop_em
     forecast_.observe(stream->log2_kth(), stream->candidates());
     ++streamed_;
   } else {
+    if (stream) stream->release();
     fault_ = select(counts, stream ? stream->candidates() : -1);
     if (fault_ >= 0) return RoundsStatus::kNotFinite;
   }

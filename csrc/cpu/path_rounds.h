@@ -37,7 +37,7 @@ class KthForecast {
 
  private:
   static constexpr int kPoints = 3;
-  static constexpr double kFirst = 0.12, kLeast = 0.001;
+  static constexpr double kFirst = 0.2, kLeast = 0.001;
   double odds_ = NAN, reach_ = NAN;               // of the round at hand
   double guesses_[kPoints] = {};                  // by the last round, the last two and the last three
   double errors_[kPoints] = {NAN, NAN, NAN};      // how far from the truth they were of late

@@ -47,12 +47,15 @@ TopkStream::TopkStream(std::vector<Source> sources)
     total_ += source.numel;
   }
   // As a selection has it: with more candidates it is cheaper to look for a narrower band first.
-  room_ = std::min(total_, std::max<int64_t>(1 << 16, total_ >> 6));
-  scores_ = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(room_));
-  places_ = std::make_unique_for_overwrite<int64_t[]>(static_cast<size_t>(room_));
+  room_ = std::min(total_, std::max<int64_t>(1 << 16, total_ >> 5));
 }
 
 TopkStream::~TopkStream() = default;
+
+void TopkStream::release() {
+  scores_.reset();
+  places_.reset();
+}
 
 void TopkStream::begin(int64_t k, double low, double high) {
   k_ = k;
@@ -61,6 +64,8 @@ void TopkStream::begin(int64_t k, double low, double high) {
     const double whole = std::floor(log2);
     return {std::exp2(log2 - whole), static_cast<int64_t>(std::clamp(whole, -0x1p40, 0x1p40))};
   };
+  if (!scores_) scores_ = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(room_));
+  if (!places_) places_ = std::make_unique_for_overwrite<int64_t[]>(static_cast<size_t>(room_));
   valid_ = low <= high;
   if (valid_) {
     low_ = bound(low);

@@ -58,6 +58,9 @@ class TopkStream {
   // score was NaN or not all have come; the bits mean nothing.
   bool finish();
 
+  // Gives the memory of candidates back until the next pass: 12 bytes for every 32nd score where a pass had too many.
+  void release();
+
   // Of the pass that ended:
   int64_t above() const { return above_; }
   int64_t candidates() const { return candidates_; }
