@@ -10,8 +10,9 @@
 namespace paikern {
 namespace {
 
-constexpr int64_t kMostDepth = int64_t{1} << 16;  // columns are numbered with 16 bits
-constexpr int64_t kMostLength = 2048;             // positions: the sums of a row stay in L1
+constexpr int64_t kMostDepth = int64_t{1} << 16;   // columns are numbered with 16 bits
+constexpr int64_t kMostPixels = int64_t{1} << 24;  // of a map: offsets of planes have 32 bits
+constexpr int64_t kMostLength = 2048;              // positions: the sums of a row stay in L1
 // The break-evens against reading everything: 0.07 at 4 positions, 0.12 at 16; for more positions that of scores.
 constexpr double kLeastDensity = 0.06, kFewSlope = 0.09 / 16;
 constexpr double kMostDensity = 0.2;  // beyond, tiles are as fast, and lists take a third of the weights
@@ -25,7 +26,7 @@ void to_offsets(const uint16_t *columns, int64_t count, const int32_t *table, in
 
 bool CompactLayer::pays(const PathGeometry &g, const WeightView &w, double density) {
   if (!w.mask || w.power == 0 || g.groups != 1 || g.linear() || g.batch == 0 || g.depth() > kMostDepth) return false;
-  if (g.batch * g.pixels() > kMostLength / 2 || g.channels * g.pixels() * g.batch > kParallelWork * 16) return false;
+  if (g.batch * g.pixels() > kMostLength / 2 || g.channels * g.pixels() * g.batch > kMostPixels) return false;
   const int64_t positions = g.batch * g.out_pixels();
   if (few_shapes(g)) return density < kLeastDensity + kFewSlope * static_cast<double>(positions);
   return density < std::min(kMostDensity, kept_density(positions));
@@ -64,7 +65,7 @@ CompactLayer::CompactLayer(const PathGeometry &geometry, const WeightView &w)
   }
   columns_.resize(static_cast<size_t>(kept_));
   values_.resize(static_cast<size_t>(kept_));
-#pragma omp parallel if (w.numel > kParallelWork)
+#pragma omp parallel if (w.numel > parallel_work())
   {
     const Scratch<int32_t> keys(depth + 16);
     const FloatBuffer kept(depth + 16);
@@ -84,7 +85,7 @@ void CompactLayer::filter(const uint8_t *mask) {
   const PathKernels &kernels = path_kernels();
   const int64_t rows = geometry_.rows, depth = geometry_.depth(), bytes = divide_up(rows * depth, 8);
   int64_t kept = 0;
-#pragma omp parallel for schedule(static) reduction(+ : kept) if (kept_ > kParallelWork / 16)
+#pragma omp parallel for schedule(static) reduction(+ : kept) if (kept_ > parallel_work() / 16)
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t start = starts_[static_cast<size_t>(row)];
     const int64_t left =
@@ -138,7 +139,7 @@ void CompactLayer::fill_columns(const float *x, float *map) const {
   const int64_t taps = geometry_.taps(), width = few_width(), each = geometry_.out_pixels(),
                 pixels = geometry_.pixels();
   const int64_t channels = geometry_.channels;
-#pragma omp parallel if (channels * taps * width > kParallelWork / 32)
+#pragma omp parallel if (channels * taps * width > parallel_work() / 8)
   {
     const FloatBuffer padded(pixels + 1);
 #pragma omp for schedule(static)

@@ -57,7 +57,7 @@ class CompactLayer {
   void fill_rows(const float *g, float *to) const;
   void backward_columns(int64_t c0, int64_t c1, const float *g, float *gx) const;
   void backward_planes(int64_t c0, int64_t c1, const float *g_planes, float *gx) const;
-  bool parallel() const { return kept_ * (length_ / 16 + 1) > kParallelWork / 16; }
+  bool parallel() const { return kept_ * (length_ / 16 + 1) > parallel_work() / 16; }
   void close_up();
 
   PathGeometry geometry_;

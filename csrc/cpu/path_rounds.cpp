@@ -107,6 +107,7 @@ RoundsStatus PathRounds::run(int64_t done, const std::vector<std::vector<int64_t
                              bool stop_empty, std::vector<double> *log_flows) {
   using Clock = std::chrono::steady_clock;
   const auto start = Clock::now();
+  probe_team();
   for (size_t round = static_cast<size_t>(done); round < counts.size(); ++round) {
     double log_flow;
     RoundsStatus status = begin(&log_flow);

@@ -188,7 +188,7 @@ bool TopkStream::finish() {
   }
   TopkBuffer<double> keys;
   double *const all = keys.reserve(count);
-  const bool parallel = count > kParallelWork / 4;
+  const bool parallel = count > parallel_work() / 4;
 #pragma omp parallel for schedule(static) if (parallel)
   for (int64_t i = 0; i < count; ++i) {
     const size_t at = static_cast<size_t>(i), source = static_cast<size_t>(places_[at] >> kPositionBits);
