@@ -107,7 +107,6 @@ RoundsStatus PathRounds::run(int64_t done, const std::vector<std::vector<int64_t
                              bool stop_empty, std::vector<double> *log_flows) {
   using Clock = std::chrono::steady_clock;
   const auto start = Clock::now();
-  probe_team();
   for (size_t round = static_cast<size_t>(done); round < counts.size(); ++round) {
     double log_flow;
     RoundsStatus status = begin(&log_flow);
@@ -121,6 +120,7 @@ RoundsStatus PathRounds::run(int64_t done, const std::vector<std::vector<int64_t
 }
 
 RoundsStatus PathRounds::begin(double *log_flow) {
+  probe_team();
   *log_flow = flow_.forward();
   if (std::isfinite(*log_flow)) return RoundsStatus::kDone;
   return flow_.broken() >= 0 ? RoundsStatus::kBroken : RoundsStatus::kDead;
