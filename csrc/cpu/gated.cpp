@@ -19,11 +19,11 @@ constexpr int64_t kChunkFloats = 96 << 10, kMostGroups = 8;
 constexpr double kMostWaste = 1.1;
 constexpr int kTopExponent = 40;  // maps are rescaled when read beyond 2**40 or below 2**-40
 
-const GatedKernels &kernels() {
-  static const GatedKernels &table = isa() == Isa::kAvx512 ? gated_kernels_avx512()
-                                     : isa() == Isa::kAvx2 ? gated_kernels_avx2()
-                                                           : gated_kernels_portable();
-  return table;
+const GatedKernels &kernels(int step) {
+  static const auto table = isa() == Isa::kAvx512 ? gated_kernels_avx512
+                            : isa() == Isa::kAvx2 ? gated_kernels_avx2
+                                                  : gated_kernels_portable;
+  return table(step);
 }
 
 // The two networks' values of one map in one chunk.
@@ -56,6 +56,7 @@ struct GatedProgram::Impl {
   std::vector<GatedLists> lists;    // of each step
   std::vector<int64_t> lattice_of;  // of each map
   std::vector<GatedLattice> lattices;
+  std::vector<bool> shared;  // of each step: whether some reader needs the rows that strips of its output share
   int64_t output = 0, samples = 1;
 
   // What one thread works in; kept from call to call.
@@ -97,10 +98,21 @@ GatedProgram::GatedProgram(std::vector<GatedMap> maps, std::vector<GatedStep> st
   for (const GatedStep &s : p.steps) {
     if (s.kind != GatedKind::kWeight) continue;
     p.lattices[static_cast<size_t>(p.lattice_of[static_cast<size_t>(s.out)])].admit(s, map_at(s.in));
+    p.lattices[static_cast<size_t>(p.lattice_of[static_cast<size_t>(s.in)])].admit_reader(s, map_at(s.out));
   }
   p.cut();
   for (const GatedStep &s : p.steps) {
-    p.lists.emplace_back(s, map_at(s.in), map_at(s.out), p.lattice(s.out));
+    p.lists.emplace_back(s, map_at(s.in), map_at(s.out), p.lattice(s.in), p.lattice(s.out));
+  }
+  // A map may hold several values one after the other.
+  for (size_t i = 0; i < p.steps.size(); ++i) {
+    bool read = false;
+    for (size_t j = i + 1; j < p.steps.size() && !read; ++j) {
+      const GatedStep &s = p.steps[j];
+      read = s.kind == GatedKind::kWeight && s.in == p.steps[i].out && p.lists[j].direct() && reads_shared(s);
+      if (s.out == p.steps[i].out) break;
+    }
+    p.shared.push_back(read);
   }
 }
 
@@ -226,8 +238,8 @@ void GatedProgram::Impl::fill(Worker &w, const float *x, int64_t count) const {
 // Copy the rows that strips of a map share.
 void GatedProgram::Impl::share(int64_t map, Planes &planes) const {
   const int64_t channels = maps[static_cast<size_t>(map)].channels;
-  lattice(map).fill_shared(kernels(), channels, planes.f.get());
-  lattice(map).fill_shared(kernels(), channels, planes.g.get());
+  lattice(map).fill_shared(kernels(1), channels, planes.f.get());
+  lattice(map).fill_shared(kernels(1), channels, planes.g.get());
 }
 
 void GatedProgram::Impl::run_chunk(Worker &w) const {
@@ -258,7 +270,7 @@ void GatedProgram::Impl::run_weight(Worker &w, size_t index) const {
   const Planes &in = w.maps[static_cast<size_t>(s.in)];
   const Planes *add = s.add < 0 ? nullptr : &w.maps[static_cast<size_t>(s.add)];
   Planes &out = w.maps[static_cast<size_t>(s.out)];
-  const GatedKernels &k = kernels();
+  const GatedKernels &k = kernels(list.step());
   const float *f_in = in.f.get(), *g_in = in.g.get();
   if (list.phase_floats()) {
     Planes &phases = *w.phases[index];
@@ -272,7 +284,9 @@ void GatedProgram::Impl::run_weight(Worker &w, size_t index) const {
   const float g_scale = power_of_two(in.exponent - out.exponent);
   const float add_scale = add ? power_of_two(add->exponent - out.exponent) : 0.0f;
   // All channels of one block at a time: the window of the input stays in the first cache.
-  const bool flat = l.flat();
+  const GatedLattice &from = list.direct() ? lattice(s.in) : l;
+  const int64_t down = list.direct() ? s.stride[0] : 1;
+  const bool flat = list.flat();
   const int64_t width = flat ? l.groups * l.rows * l.w : l.w, rows = flat ? 1 : l.rows, groups = flat ? 1 : l.groups;
   const FloatBuffer scratch(list.scratch() * k.columns * k.rows * kGatedUnit);
   out.top = 0.0f;
@@ -282,19 +296,21 @@ void GatedProgram::Impl::run_weight(Worker &w, size_t index) const {
       for (int64_t x = 0, wide = k.columns; x < width; x += wide) {
         while (wide > width - x) wide /= 2;
         const int64_t at = l.origin(group, y) + x * kGatedUnit;
+        const int64_t source = from.origin(group, y * down) + x * list.step() * kGatedUnit;
         GatedBlock b{};
-        b.base = f_in + at;
+        b.base = f_in + source;
         b.out = out.f.get() + at;
         b.add = add ? add->f.get() + at : nullptr;
         b.channel = l.span;
         b.row = l.row_floats();
+        b.base_row = down * from.row_floats();
         b.columns = static_cast<int>(wide);
         b.rows = static_cast<int>(high);
         for (int64_t i = 0; i < high; ++i) b.valid[i] = l.valid(y + i);
         b.add_scale = 1.0f;
         b.rectify = s.gate;
         list.run_values(k, b, scratch.get());
-        b.base = g_in + at;
+        b.base = g_in + source;
         b.out = out.g.get() + at;
         b.add = add ? add->g.get() + at : nullptr;
         b.gate = s.gate ? out.f.get() + at : nullptr;
@@ -304,7 +320,7 @@ void GatedProgram::Impl::run_weight(Worker &w, size_t index) const {
       }
     }
   }
-  share(s.out, out);
+  if (shared[index]) share(s.out, out);
 }
 
 void GatedProgram::Impl::run_mean(Worker &w, const GatedStep &s) const {

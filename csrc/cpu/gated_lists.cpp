@@ -23,9 +23,11 @@ constexpr double kClassCost = 1.5;
 
 }  // namespace
 
-GatedLists::GatedLists(const GatedStep &step, const GatedMap &in, const GatedMap &out, const GatedLattice &to)
+GatedLists::GatedLists(const GatedStep &step, const GatedMap &in, const GatedMap &out, const GatedLattice &from,
+                       const GatedLattice &to)
     : step_(step), in_(in), out_(out), to_(to) {
   if (step.kind != GatedKind::kWeight && step.kind != GatedKind::kElementwise) return;
+  flat_ = to.flat();
   if (step.kind == GatedKind::kElementwise) {  // every channel a group with one weight of 1
     step_.groups = out.channels;
     group_stride_ = to.span;
@@ -34,25 +36,30 @@ GatedLists::GatedLists(const GatedStep &step, const GatedMap &in, const GatedMap
     load(ones.data(), nullptr, nullptr, nullptr);
     return;
   }
-  direct_ = step.stride[0] == 1 && step.stride[1] == 1 && in.h == out.h && in.w == out.w;
+  direct_ = from.rows == step.stride[0] * to.rows && step.stride[1] <= 2;
+  flat_ = flat_ && (!direct_ || (from.flat() && in.h == out.h && in.w == out.w));
   const int64_t channels = in.channels / step.groups;
   taps_ = step.kernel[0] * step.kernel[1];
   std::vector<int64_t> plane_of, shifts;
   for (int64_t i = 0; i < step.kernel[0]; ++i) {
     for (int64_t j = 0; j < step.kernel[1]; ++j) {
-      const AxisTap y = axis_tap(step, 0, i), x = axis_tap(step, 1, j);
-      shifts.push_back((y.shift * to.pitch + x.shift) * kGatedUnit);
       if (direct_) {
+        const int64_t y = i * step.dilation[0] - step.padding[0], x = j * step.dilation[1] - step.padding[1];
+        shifts.push_back((y * from.pitch + x) * kGatedUnit);
         plane_of.push_back(0);
         continue;
       }
+      const AxisTap y = axis_tap(step, 0, i), x = axis_tap(step, 1, j);
+      shifts.push_back((y.shift * to.pitch + x.shift) * kGatedUnit);
+      moves_rows_ = moves_rows_ || y.shift != 0;
       size_t at = 0;
       while (at < planes_.size() && (planes_[at].phase_y != y.phase || planes_[at].phase_x != x.phase)) ++at;
       if (at == planes_.size()) planes_.push_back({y.phase, x.phase});
       plane_of.push_back(static_cast<int64_t>(at));
     }
   }
-  const int64_t planes = direct_ ? 1 : static_cast<int64_t>(planes_.size()), stride = planes * to.span;
+  const int64_t planes = direct_ ? 1 : static_cast<int64_t>(planes_.size()), span = direct_ ? from.span : to.span;
+  const int64_t stride = planes * span;
   depth_ = channels * taps_;
   group_stride_ = channels * stride;
   if (in.channels * stride > std::numeric_limits<int32_t>::max()) {
@@ -60,15 +67,16 @@ GatedLists::GatedLists(const GatedStep &step, const GatedMap &in, const GatedMap
   }
   for (int64_t c = 0; c < channels; ++c) {
     for (size_t t = 0; t < static_cast<size_t>(taps_); ++t) {
-      offset_of_.push_back(static_cast<int32_t>(c * stride + plane_of[t] * to.span + shifts[t]));
+      offset_of_.push_back(static_cast<int32_t>(c * stride + plane_of[t] * span + shifts[t]));
     }
   }
-  const int64_t columns = std::min<int64_t>(8, to.flat() ? to.groups * to.rows * to.w : to.w);
-  const int64_t rows = to.flat() ? 1 : std::min<int64_t>(2, to.rows);
-  const auto reach = [&](int axis) {
-    return axis_tap(step, axis, step.kernel[axis] - 1).shift - axis_tap(step, axis, 0).shift;
+  const int64_t columns = std::min<int64_t>(8, flat_ ? to.groups * to.rows * to.w : to.w);
+  const int64_t rows = flat_ ? 1 : std::min<int64_t>(2, to.rows);
+  const auto extent = [&](int axis, int64_t outputs) {
+    if (direct_) return (outputs - 1) * step.stride[axis] + (step.kernel[axis] - 1) * step.dilation[axis] + 1;
+    return outputs + axis_tap(step, axis, step.kernel[axis] - 1).shift - axis_tap(step, axis, 0).shift;
   };
-  const int64_t window = std::min(taps_ * columns * rows, planes * (rows + reach(0)) * (columns + reach(1)));
+  const int64_t window = std::min(taps_ * columns * rows, planes * extent(0, rows) * extent(1, columns));
   parts_ = divide_up(channels * window * kGatedUnit * static_cast<int64_t>(sizeof(float)), kWindow);
   parts_ = std::min(parts_, channels);
 }
@@ -104,7 +112,7 @@ void GatedLists::fill_phases(const GatedKernels &kernels, const GatedLattice &fr
       }
     }
   }
-  to_.fill_shared(kernels, in_.channels * static_cast<int64_t>(planes_.size()), planes);
+  if (moves_rows_) to_.fill_shared(kernels, in_.channels * static_cast<int64_t>(planes_.size()), planes);
 }
 
 void GatedLists::load(const float *theta, const uint8_t *mask, const float *scale, const float *shift) {

@@ -12,12 +12,20 @@ namespace paikern {
 
 class GatedLists {
  public:
-  GatedLists(const GatedStep &step, const GatedMap &in, const GatedMap &out, const GatedLattice &to);
+  GatedLists(const GatedStep &step, const GatedMap &in, const GatedMap &out, const GatedLattice &from,
+             const GatedLattice &to);
 
   void load(const float *theta, const uint8_t *mask, const float *scale, const float *shift);
 
   // Floats of the phase planes that this step reads; 0 where it reads the map itself.
   int64_t phase_floats() const { return direct_ ? 0 : in_.channels * static_cast<int64_t>(planes_.size()) * to_.span; }
+  // Whether the map itself is read.
+  bool direct() const { return direct_; }
+  int step() const { return direct_ ? static_cast<int>(step_.stride[1]) : 1; }
+
+  // Whether all positions of a plane may be taken as one row.
+  bool flat() const { return flat_; }
+
   void fill_phases(const GatedKernels &kernels, const GatedLattice &from, const float *map, float *planes) const;
 
   // Units of scratch that the runs below need for a block of one unit.
@@ -73,7 +81,7 @@ class GatedLists {
   GatedLattice to_;
   int64_t taps_ = 1, depth_ = 1, group_stride_ = 0;
   int64_t parts_ = 1;  // the columns of a weight are taken in parts whose planes stay in the first cache
-  bool direct_ = true;
+  bool direct_ = true, flat_ = true, moves_rows_ = false;  // moves_rows_: taps on phase planes
   std::vector<Plane> planes_;
   std::vector<int32_t> offset_of_;  // of each column of the weight
   Values values_;
