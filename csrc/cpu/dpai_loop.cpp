@@ -49,6 +49,7 @@ DpaiStatus DpaiLoop::run(int64_t done, int64_t steps, double seconds, int64_t pa
                          std::vector<DpaiRecord> *records) {
   using Clock = std::chrono::steady_clock;
   const auto start = Clock::now();
+  probe_team();
   if (patience > 0) same_masks();  // remembers them
   for (int64_t t = done + 1; t <= done + steps; ++t) {
     DpaiRecord record{};

@@ -81,7 +81,7 @@ DpaiCounts dpai_update(const PathGeometry &geometry, const DpaiState &state, con
   const int64_t block = std::clamp<int64_t>(kTileWeights / std::max<int64_t>(1, columns), 1, geometry.group_rows());
   const int64_t blocks = divide_up(geometry.group_rows(), block), tasks = geometry.groups * blocks;
   Total total;
-#pragma omp parallel for schedule(static) if (geometry.rows * columns > kParallelWork / 8)
+#pragma omp parallel for schedule(static) if (geometry.rows * columns > parallel_work() / 8)
   for (int64_t task = 0; task < tasks; ++task) {
     const int64_t first = task % blocks * block, rows = std::min(block, geometry.group_rows() - first);
     const int64_t row = task / blocks * geometry.group_rows() + first;

@@ -90,7 +90,7 @@ std::pair<int64_t, int64_t> window(const PoolShape &p, int axis, int64_t out) {
 
 void max_pool_forward(const PoolShape &p, const float *all, float *tops, int32_t *places) {
   const int64_t windows = p.out[0] * p.out[1], pixels = p.size[0] * p.size[1];
-#pragma omp parallel for schedule(static) if (p.planes * pixels > kParallelWork / 32)
+#pragma omp parallel for schedule(static) if (p.planes * pixels > parallel_work() / 8)
   for (int64_t n = 0; n < p.planes; ++n) {
     const float *x = all + n * pixels;
     float *y = tops + n * windows;

@@ -10,10 +10,11 @@
 namespace paikern {
 namespace {
 
-constexpr int64_t kMostDepth = int64_t{1} << 16;  // columns are numbered with 16 bits
-constexpr int64_t kMostLength = 2048;             // positions: the sums of a row stay in L1
+constexpr int64_t kMostDepth = int64_t{1} << 16;   // columns are numbered with 16 bits
+constexpr int64_t kMostPixels = int64_t{1} << 24;  // of a map: offsets of planes have 32 bits
+constexpr int64_t kMostLength = 2048;              // positions: the sums of a row stay in L1
 // The break-evens against reading everything: 0.07 at 4 positions, 0.12 at 16; for more positions that of scores.
-constexpr double kLeastDensity = 0.05, kFewSlope = 0.07 / 16;
+constexpr double kLeastDensity = 0.06, kFewSlope = 0.09 / 16;
 constexpr double kMostDensity = 0.2;  // beyond, tiles are as fast, and lists take a third of the weights
 
 // Where the planes of all columns of a row start.
@@ -25,7 +26,7 @@ void to_offsets(const uint16_t *columns, int64_t count, const int32_t *table, in
 
 bool CompactLayer::pays(const PathGeometry &g, const WeightView &w, double density) {
   if (!w.mask || w.power == 0 || g.groups != 1 || g.linear() || g.batch == 0 || g.depth() > kMostDepth) return false;
-  if (g.batch * g.pixels() > kMostLength / 2 || g.channels * g.pixels() * g.batch > kParallelWork * 16) return false;
+  if (g.batch * g.pixels() > kMostLength / 2 || g.channels * g.pixels() * g.batch > kMostPixels) return false;
   const int64_t positions = g.batch * g.out_pixels();
   if (few_shapes(g)) return density < kLeastDensity + kFewSlope * static_cast<double>(positions);
   return density < std::min(kMostDensity, kept_density(positions));
@@ -64,7 +65,7 @@ CompactLayer::CompactLayer(const PathGeometry &geometry, const WeightView &w)
   }
   columns_.resize(static_cast<size_t>(kept_));
   values_.resize(static_cast<size_t>(kept_));
-#pragma omp parallel if (w.numel > kParallelWork)
+#pragma omp parallel if (w.numel > parallel_work())
   {
     const Scratch<int32_t> keys(depth + 16);
     const FloatBuffer kept(depth + 16);
@@ -84,7 +85,7 @@ void CompactLayer::filter(const uint8_t *mask) {
   const PathKernels &kernels = path_kernels();
   const int64_t rows = geometry_.rows, depth = geometry_.depth(), bytes = divide_up(rows * depth, 8);
   int64_t kept = 0;
-#pragma omp parallel for schedule(static) reduction(+ : kept) if (kept_ > kParallelWork / 16)
+#pragma omp parallel for schedule(static) reduction(+ : kept) if (kept_ > parallel_work() / 16)
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t start = starts_[static_cast<size_t>(row)];
     const int64_t left =
@@ -133,19 +134,17 @@ void CompactLayer::forward(const float *x, float *z) const {
   }
 }
 
-// Over the columns themselves, [depth][positions]: no vector wider than the positions, and as many sums as lanes.
-void CompactLayer::forward_columns(const float *x, float *z) const {
-  const PathKernels &kernels = path_kernels();
+// The columns themselves, [depth][positions]: no vector is wider than the positions.
+void CompactLayer::fill_columns(const float *x, float *map) const {
   const int64_t taps = geometry_.taps(), width = few_width(), each = geometry_.out_pixels(),
                 pixels = geometry_.pixels();
-  const int64_t channels = geometry_.channels, rows = geometry_.rows;
-  const FloatBuffer map(channels * taps * width);
-#pragma omp parallel if (parallel())
+  const int64_t channels = geometry_.channels;
+#pragma omp parallel if (channels * taps * width > parallel_work() / 8)
   {
-    const FloatBuffer padded(pixels + 1), sums(16);
+    const FloatBuffer padded(pixels + 1);
 #pragma omp for schedule(static)
     for (int64_t c = 0; c < channels; ++c) {
-      float *to = map.get() + c * taps * width;
+      float *to = map + c * taps * width;
       std::memset(to, 0, sizeof(float) * static_cast<size_t>(taps * width));
       for (int64_t n = 0; n < geometry_.batch; ++n) {
         std::memcpy(padded.get(), x + (n * channels + c) * pixels, sizeof(float) * static_cast<size_t>(pixels));
@@ -156,6 +155,17 @@ void CompactLayer::forward_columns(const float *x, float *z) const {
         }
       }
     }
+  }
+}
+
+void CompactLayer::forward_columns(const float *x, float *z) const {
+  const PathKernels &kernels = path_kernels();
+  const int64_t width = few_width(), each = geometry_.out_pixels(), rows = geometry_.rows;
+  const FloatBuffer map(geometry_.depth() * width);
+  fill_columns(x, map.get());
+#pragma omp parallel if (parallel())
+  {
+    const FloatBuffer sums(16);
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < rows; ++row) {
       kernels.gather_columns(columns(row), values(row), count(row), map.get(), width, sums.get());
@@ -275,25 +285,36 @@ CompactLayer::Part CompactLayer::columns_of(int64_t row, int64_t c0, int64_t c1)
 void CompactLayer::scores(const float *x, const float *g, const Sink &sink) const {
   const PathKernels &kernels = path_kernels();
   const Lattice &lattice = plan_.lattice;
-  const int64_t rows = geometry_.rows;
-  const FloatBuffer x_planes(geometry_.channels * plane_stride_ + 16), g_planes(rows * lattice.span + 16);
-  fill_planes(lattice, plan_.planes, geometry_.batch, geometry_.channels, x, x_planes.get());
-  fill_planes(lattice, {whole_grid(geometry_.out)}, geometry_.batch, rows, g, g_planes.get());
+  const int64_t rows = geometry_.rows, width = few_width();
+  const int64_t g_step = few_ ? width : lattice.span;
+  const FloatBuffer x_map((few_ ? geometry_.depth() * width : geometry_.channels * plane_stride_) + 16);
+  const FloatBuffer g_map(rows * g_step + 16);
+  if (few_) {
+    fill_columns(x, x_map.get());
+    fill_rows(g, g_map.get());
+  } else {
+    fill_planes(lattice, plan_.planes, geometry_.batch, geometry_.channels, x, x_map.get());
+    fill_planes(lattice, {whole_grid(geometry_.out)}, geometry_.batch, rows, g, g_map.get());
+  }
   const int64_t blocks = divide_up(rows, 8);
 #pragma omp parallel if (parallel())
   {
-    const Scratch<int32_t> offsets(geometry_.depth());
+    const Scratch<int32_t> offsets(few_ ? 0 : geometry_.depth());
     const FloatBuffer q(geometry_.depth() + 16);
 #pragma omp for schedule(static)
     for (int64_t block = 0; block < blocks; ++block) {
       for (int64_t row = 8 * block; row < std::min(rows, 8 * block + 8); ++row) {
         const int64_t kept = count(row);
         if (kept == 0) continue;
-        to_offsets(columns(row), kept, offsets_.data(), offsets.get());
-        kernels.dots(g_planes.get() + row * lattice.span + lattice.lead, 0, 1, x_planes.get() + lattice.lead,
-                     offsets.get(), kept, length_, q.get(), 0);
-        const float *v = values(row);
-        for (int64_t i = 0; i < kept; ++i) q.get()[i] *= v[i];
+        const float *g_row = g_map.get() + row * g_step, *v = values(row);
+        if (few_) {
+          kernels.score_columns(columns(row), v, kept, x_map.get(), width, g_row, q.get());
+        } else {
+          to_offsets(columns(row), kept, offsets_.data(), offsets.get());
+          kernels.dots(g_row + lattice.lead, 0, 1, x_map.get() + lattice.lead, offsets.get(), kept, length_, q.get(),
+                       0);
+          for (int64_t i = 0; i < kept; ++i) q.get()[i] *= v[i];
+        }
         sink(row, columns(row), q.get(), kept);
       }
     }

@@ -1,6 +1,8 @@
 // The kernels of path_compact.cpp, compiled once for each instruction set.
 #pragma once
 
+#include "path_rows.inc.h"
+
 namespace {
 
 template <int Vectors>
@@ -99,6 +101,51 @@ void gather_columns(const uint16_t *columns, const float *values, int64_t count,
     }
   }
   std::memcpy(out, sums, sizeof(float) * static_cast<size_t>(width));
+}
+
+// out[i] = values[i] * sum over p < width of g[p] * map[columns[i]][p], p ascending: rounds as few_sweep does. Lane i
+// is entry i.
+void score_columns(const uint16_t *columns, const float *values, int64_t count, const float *map, int64_t width,
+                   const float *g, float *out) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const int left = static_cast<int>(count - i < kLanes ? count - i : kLanes);
+    const float *from[kLanes];
+    for (int j = 0; j < kLanes; ++j) from[j] = map + static_cast<int64_t>(columns[i + (j < left ? j : 0)]) * width;
+    vf sum = v_zero();
+#if defined(__AVX512F__)
+    if (width < 16) {
+      for (int64_t p = 0; p < width; p += 4) {  // four positions of sixteen entries, transposed within each quarter
+        vf quad[4];
+        for (int r = 0; r < 4; ++r) {
+          quad[r] = _mm512_castps128_ps512(_mm_loadu_ps(from[r] + p));
+          quad[r] = _mm512_insertf32x4(quad[r], _mm_loadu_ps(from[4 + r] + p), 1);
+          quad[r] = _mm512_insertf32x4(quad[r], _mm_loadu_ps(from[8 + r] + p), 2);
+          quad[r] = _mm512_insertf32x4(quad[r], _mm_loadu_ps(from[12 + r] + p), 3);
+        }
+        const vf a = _mm512_unpacklo_ps(quad[0], quad[1]), b = _mm512_unpacklo_ps(quad[2], quad[3]);
+        const vf c = _mm512_unpackhi_ps(quad[0], quad[1]), d = _mm512_unpackhi_ps(quad[2], quad[3]);
+        sum = v_fma(v_set(g[p]), _mm512_shuffle_ps(a, b, 0x44), sum);
+        sum = v_fma(v_set(g[p + 1]), _mm512_shuffle_ps(a, b, 0xee), sum);
+        sum = v_fma(v_set(g[p + 2]), _mm512_shuffle_ps(c, d, 0x44), sum);
+        sum = v_fma(v_set(g[p + 3]), _mm512_shuffle_ps(c, d, 0xee), sum);
+      }
+    } else
+#endif
+    {
+      for (int64_t p = 0; p < width; p += kLanes) {
+        const int here = static_cast<int>(width - p < kLanes ? width - p : kLanes);
+        vf block[kLanes];
+        for (int j = 0; j < kLanes; ++j) {
+          block[j] = here == kLanes ? v_load(from[j] + p) : v_load_part(from[j] + p, here);
+        }
+        v_transpose(block);
+        for (int n = 0; n < here; ++n) sum = v_fma(v_set(g[p + n]), block[n], sum);
+      }
+    }
+    float lane[kLanes];
+    v_store(lane, sum);
+    for (int j = 0; j < left; ++j) out[i + j] = values[i + j] * lane[j];
+  }
 }
 
 // Keeps the entries whose bit first + columns[i] is 1, in order; returns how many.

@@ -10,8 +10,6 @@ namespace {
 
 constexpr int64_t kRows = 8;     // decoded together
 constexpr int64_t kChunk = 256;  // columns of them: 8 KB, and 16 KB of columns at 16 positions
-// Floats that are moved one by one, which two threads do sooner.
-constexpr int64_t kSmallWork = kParallelWork / 32;
 constexpr int64_t kMostPositions = 16, kLeastRows = 32, kLeastDepth = 128;
 
 class Columns {
@@ -33,7 +31,7 @@ class Columns {
     const int64_t taps = g_.taps(), each = g_.out_pixels();
     std::memset(columns + (vectors_ - 1) * positions_ * lanes_, 0,
                 sizeof(float) * static_cast<size_t>(positions_ * lanes_));
-#pragma omp parallel for schedule(static) if (floats() > kSmallWork)
+#pragma omp parallel for schedule(static) if (floats() > parallel_work() / 8)
     for (int64_t c = 0; c < g_.channels; ++c) {
       float pixels[kMostPixels + 1];
       for (int64_t n = 0; n < g_.batch; ++n) {
@@ -52,7 +50,7 @@ class Columns {
   void fold(float *tables, int64_t count, float *gx) const {
     const int64_t taps = g_.taps(), each = g_.out_pixels(), all = floats();
     constexpr int64_t kPiece = 4096;
-#pragma omp parallel for schedule(static) if (count * all > kSmallWork)
+#pragma omp parallel for schedule(static) if (count * all > parallel_work() / 8)
     for (int64_t start = 0; start < all; start += kPiece) {
       const int64_t end = std::min(all, start + kPiece);
       for (int64_t i = 1; i < count; ++i) {
@@ -60,7 +58,7 @@ class Columns {
         for (int64_t k = start; k < end; ++k) tables[k] += from[k];
       }
     }
-#pragma omp parallel for schedule(static) if (all > kSmallWork)
+#pragma omp parallel for schedule(static) if (all > parallel_work() / 8)
     for (int64_t c = 0; c < g_.channels; ++c) {
       float pixels[kMostPixels + 1];
       for (int64_t n = 0; n < g_.batch; ++n) {
@@ -118,7 +116,7 @@ void few_forward(const PathGeometry &g, const WeightView &w, const float *x, flo
   const FloatBuffer map(columns.floats());
   columns.fill(x, map.get());
   const int64_t blocks = divide_up(g.rows, kRows);
-#pragma omp parallel if (g.rows * depth > kParallelWork / 8)
+#pragma omp parallel if (g.rows * depth > parallel_work() / 8)
   {
     const FloatBuffer v(kRows * kChunk), sums(positions * kRows * kernels.lanes), out(positions * kRows);
 #pragma omp for schedule(static)
@@ -148,7 +146,7 @@ void few_backward(const PathGeometry &g, const WeightView &w, const float *x, co
   if (x) columns.fill(x, map.get());
   const int64_t ranges = divide_up(g.rows, kFewRange);
   const FloatBuffer tables(gx ? ranges * columns.floats() : 0);
-#pragma omp parallel if (g.rows * depth > kParallelWork / 8)
+#pragma omp parallel if (g.rows * depth > parallel_work() / 8)
   {
     const FloatBuffer v(kRows * kChunk), scores(x ? kRows * ld : 0), factors(positions * kRows);
 #pragma omp for schedule(dynamic)

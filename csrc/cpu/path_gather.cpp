@@ -141,8 +141,8 @@ void gather_rows(const std::vector<Product> &products, double density) {
   const double kept =
       density * static_cast<double>(p.adjoint ? p.geometry.group_rows() * p.geometry.taps() : p.depth());
   const double work = kept * static_cast<double>(p.geometry.groups * p.rows * width);
-  const bool parallel = work > static_cast<double>(kParallelWork * kernels.lanes) ||
-                        p.geometry.groups * p.rows * p.depth() > kParallelWork;
+  const bool parallel = work > static_cast<double>(parallel_work() * kernels.lanes) ||
+                        p.geometry.groups * p.rows * p.depth() > parallel_work();
   const int64_t threads = parallel ? omp_get_max_threads() : 1;
   int64_t block = std::clamp<int64_t>(static_cast<int64_t>(kBlockEntries / std::max(kept, 1.0)), 1, p.rows);
   if (threads > 1) block = std::min(block, std::max<int64_t>(1, divide_up(p.rows * p.geometry.groups, 4 * threads)));

@@ -107,6 +107,10 @@ struct PathKernels {
   void (*gather_columns)(const uint16_t *columns, const float *values, int64_t count, const float *map, int64_t width,
                          float *out);
 
+  // out[i] = values[i] * sum over p < width of g[p] * map[columns[i]][p]: rounds as few_sweep.
+  void (*score_columns)(const uint16_t *columns, const float *values, int64_t count, const float *map, int64_t width,
+                        const float *g, float *out);
+
   // sums[columns[i]][n] += values[i] * g[n] for n < width, 4, 8, 12 or 16, i ascending.
   void (*scatter_columns)(const uint16_t *columns, const float *values, int64_t count, const float *g, int64_t width,
                           float *sums);

@@ -313,11 +313,11 @@ void score(const WeightView &w, int64_t start, int64_t count, const float *q, fl
 namespace {
 
 constexpr paikern::PathKernels make_path_kernels(const char *name) {
-  return {
-      name,         kLanes,      kTileRows,       kTileColumns, decode,    count_bits, fill_rows,      write_rows,
-      pack_columns, multiply,    multiply_planes, list_kept,    gather,    scatter,    gather_columns, scatter_columns,
-      filter_kept,  matvec_rows, matvec_columns,  sweep_rows,   score,     pack_lanes, outer,          interleave,
-      dots,         expand,      few_dots,        few_fold,     few_sweep, maximum,    dpai_row};
+  return {name,           kLanes,        kTileRows,       kTileColumns,    decode,      count_bits,     fill_rows,
+          write_rows,     pack_columns,  multiply,        multiply_planes, list_kept,   gather,         scatter,
+          gather_columns, score_columns, scatter_columns, filter_kept,     matvec_rows, matvec_columns, sweep_rows,
+          score,          pack_lanes,    outer,           interleave,      dots,        expand,         few_dots,
+          few_fold,       few_sweep,     maximum,         dpai_row};
 }
 
 }  // namespace

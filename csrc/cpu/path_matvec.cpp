@@ -20,7 +20,7 @@ void matvec_rows(int64_t rows, int64_t columns, const WeightView &w, const float
   constexpr int64_t kRows = 32;
   const PathKernels &kernels = path_kernels();
   const int64_t blocks = divide_up(rows, kRows);
-#pragma omp parallel for schedule(static) if (rows * columns > kParallelWork)
+#pragma omp parallel for schedule(static) if (rows * columns > parallel_work())
   for (int64_t b = 0; b < blocks; ++b) {
     kernels.matvec_rows(w, columns, b * kRows, std::min(rows, (b + 1) * kRows), x, batch, z, rows);
   }
@@ -31,7 +31,7 @@ void matvec_columns(int64_t rows, int64_t columns, const WeightView &w, const fl
   const PathKernels &kernels = path_kernels();
   const int64_t chunks = divide_up(rows, kRows), blocks = divide_up(columns, kColumns);
   const int64_t ld = round_up(columns, 16) + 16;
-  const bool parallel = rows * columns > kParallelWork;
+  const bool parallel = rows * columns > parallel_work();
   const FloatBuffer partial(chunks * batch * ld);
 #pragma omp parallel for schedule(static) if (parallel)
   for (int64_t task = 0; task < chunks * blocks; ++task) {

@@ -65,7 +65,7 @@ OuterMaps::Plan OuterMaps::choose(const WeightView *kept) const {
   if (x_group_ > INT32_MAX) return Plan::kBlocks;  // offsets within a group have 32 bits
   if (kept && kept->mask) {
     const double density = mask_density(*kept);
-    if (density < kept_density(positions()) && !few_positions(geometry_, *kept, density)) return Plan::kKept;
+    if (density < kept_density(positions()) && !few_shapes(geometry_)) return Plan::kKept;
   }
   if (2 * geometry_.group_channels() < path_kernels().lanes) return Plan::kDots;
   // To transpose a column for every tap costs what three halves of a row spend on putting a sum in order.
@@ -146,7 +146,7 @@ void OuterMaps::make_blocks(const ForwardPlan &plan) {
   block_stride_ = planes * span_ * lanes;
   const int64_t tasks = geometry_.groups * group_blocks_ * planes;
   blocks_ = FloatBuffer(tasks * span_ * lanes);
-#pragma omp parallel for schedule(static) if (tasks * span_ * lanes > kParallelWork)
+#pragma omp parallel for schedule(static) if (tasks * span_ * lanes > parallel_work())
   for (int64_t task = 0; task < tasks; ++task) {
     const int64_t c = task / planes % group_blocks_ * lanes, group = task / planes / group_blocks_;
     pack_plane(plan.lattice, plan.planes[static_cast<size_t>(task % planes)], group * channels + c,
@@ -166,7 +166,7 @@ void OuterMaps::make_columns(const ForwardPlan &plan) {
   const int64_t tasks = geometry_.groups * group_blocks_;
   blocks_ = FloatBuffer(tasks * block_stride_);
   const std::vector<int64_t> offsets(offsets_.begin(), offsets_.end());
-#pragma omp parallel for schedule(static) if (tasks * block_stride_ > kParallelWork)
+#pragma omp parallel for schedule(static) if (tasks * block_stride_ > parallel_work())
   for (int64_t task = 0; task < tasks; ++task) {
     const int64_t j = task % group_blocks_ * lanes;
     float *target = blocks_.get() + task * block_stride_;

@@ -128,10 +128,10 @@ template <class Sink>
 void for_outer_tiles(const PathGeometry &geometry, const OuterMaps &maps, Sink sink) {
   const OuterTiles tiles(geometry, maps);
   const int64_t rows = geometry.group_rows(), columns = geometry.depth(), panel = tiles.kernels.tile_rows;
-  const bool parallel = geometry.rows * columns * (maps.positions() / 8 + 1) > kParallelWork;
+  const bool parallel = geometry.rows * columns * (maps.positions() / 8 + 1) > parallel_work();
   const int64_t threads = parallel ? omp_get_max_threads() : 1, blocks = tiles.blocks();
   int64_t range = round_up(rows, panel);
-  while (geometry.groups * blocks * divide_up(rows, range) < 2 * threads && range > 2 * panel) {
+  while (geometry.groups * blocks * divide_up(rows, range) < 2 * threads && range > panel) {
     range = round_up(range / 2, panel);
   }
   const int64_t ranges = divide_up(rows, range), tasks = geometry.groups * blocks * ranges;

@@ -134,7 +134,7 @@ void fill_planes(const Lattice &lattice, const std::vector<Grid> &grids, int64_t
   const PathKernels &kernels = path_kernels();
   const int64_t count = static_cast<int64_t>(grids.size());
   const int64_t pixels = grids[0].size[0] * grids[0].size[1] * grids[0].size[2];
-#pragma omp parallel for schedule(static) if (channels * count * lattice.span > kParallelWork)
+#pragma omp parallel for schedule(static) if (channels * count * lattice.span > parallel_work())
   for (int64_t c = 0; c < channels; ++c) {
     for (int64_t p = 0; p < count; ++p) {
       const Grid &grid = grids[static_cast<size_t>(p)];
@@ -215,7 +215,8 @@ double mask_density(const WeightView &w) {
   const int64_t bytes = (w.numel + 7) / 8, blocks = divide_up(bytes, kBlock);
   const PathKernels &kernels = path_kernels();
   int64_t kept = 0;
-#pragma omp parallel for schedule(static) reduction(+ : kept) if (bytes > kParallelWork / 8)
+#pragma omp parallel for schedule(static) \
+    reduction(+ : kept) if (bytes > std::max<int64_t>(parallel_work() / 8, 1 << 16))
   for (int64_t i = 0; i < blocks; ++i) {
     kept += kernels.count_bits(w.mask + i * kBlock, std::min(kBlock, bytes - i * kBlock));
   }

@@ -17,10 +17,13 @@
 
 namespace paikern {
 
-// Work (floats or vector multiply-adds) below which one thread does it: 0.1 to 0.2 ms. Smaller regions gain little on
-// an idle machine, and where other processes hold a core each one waits for it: a DPaI run of ResNet-20 took 30 s,
-// not 1.2.
-constexpr int64_t kParallelWork = int64_t{1} << 20;
+// Work (floats or vector multiply-adds) below which one thread does it: 2**20, 0.1 to 0.2 ms. Smaller regions gain
+// little, and where other processes hold a core each one waits for it: a DPaI run of ResNet-20 took 30 s, not 1.2.
+// While probe_team() finds that the threads answer at once, 2**16 (VGG-16, 100 rounds of SynFlow: 1.24 to 1.16 s).
+int64_t parallel_work();
+
+// Times a few empty regions: for a run of many sweeps, now and then.
+void probe_team();
 
 // Uninitialised memory on a cache line, kept by the thread for its next call: fresh pages cost more than the kernels of
 // a small layer (0.25 us each 4 KB, more in a virtual machine).

@@ -21,7 +21,7 @@ constexpr int64_t kStored = int64_t{1} << 20;
 constexpr int64_t kLeastPiece = int64_t{1} << 15, kPiece = int64_t{1} << 19;
 
 // Lists may take so much of what the weights take.
-constexpr double kCompactShare = 0.1;
+constexpr double kCompactShare = 0.09;
 
 constexpr float kExcluded = -std::numeric_limits<float>::infinity();
 
@@ -54,11 +54,11 @@ void KthForecast::predict(int64_t k, int64_t total, int64_t room, double *low, d
     if (errors_[n] < errors_[best]) best = n;  // never where it is NaN
   }
   const double guess = guesses_[best], last = reach_;
-  reach_ = std::isnan(errors_[best]) ? kFirst : 4.0 * errors_[best];
+  reach_ = std::isnan(errors_[best]) ? kFirst : 5.0 * errors_[best];
   if (!std::isnan(per_log2_)) {
     // Some thousand candidates more cost microseconds, a band that misses a third read; so do more than there is room
     // for, and there were fewer a round ago.
-    const double few = 2048.0 + static_cast<double>(total) / 4096.0, most = static_cast<double>(room) / 2.0;
+    const double few = 2048.0 + static_cast<double>(total) / 2048.0, most = static_cast<double>(room) / 2.0;
     reach_ = std::min(std::max(reach_, std::min(few / (2.0 * per_log2_), 4.0 * last)), most / (2.0 * per_log2_));
   }
   reach_ = std::max(reach_, kLeast);
@@ -67,14 +67,14 @@ void KthForecast::predict(int64_t k, int64_t total, int64_t room, double *low, d
 }
 
 void KthForecast::observe(double log2_kth, int64_t candidates) {
-  if (std::isnan(log2_kth)) {
+  if (!std::isfinite(log2_kth)) {  // nothing to go by
     *this = KthForecast();
     return;
   }
   if (candidates >= 0) per_log2_ = static_cast<double>(std::max<int64_t>(candidates, 1)) / (2.0 * reach_);
   for (int n = 0; n < points_; ++n) {  // the worst of late, which fades
     const double error = std::abs(log2_kth - guesses_[n]);
-    errors_[n] = std::isnan(errors_[n]) ? error : std::max(error, 0.8 * errors_[n]);
+    errors_[n] = std::isnan(errors_[n]) ? error : std::max(error, 0.85 * errors_[n]);
   }
   if (points_ > 0 && odds_ == at_[0]) points_ = 0;  // the same k again
   for (int i = std::min(points_, kPoints - 1); i > 0; --i) {
@@ -120,6 +120,7 @@ RoundsStatus PathRounds::run(int64_t done, const std::vector<std::vector<int64_t
 }
 
 RoundsStatus PathRounds::begin(double *log_flow) {
+  probe_team();
   *log_flow = flow_.forward();
   if (std::isfinite(*log_flow)) return RoundsStatus::kDone;
   return flow_.broken() >= 0 ? RoundsStatus::kBroken : RoundsStatus::kDead;
@@ -154,6 +155,7 @@ RoundsStatus PathRounds::finish(const std::vector<int64_t> &counts, bool stop_em
     forecast_.observe(stream->log2_kth(), stream->candidates());
     ++streamed_;
   } else {
+    if (stream) stream->release();
     fault_ = select(counts, stream ? stream->candidates() : -1);
     if (fault_ >= 0) return RoundsStatus::kNotFinite;
   }
@@ -188,7 +190,7 @@ bool PathRounds::stream_layer(size_t layer, float *gx) {
   }
   if (step.compact) {
     const int64_t depth = step.geometry.depth();
-    stream.sparse(source, maps.exponent);
+    stream.sparse(source, maps.exponent, step.weight.mask);
     step.compact->scores(maps.columns, maps.rows,
                          [&](int64_t row, const uint16_t *columns, const float *scores, int64_t count) {
                            stream.sparse_row(source, maps.exponent, row * depth, columns, scores, count);

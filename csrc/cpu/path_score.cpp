@@ -8,7 +8,7 @@ void path_score(const PathGeometry &geometry, const WeightView &w, const float *
   const OuterMaps maps(geometry, x, g, &w);
   const int64_t columns = geometry.depth();
   if (maps.kept_only()) {
-    const bool parallel = geometry.rows * columns * (maps.positions() / 64 + 1) > kParallelWork;
+    const bool parallel = geometry.rows * columns * (maps.positions() / 64 + 1) > parallel_work();
 #pragma omp parallel if (parallel && geometry.rows > 1)
     {
       const KeptScores kept(geometry, maps, w);

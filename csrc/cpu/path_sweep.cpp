@@ -65,7 +65,7 @@ int64_t path_sweep(const SweepLayer &layer, const SweepBand &band, uint8_t *bits
   const int64_t rows = layer.rows, columns = layer.columns;
   const int64_t chunks = divide_up(rows, kSumRows), blocks = divide_up(columns, kSweepColumns);
   const int64_t stride = round_up(columns, 16) + 16;
-  const bool parallel = rows * columns > kParallelWork;
+  const bool parallel = rows * columns > parallel_work();
   const SubnormalsCount outside;
   const FloatBuffer tables(x == nullptr ? 0 : chunks * stride);
   if (columns % 8 != 0) std::memset(bits, 0, static_cast<size_t>((rows * columns + 7) / 8));

@@ -100,7 +100,7 @@ void run_tiles(const Product &p) {
   const PathKernels &kernels = path_kernels();
   const int64_t depth = p.depth(), width = round_up(p.lattice.positions, kernels.lanes);
   const int64_t work = p.geometry.groups * p.rows * depth * width;
-  const bool parallel = work > kParallelWork * kernels.lanes;
+  const bool parallel = work > parallel_work() * kernels.lanes;
   const Blocks b = make_blocks(p, kernels, parallel ? omp_get_max_threads() : 1);
   std::vector<int64_t> offsets(static_cast<size_t>(depth));
   for (int64_t k = 0; k < depth; ++k) {

@@ -48,11 +48,14 @@ TopkStream::TopkStream(std::vector<Source> sources)
   }
   // As a selection has it: with more candidates it is cheaper to look for a narrower band first.
   room_ = std::min(total_, std::max<int64_t>(1 << 16, total_ >> 5));
-  scores_ = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(room_));
-  places_ = std::make_unique_for_overwrite<int64_t[]>(static_cast<size_t>(room_));
 }
 
 TopkStream::~TopkStream() = default;
+
+void TopkStream::release() {
+  scores_.reset();
+  places_.reset();
+}
 
 void TopkStream::begin(int64_t k, double low, double high) {
   k_ = k;
@@ -61,6 +64,8 @@ void TopkStream::begin(int64_t k, double low, double high) {
     const double whole = std::floor(log2);
     return {std::exp2(log2 - whole), static_cast<int64_t>(std::clamp(whole, -0x1p40, 0x1p40))};
   };
+  if (!scores_) scores_ = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(room_));
+  if (!places_) places_ = std::make_unique_for_overwrite<int64_t[]>(static_cast<size_t>(room_));
   valid_ = low <= high;
   if (valid_) {
     low_ = bound(low);
@@ -116,28 +121,34 @@ void TopkStream::tile(int64_t source, int64_t exponent, int64_t start, int64_t c
   feed(source, exponent, count);
 }
 
-void TopkStream::sparse(int64_t source, int64_t exponent) {
+void TopkStream::sparse(int64_t source, int64_t exponent, const uint8_t *mask) {
   const Source &all = sources_[static_cast<size_t>(source)];
-  std::memset(all.bits, 0, static_cast<size_t>(divide_up(all.numel, 8)));
+  std::memcpy(all.bits, mask, static_cast<size_t>(divide_up(all.numel, 8)));
   feed(source, exponent, all.numel);
 }
 
+// Nearly all stay from one round to the next: bits are cleared, not set.
 void TopkStream::sparse_row(int64_t source, int64_t exponent, int64_t base, const uint16_t *columns,
                             const float *scores, int64_t count) {
+  constexpr int64_t kGroup = 16;
   const SubnormalsCount guard;
   const SweepBand limits = band_of(exponent);
   const FloatBuffer values(count);
   const Scratch<int64_t> positions(count);
   uint8_t *bits = sources_[static_cast<size_t>(source)].bits;
-  int64_t found = 0, above = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t at = base + columns[i];
-    if (scores[i] > limits.high) {
-      uint8_t &byte = bits[at >> 3];
-      byte = static_cast<uint8_t>(byte | 1u << (at & 7));
-      ++above;
-    } else if (!(scores[i] < limits.low)) {  // NaN too, which keep() reports
-      values.get()[found] = scores[i];
+  int64_t found = 0, above = count;
+  for (int64_t start = 0; start < count; start += kGroup) {
+    const int64_t end = std::min(count, start + kGroup);
+    int64_t group = 0;
+    for (int64_t i = start; i < end; ++i) group += scores[i] > limits.high;
+    if (group == end - start) continue;
+    above -= end - start - group;
+    for (int64_t i = start; i < end; ++i) {
+      if (scores[i] > limits.high) continue;
+      const int64_t at = base + columns[i];
+      bits[at >> 3] = static_cast<uint8_t>(bits[at >> 3] & ~(1u << (at & 7)));
+      if (scores[i] < limits.low) continue;
+      values.get()[found] = scores[i];  // NaN too, which keep() reports
       positions.get()[found++] = at;
     }
   }
@@ -177,7 +188,7 @@ bool TopkStream::finish() {
   }
   TopkBuffer<double> keys;
   double *const all = keys.reserve(count);
-  const bool parallel = count > kParallelWork / 4;
+  const bool parallel = count > parallel_work() / 4;
 #pragma omp parallel for schedule(static) if (parallel)
   for (int64_t i = 0; i < count; ++i) {
     const size_t at = static_cast<size_t>(i), source = static_cast<size_t>(places_[at] >> kPositionBits);

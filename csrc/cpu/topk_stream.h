@@ -48,15 +48,18 @@ class TopkStream {
   // exponent, and may come from several threads at a time and in any order.
   void tile(int64_t source, int64_t exponent, int64_t start, int64_t count, const float *scores);
 
-  // The scores of a source that has few: `sparse` clears its bits, and sparse_row takes scores at base + columns[i]
-  // from several threads, no two of them at positions of one byte. What is not mentioned may not be kept.
-  void sparse(int64_t source, int64_t exponent);
+  // The scores of a source of which few may be kept: those whose bit in `mask` is 1. sparse_row takes the scores of all
+  // of them, at base + columns[i], from several threads, no two of them at positions of one byte.
+  void sparse(int64_t source, int64_t exponent, const uint8_t *mask);
   void sparse_row(int64_t source, int64_t exponent, int64_t base, const uint16_t *columns, const float *scores,
                   int64_t count);
 
   // True: the bits are those of the k largest. False: the k-th lies outside the band, candidates were too many, some
   // score was NaN or not all have come; the bits mean nothing.
   bool finish();
+
+  // Gives the memory of candidates back until the next pass: 12 bytes for every 32nd score where a pass had too many.
+  void release();
 
   // Of the pass that ended:
   int64_t above() const { return above_; }
