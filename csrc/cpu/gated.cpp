@@ -76,7 +76,8 @@ struct GatedProgram::Impl {
   void fill(Worker &w, const float *x, int64_t count) const;
   void run_weight(Worker &w, size_t index) const;
   void run_mean(Worker &w, const GatedStep &s) const;
-  void run_pool(Worker &w, const GatedStep &s) const;
+  bool pools_units(const GatedStep &s) const { return lattice(s.in).rows == s.stride[0] * lattice(s.out).rows; }
+  void run_pool(Worker &w, size_t index) const;
   void run_reshape(Worker &w, const GatedStep &s) const;
   void share(int64_t map, Planes &planes) const;
   void run_chunk(Worker &w) const;
@@ -96,9 +97,10 @@ GatedProgram::GatedProgram(std::vector<GatedMap> maps, std::vector<GatedStep> st
   }
   const auto map_at = [&](int64_t i) { return p.maps[static_cast<size_t>(i)]; };
   for (const GatedStep &s : p.steps) {
-    if (s.kind != GatedKind::kWeight) continue;
-    p.lattices[static_cast<size_t>(p.lattice_of[static_cast<size_t>(s.out)])].admit(s, map_at(s.in));
+    if (s.kind != GatedKind::kWeight && s.kind != GatedKind::kMaxPool) continue;
     p.lattices[static_cast<size_t>(p.lattice_of[static_cast<size_t>(s.in)])].admit_reader(s, map_at(s.out));
+    if (s.kind == GatedKind::kMaxPool) continue;
+    p.lattices[static_cast<size_t>(p.lattice_of[static_cast<size_t>(s.out)])].admit(s, map_at(s.in));
   }
   p.cut();
   for (const GatedStep &s : p.steps) {
@@ -109,7 +111,9 @@ GatedProgram::GatedProgram(std::vector<GatedMap> maps, std::vector<GatedStep> st
     bool read = false;
     for (size_t j = i + 1; j < p.steps.size() && !read; ++j) {
       const GatedStep &s = p.steps[j];
-      read = s.kind == GatedKind::kWeight && s.in == p.steps[i].out && p.lists[j].direct() && reads_shared(s);
+      const bool direct = s.kind == GatedKind::kMaxPool ? p.pools_units(s) : p.lists[j].direct();
+      const bool window = s.kind == GatedKind::kWeight || s.kind == GatedKind::kMaxPool;
+      read = window && s.in == p.steps[i].out && direct && reads_shared(s);
       if (s.out == p.steps[i].out) break;
     }
     p.shared.push_back(read);
@@ -254,7 +258,7 @@ void GatedProgram::Impl::run_chunk(Worker &w) const {
         run_mean(w, s);
         break;
       case GatedKind::kMaxPool:
-        run_pool(w, s);
+        run_pool(w, i);
         break;
       case GatedKind::kReshape:
         run_reshape(w, s);
@@ -358,54 +362,58 @@ void GatedProgram::Impl::run_mean(Worker &w, const GatedStep &s) const {
   share(s.out, out);
 }
 
-void GatedProgram::Impl::run_pool(Worker &w, const GatedStep &s) const {
+void GatedProgram::Impl::run_pool(Worker &w, size_t index) const {
+  const GatedStep &s = steps[index];
   const Planes &in = w.maps[static_cast<size_t>(s.in)];
   Planes &out = w.maps[static_cast<size_t>(s.out)];
   const GatedMap &map = maps[static_cast<size_t>(s.in)], &pooled = maps[static_cast<size_t>(s.out)];
   const GatedLattice &from = lattice(s.in), &to = lattice(s.out);
   out.exponent = in.exponent;
   out.top = in.top;
-  // All floats of a unit before the next one, so that its line is read once.
-  std::vector<int64_t> source(static_cast<size_t>(s.kernel[0] * kGatedUnit));  // of each tap: its row, or -1
+  const bool direct = pools_units(s);
+  const int64_t tall = s.kernel[0], line = map.w * kGatedUnit, images = kGatedUnit / to.strips;
+  std::vector<int64_t> source(static_cast<size_t>(tall * kGatedUnit));  // of each row of taps, or -1
+  std::vector<int64_t> rows(static_cast<size_t>(tall));
+  std::vector<uint32_t> inside(static_cast<size_t>(tall));
+  const FloatBuffer gathered(direct ? 0 : 2 * tall * line);  // the rows, where the strips of both maps do not match
   for (int64_t place = 0; place < to.groups * to.rows; ++place) {
-    const int64_t group = place / to.rows, row = place % to.rows, images = kGatedUnit / to.strips;
-    for (int64_t i = 0; i < s.kernel[0]; ++i) {
+    const int64_t group = place / to.rows, row = place % to.rows;
+    for (int64_t i = 0; i < tall; ++i) {
+      const int64_t from_top = i * s.dilation[0] - s.padding[0];
+      rows[static_cast<size_t>(i)] = direct ? from.origin(group, row * s.stride[0] + from_top) : i * line;
+      inside[static_cast<size_t>(i)] = 0;
       for (int64_t lane = 0; lane < kGatedUnit; ++lane) {
-        const int64_t h = lane % to.strips * to.rows + row, n = group * images + lane / to.strips;
-        const int64_t y = h * s.stride[0] - s.padding[0] + i * s.dilation[0];
-        const bool inside = h < pooled.h && y >= 0 && y < map.h;
-        source[static_cast<size_t>(i * kGatedUnit + lane)] = inside ? from.at(n, y, 0) : -1;
+        const int64_t h = lane % to.strips * to.rows + row, y = h * s.stride[0] + from_top;
+        const bool read = h < pooled.h && y >= 0 && y < map.h;
+        if (read) inside[static_cast<size_t>(i)] |= uint32_t{1} << lane;
+        source[static_cast<size_t>(i * kGatedUnit + lane)] =
+            read ? from.at(group * images + lane / to.strips, y, 0) : -1;
       }
     }
     for (int64_t c = 0; c < map.channels; ++c) {
       const float *f = in.f.get() + c * from.span, *g = in.g.get() + c * from.span;
+      if (!direct) {
+        float *f_rows = gathered.get(), *g_rows = gathered.get() + tall * line;
+        for (int64_t i = 0; i < tall * line; ++i) {
+          const int64_t at = source[static_cast<size_t>(i / line * kGatedUnit + i % kGatedUnit)];
+          f_rows[i] = at < 0 ? 0.0f : f[at + i % line / kGatedUnit * kGatedUnit];
+          g_rows[i] = at < 0 ? 0.0f : g[at + i % line / kGatedUnit * kGatedUnit];
+        }
+        f = f_rows;
+        g = g_rows;
+      }
       for (int64_t v = 0; v < pooled.w; ++v) {
-        float best[kGatedUnit], paths[kGatedUnit] = {}, at_best[kGatedUnit] = {};
-        std::fill(best, best + kGatedUnit, -INFINITY);
-        for (int64_t tap = 0; tap < s.kernel[0] * s.kernel[1]; ++tap) {
-          const int64_t x = v * s.stride[1] - s.padding[1] + tap % s.kernel[1] * s.dilation[1];
-          if (x < 0 || x >= map.w) continue;
-          const int64_t *rows = source.data() + tap / s.kernel[1] * kGatedUnit;
-          for (int64_t lane = 0; lane < kGatedUnit; ++lane) {
-            if (rows[lane] < 0) continue;
-            const int64_t at = rows[lane] + x * kGatedUnit;
-            if (f[at] > best[lane]) {
-              best[lane] = f[at];
-              at_best[lane] = g[at];
-            }
-            paths[lane] = std::max(paths[lane], g[at]);
-          }
-        }
-        const int64_t target = c * to.span + to.origin(group, row) + v * kGatedUnit;
-        for (int64_t lane = 0; lane < kGatedUnit; ++lane) {
-          if (!(to.valid(row) >> lane & 1)) continue;
-          out.f.get()[target + lane] = best[lane];
-          out.g.get()[target + lane] = s.pool_gate ? at_best[lane] : paths[lane];
-        }
+        const int64_t left = v * s.stride[1] - s.padding[1], d = s.dilation[1];
+        const int64_t first = std::max<int64_t>(0, divide_up(-left, d));
+        const int64_t end = std::clamp<int64_t>(divide_up(map.w - left, d), first, s.kernel[1]);
+        GatedPool pool{rows.data(), inside.data(), tall, end - first, d * kGatedUnit, to.valid(row), s.pool_gate};
+        const int64_t at = (left + first * d) * kGatedUnit, target = c * to.span + to.origin(group, row);
+        kernels(1).pool(pool, f + at, g + at, out.f.get() + target + v * kGatedUnit,
+                        out.g.get() + target + v * kGatedUnit);
       }
     }
   }
-  share(s.out, out);
+  if (shared[index]) share(s.out, out);
 }
 
 void GatedProgram::Impl::run_reshape(Worker &w, const GatedStep &s) const {

@@ -37,6 +37,16 @@ struct GatedClass {
   int32_t count;
 };
 
+// The window of one unit of a max pool.
+struct GatedPool {
+  const int64_t *rows;     // of each row of taps, in floats
+  const uint32_t *inside;  // the floats of a unit whose row is one of the image
+  int64_t height, width;   // taps
+  int64_t next;            // floats from tap to tap
+  uint32_t valid;          // the floats of the unit that are pixels
+  bool gate;               // g takes the position of f's maximum, else its own
+};
+
 struct GatedKernels {
   int columns, rows;  // units a block at most
 
@@ -57,6 +67,9 @@ struct GatedKernels {
 
   // sums += the planes at `offsets`.
   void (*sum)(const GatedBlock &block, const int32_t *offsets, int64_t count);
+
+  // One unit of f and of g.
+  void (*pool)(const GatedPool &pool, const float *f, const float *g, float *f_out, float *g_out);
 
   // to = from where bit (position % 16) of `bits` is set, else 0; `from` may lie anywhere.
   void (*shift)(const float *from, float *to, int64_t units, uint32_t bits);

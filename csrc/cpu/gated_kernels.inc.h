@@ -15,6 +15,7 @@ namespace {
 
 using paikern::GatedBlock;
 using paikern::GatedClass;
+using paikern::GatedPool;
 using paikern::kGatedQuad;
 
 #if defined(__AVX512F__)
@@ -263,6 +264,26 @@ void gated_sum(const GatedBlock &b, const int32_t *offsets, int64_t count) {
   });
 }
 
+void gated_pool(const GatedPool &pool, const float *f, const float *g, float *f_out, float *g_out) {
+  const vf none = v_set(-INFINITY);
+#pragma GCC unroll 4
+  for (int p = 0; p < kParts; ++p) {
+    vf best = none, most = v_zero();
+    for (int64_t i = 0; i < pool.height; ++i) {
+      const vm inside = v_mask(pool.inside[i] >> (p * kLanes));
+      for (int64_t j = 0; j < pool.width; ++j) {
+        const int64_t at = pool.rows[i] + j * pool.next + p * kLanes;
+        const vf value = v_select(inside, v_load(f + at), none), paths = v_keep(inside, v_load(g + at));
+        most = pool.gate ? v_select(v_above(value, best), paths, most) : v_max(paths, most);
+        best = v_select(v_above(value, best), value, best);
+      }
+    }
+    const vm valid = v_mask(pool.valid >> (p * kLanes));
+    v_store(f_out + p * kLanes, v_keep(valid, best));
+    v_store(g_out + p * kLanes, v_keep(valid, most));
+  }
+}
+
 void gated_shift(const float *from, float *to, int64_t units, uint32_t bits) {
   for (int64_t unit = 0; unit < units; ++unit) {
 #pragma GCC unroll 4
@@ -275,8 +296,8 @@ void gated_shift(const float *from, float *to, int64_t units, uint32_t bits) {
 
 template <int Step>
 constexpr paikern::GatedKernels make_gated_kernels() {
-  return {kMostColumns,      kMostRows,        gated_values<Step>, gated_pair<Step>,
-          gated_paths<Step>, gated_quad<Step>, gated_sum<Step>,    gated_shift};
+  return {kMostColumns,     kMostRows,       gated_values<Step>, gated_pair<Step>, gated_paths<Step>,
+          gated_quad<Step>, gated_sum<Step>, gated_pool,         gated_shift};
 }
 
 }  // namespace
