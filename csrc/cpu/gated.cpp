@@ -19,11 +19,11 @@ constexpr int64_t kChunkFloats = 96 << 10, kMostGroups = 8;
 constexpr double kMostWaste = 1.1;
 constexpr int kTopExponent = 40;  // maps are rescaled when read beyond 2**40 or below 2**-40
 
-const GatedKernels &kernels() {
-  static const GatedKernels &table = isa() == Isa::kAvx512 ? gated_kernels_avx512()
-                                     : isa() == Isa::kAvx2 ? gated_kernels_avx2()
-                                                           : gated_kernels_portable();
-  return table;
+const GatedKernels &kernels(int step) {
+  static const auto table = isa() == Isa::kAvx512 ? gated_kernels_avx512
+                            : isa() == Isa::kAvx2 ? gated_kernels_avx2
+                                                  : gated_kernels_portable;
+  return table(step);
 }
 
 // The two networks' values of one map in one chunk.
@@ -56,6 +56,7 @@ struct GatedProgram::Impl {
   std::vector<GatedLists> lists;    // of each step
   std::vector<int64_t> lattice_of;  // of each map
   std::vector<GatedLattice> lattices;
+  std::vector<bool> shared;  // of each step: whether some reader needs the rows that strips of its output share
   int64_t output = 0, samples = 1;
 
   // What one thread works in; kept from call to call.
@@ -75,7 +76,8 @@ struct GatedProgram::Impl {
   void fill(Worker &w, const float *x, int64_t count) const;
   void run_weight(Worker &w, size_t index) const;
   void run_mean(Worker &w, const GatedStep &s) const;
-  void run_pool(Worker &w, const GatedStep &s) const;
+  bool pools_units(const GatedStep &s) const { return lattice(s.in).rows == s.stride[0] * lattice(s.out).rows; }
+  void run_pool(Worker &w, size_t index) const;
   void run_reshape(Worker &w, const GatedStep &s) const;
   void share(int64_t map, Planes &planes) const;
   void run_chunk(Worker &w) const;
@@ -95,12 +97,26 @@ GatedProgram::GatedProgram(std::vector<GatedMap> maps, std::vector<GatedStep> st
   }
   const auto map_at = [&](int64_t i) { return p.maps[static_cast<size_t>(i)]; };
   for (const GatedStep &s : p.steps) {
-    if (s.kind != GatedKind::kWeight) continue;
+    if (s.kind != GatedKind::kWeight && s.kind != GatedKind::kMaxPool) continue;
+    p.lattices[static_cast<size_t>(p.lattice_of[static_cast<size_t>(s.in)])].admit_reader(s, map_at(s.out));
+    if (s.kind == GatedKind::kMaxPool) continue;
     p.lattices[static_cast<size_t>(p.lattice_of[static_cast<size_t>(s.out)])].admit(s, map_at(s.in));
   }
   p.cut();
   for (const GatedStep &s : p.steps) {
-    p.lists.emplace_back(s, map_at(s.in), map_at(s.out), p.lattice(s.out));
+    p.lists.emplace_back(s, map_at(s.in), map_at(s.out), p.lattice(s.in), p.lattice(s.out));
+  }
+  // A map may hold several values one after the other.
+  for (size_t i = 0; i < p.steps.size(); ++i) {
+    bool read = false;
+    for (size_t j = i + 1; j < p.steps.size() && !read; ++j) {
+      const GatedStep &s = p.steps[j];
+      const bool direct = s.kind == GatedKind::kMaxPool ? p.pools_units(s) : p.lists[j].direct();
+      const bool window = s.kind == GatedKind::kWeight || s.kind == GatedKind::kMaxPool;
+      read = window && s.in == p.steps[i].out && direct && reads_shared(s);
+      if (s.out == p.steps[i].out) break;
+    }
+    p.shared.push_back(read);
   }
 }
 
@@ -226,8 +242,8 @@ void GatedProgram::Impl::fill(Worker &w, const float *x, int64_t count) const {
 // Copy the rows that strips of a map share.
 void GatedProgram::Impl::share(int64_t map, Planes &planes) const {
   const int64_t channels = maps[static_cast<size_t>(map)].channels;
-  lattice(map).fill_shared(kernels(), channels, planes.f.get());
-  lattice(map).fill_shared(kernels(), channels, planes.g.get());
+  lattice(map).fill_shared(kernels(1), channels, planes.f.get());
+  lattice(map).fill_shared(kernels(1), channels, planes.g.get());
 }
 
 void GatedProgram::Impl::run_chunk(Worker &w) const {
@@ -242,7 +258,7 @@ void GatedProgram::Impl::run_chunk(Worker &w) const {
         run_mean(w, s);
         break;
       case GatedKind::kMaxPool:
-        run_pool(w, s);
+        run_pool(w, i);
         break;
       case GatedKind::kReshape:
         run_reshape(w, s);
@@ -258,7 +274,7 @@ void GatedProgram::Impl::run_weight(Worker &w, size_t index) const {
   const Planes &in = w.maps[static_cast<size_t>(s.in)];
   const Planes *add = s.add < 0 ? nullptr : &w.maps[static_cast<size_t>(s.add)];
   Planes &out = w.maps[static_cast<size_t>(s.out)];
-  const GatedKernels &k = kernels();
+  const GatedKernels &k = kernels(list.step());
   const float *f_in = in.f.get(), *g_in = in.g.get();
   if (list.phase_floats()) {
     Planes &phases = *w.phases[index];
@@ -272,7 +288,9 @@ void GatedProgram::Impl::run_weight(Worker &w, size_t index) const {
   const float g_scale = power_of_two(in.exponent - out.exponent);
   const float add_scale = add ? power_of_two(add->exponent - out.exponent) : 0.0f;
   // All channels of one block at a time: the window of the input stays in the first cache.
-  const bool flat = l.flat();
+  const GatedLattice &from = list.direct() ? lattice(s.in) : l;
+  const int64_t down = list.direct() ? s.stride[0] : 1;
+  const bool flat = list.flat();
   const int64_t width = flat ? l.groups * l.rows * l.w : l.w, rows = flat ? 1 : l.rows, groups = flat ? 1 : l.groups;
   const FloatBuffer scratch(list.scratch() * k.columns * k.rows * kGatedUnit);
   out.top = 0.0f;
@@ -282,19 +300,21 @@ void GatedProgram::Impl::run_weight(Worker &w, size_t index) const {
       for (int64_t x = 0, wide = k.columns; x < width; x += wide) {
         while (wide > width - x) wide /= 2;
         const int64_t at = l.origin(group, y) + x * kGatedUnit;
+        const int64_t source = from.origin(group, y * down) + x * list.step() * kGatedUnit;
         GatedBlock b{};
-        b.base = f_in + at;
+        b.base = f_in + source;
         b.out = out.f.get() + at;
         b.add = add ? add->f.get() + at : nullptr;
         b.channel = l.span;
         b.row = l.row_floats();
+        b.base_row = down * from.row_floats();
         b.columns = static_cast<int>(wide);
         b.rows = static_cast<int>(high);
         for (int64_t i = 0; i < high; ++i) b.valid[i] = l.valid(y + i);
         b.add_scale = 1.0f;
         b.rectify = s.gate;
         list.run_values(k, b, scratch.get());
-        b.base = g_in + at;
+        b.base = g_in + source;
         b.out = out.g.get() + at;
         b.add = add ? add->g.get() + at : nullptr;
         b.gate = s.gate ? out.f.get() + at : nullptr;
@@ -304,7 +324,7 @@ void GatedProgram::Impl::run_weight(Worker &w, size_t index) const {
       }
     }
   }
-  share(s.out, out);
+  if (shared[index]) share(s.out, out);
 }
 
 void GatedProgram::Impl::run_mean(Worker &w, const GatedStep &s) const {
@@ -342,54 +362,58 @@ void GatedProgram::Impl::run_mean(Worker &w, const GatedStep &s) const {
   share(s.out, out);
 }
 
-void GatedProgram::Impl::run_pool(Worker &w, const GatedStep &s) const {
+void GatedProgram::Impl::run_pool(Worker &w, size_t index) const {
+  const GatedStep &s = steps[index];
   const Planes &in = w.maps[static_cast<size_t>(s.in)];
   Planes &out = w.maps[static_cast<size_t>(s.out)];
   const GatedMap &map = maps[static_cast<size_t>(s.in)], &pooled = maps[static_cast<size_t>(s.out)];
   const GatedLattice &from = lattice(s.in), &to = lattice(s.out);
   out.exponent = in.exponent;
   out.top = in.top;
-  // All floats of a unit before the next one, so that its line is read once.
-  std::vector<int64_t> source(static_cast<size_t>(s.kernel[0] * kGatedUnit));  // of each tap: its row, or -1
+  const bool direct = pools_units(s);
+  const int64_t tall = s.kernel[0], line = map.w * kGatedUnit, images = kGatedUnit / to.strips;
+  std::vector<int64_t> source(static_cast<size_t>(tall * kGatedUnit));  // of each row of taps, or -1
+  std::vector<int64_t> rows(static_cast<size_t>(tall));
+  std::vector<uint32_t> inside(static_cast<size_t>(tall));
+  const FloatBuffer gathered(direct ? 0 : 2 * tall * line);  // the rows, where the strips of both maps do not match
   for (int64_t place = 0; place < to.groups * to.rows; ++place) {
-    const int64_t group = place / to.rows, row = place % to.rows, images = kGatedUnit / to.strips;
-    for (int64_t i = 0; i < s.kernel[0]; ++i) {
+    const int64_t group = place / to.rows, row = place % to.rows;
+    for (int64_t i = 0; i < tall; ++i) {
+      const int64_t from_top = i * s.dilation[0] - s.padding[0];
+      rows[static_cast<size_t>(i)] = direct ? from.origin(group, row * s.stride[0] + from_top) : i * line;
+      inside[static_cast<size_t>(i)] = 0;
       for (int64_t lane = 0; lane < kGatedUnit; ++lane) {
-        const int64_t h = lane % to.strips * to.rows + row, n = group * images + lane / to.strips;
-        const int64_t y = h * s.stride[0] - s.padding[0] + i * s.dilation[0];
-        const bool inside = h < pooled.h && y >= 0 && y < map.h;
-        source[static_cast<size_t>(i * kGatedUnit + lane)] = inside ? from.at(n, y, 0) : -1;
+        const int64_t h = lane % to.strips * to.rows + row, y = h * s.stride[0] + from_top;
+        const bool read = h < pooled.h && y >= 0 && y < map.h;
+        if (read) inside[static_cast<size_t>(i)] |= uint32_t{1} << lane;
+        source[static_cast<size_t>(i * kGatedUnit + lane)] =
+            read ? from.at(group * images + lane / to.strips, y, 0) : -1;
       }
     }
     for (int64_t c = 0; c < map.channels; ++c) {
       const float *f = in.f.get() + c * from.span, *g = in.g.get() + c * from.span;
+      if (!direct) {
+        float *f_rows = gathered.get(), *g_rows = gathered.get() + tall * line;
+        for (int64_t i = 0; i < tall * line; ++i) {
+          const int64_t at = source[static_cast<size_t>(i / line * kGatedUnit + i % kGatedUnit)];
+          f_rows[i] = at < 0 ? 0.0f : f[at + i % line / kGatedUnit * kGatedUnit];
+          g_rows[i] = at < 0 ? 0.0f : g[at + i % line / kGatedUnit * kGatedUnit];
+        }
+        f = f_rows;
+        g = g_rows;
+      }
       for (int64_t v = 0; v < pooled.w; ++v) {
-        float best[kGatedUnit], paths[kGatedUnit] = {}, at_best[kGatedUnit] = {};
-        std::fill(best, best + kGatedUnit, -INFINITY);
-        for (int64_t tap = 0; tap < s.kernel[0] * s.kernel[1]; ++tap) {
-          const int64_t x = v * s.stride[1] - s.padding[1] + tap % s.kernel[1] * s.dilation[1];
-          if (x < 0 || x >= map.w) continue;
-          const int64_t *rows = source.data() + tap / s.kernel[1] * kGatedUnit;
-          for (int64_t lane = 0; lane < kGatedUnit; ++lane) {
-            if (rows[lane] < 0) continue;
-            const int64_t at = rows[lane] + x * kGatedUnit;
-            if (f[at] > best[lane]) {
-              best[lane] = f[at];
-              at_best[lane] = g[at];
-            }
-            paths[lane] = std::max(paths[lane], g[at]);
-          }
-        }
-        const int64_t target = c * to.span + to.origin(group, row) + v * kGatedUnit;
-        for (int64_t lane = 0; lane < kGatedUnit; ++lane) {
-          if (!(to.valid(row) >> lane & 1)) continue;
-          out.f.get()[target + lane] = best[lane];
-          out.g.get()[target + lane] = s.pool_gate ? at_best[lane] : paths[lane];
-        }
+        const int64_t left = v * s.stride[1] - s.padding[1], d = s.dilation[1];
+        const int64_t first = std::max<int64_t>(0, divide_up(-left, d));
+        const int64_t end = std::clamp<int64_t>(divide_up(map.w - left, d), first, s.kernel[1]);
+        GatedPool pool{rows.data(), inside.data(), tall, end - first, d * kGatedUnit, to.valid(row), s.pool_gate};
+        const int64_t at = (left + first * d) * kGatedUnit, target = c * to.span + to.origin(group, row);
+        kernels(1).pool(pool, f + at, g + at, out.f.get() + target + v * kGatedUnit,
+                        out.g.get() + target + v * kGatedUnit);
       }
     }
   }
-  share(s.out, out);
+  if (shared[index]) share(s.out, out);
 }
 
 void GatedProgram::Impl::run_reshape(Worker &w, const GatedStep &s) const {

@@ -8,7 +8,8 @@ namespace paikern {
 constexpr int64_t kGatedQuad = 4;  // output channels whose path counts are summed together
 
 // A rectangle of units (see gated_lattice.h) of some output channels. `base`, `out`, `add` and `gate` point at its
-// first unit: out = valid * gate(sum * scale + shift + add * add_scale).
+// first unit: out = valid * gate(sum * scale + shift + add * add_scale). The next unit of `out` reads one unit
+// on or two, as the table says.
 struct GatedBlock {
   const float *base;  // input planes; kept weights are offsets from here
   float *out;         // of the first of the output channels
@@ -18,7 +19,8 @@ struct GatedBlock {
   const float *from;  // what the sums start from: kGatedZeros, or `sums` after earlier columns
   float *sums;        // [channels of a call, rows, columns] units
   int64_t channel;    // floats from channel to channel of out, add and gate
-  int64_t row;        // floats from row to row of all maps
+  int64_t row;        // floats from row to row of out, add and gate
+  int64_t base_row;   // the same of what rows of `out` read
   int columns, rows;  // as the table allows; columns a power of two
   uint32_t valid[2];  // of each row: the floats of its units that are pixels
   float add_scale;
@@ -33,6 +35,16 @@ alignas(64) constexpr float kGatedZeros[16 * 16] = {};
 struct GatedClass {
   uint32_t rows;
   int32_t count;
+};
+
+// The window of one unit of a max pool.
+struct GatedPool {
+  const int64_t *rows;     // of each row of taps, in floats
+  const uint32_t *inside;  // the floats of a unit whose row is one of the image
+  int64_t height, width;   // taps
+  int64_t next;            // floats from tap to tap
+  uint32_t valid;          // the floats of the unit that are pixels
+  bool gate;               // g takes the position of f's maximum, else its own
 };
 
 struct GatedKernels {
@@ -56,12 +68,16 @@ struct GatedKernels {
   // sums += the planes at `offsets`.
   void (*sum)(const GatedBlock &block, const int32_t *offsets, int64_t count);
 
+  // One unit of f and of g.
+  void (*pool)(const GatedPool &pool, const float *f, const float *g, float *f_out, float *g_out);
+
   // to = from where bit (position % 16) of `bits` is set, else 0; `from` may lie anywhere.
   void (*shift)(const float *from, float *to, int64_t units, uint32_t bits);
 };
 
-const GatedKernels &gated_kernels_portable();
-const GatedKernels &gated_kernels_avx2();
-const GatedKernels &gated_kernels_avx512();
+// `step`, 1 or 2: how many units on the next unit of the output reads.
+const GatedKernels &gated_kernels_portable(int step);
+const GatedKernels &gated_kernels_avx2(int step);
+const GatedKernels &gated_kernels_avx512(int step);
 
 }  // namespace paikern

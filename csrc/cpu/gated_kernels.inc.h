@@ -15,6 +15,7 @@ namespace {
 
 using paikern::GatedBlock;
 using paikern::GatedClass;
+using paikern::GatedPool;
 using paikern::kGatedQuad;
 
 #if defined(__AVX512F__)
@@ -45,7 +46,7 @@ inline vm v_positive(vf a) { return a > v_zero(); }
 constexpr int kUnit = 16, kParts = kUnit / kLanes;  // vectors a unit
 
 // The accumulators of a block, row by row.
-template <int Columns, int Rows>
+template <int Columns, int Rows, int Step>
 struct Sums {
   static constexpr int kWidth = Columns * kParts, kCount = Rows * kWidth;
   vf at[kCount];
@@ -73,7 +74,9 @@ struct Sums {
       asm("" : "+r"(line[y]));
     }
 #pragma GCC unroll 16
-    for (int v = 0; v < kCount; ++v) take(at[v], line[v / kWidth] + v % kWidth * kLanes);
+    for (int v = 0; v < kCount; ++v) {
+      take(at[v], line[v / kWidth] + v % kWidth / kParts * Step * kUnit + v % kParts * kLanes);
+    }
   }
   GATED_INLINE void add(const float *base, int64_t row, const int32_t *offsets, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
@@ -121,15 +124,15 @@ struct Sums {
 };
 
 // Calls run(accumulators of the shape of the block).
-template <int Columns, int Rows, class Run>
+template <int Columns, int Rows, int Step, class Run>
 inline void shaped(const GatedBlock &b, Run run) {
   if constexpr (Columns > 1) {
-    if (b.columns < Columns) return shaped<Columns / 2, Rows>(b, run);
+    if (b.columns < Columns) return shaped<Columns / 2, Rows, Step>(b, run);
   }
   if constexpr (Rows > 1) {
-    if (b.rows < Rows) return shaped<Columns, Rows - 1>(b, run);
+    if (b.rows < Rows) return shaped<Columns, Rows - 1, Step>(b, run);
   }
-  Sums<Columns, Rows> sums;
+  Sums<Columns, Rows, Step> sums;
   run(sums);
 }
 
@@ -140,11 +143,12 @@ inline float highest(vf top) {
   return found;
 }
 
+template <int Step>
 void gated_values(const GatedBlock &b, const int32_t *offsets, const float *values, int64_t count, float scale,
                   float shift) {
-  shaped<kMostColumns, kMostRows>(b, [&](auto &sums) {
+  shaped<kMostColumns, kMostRows, Step>(b, [&](auto &sums) {
     sums.load(b.from);
-    sums.add(b.base, b.row, offsets, values, count);
+    sums.add(b.base, b.base_row, offsets, values, count);
     if (!b.last) return sums.store(b.sums);
     sums.scale_by(v_set(scale), v_set(shift));
     sums.finish(b, 0, v_zero());
@@ -152,10 +156,11 @@ void gated_values(const GatedBlock &b, const int32_t *offsets, const float *valu
 }
 
 // The units of a block from row `y` and column `x` on.
+template <int Step>
 inline GatedBlock part_of(const GatedBlock &b, int64_t y, int64_t x) {
   GatedBlock part = b;
   const int64_t at = y * b.row + x * kUnit, held = (y * b.columns + x) * kUnit;
-  part.base += at;
+  part.base += y * b.base_row + x * Step * kUnit;
   part.out += at;
   if (b.add) part.add += at;
   if (b.from == b.sums) part.from += held;
@@ -164,10 +169,10 @@ inline GatedBlock part_of(const GatedBlock &b, int64_t y, int64_t x) {
   return part;
 }
 
-template <int Columns>
+template <int Columns, int Step>
 void pair_of(const GatedBlock &b, int64_t next, const int32_t *offsets, const float *values, const int32_t *counts,
              const float *scale, const float *shift) {
-  Sums<Columns, 1> one, two;
+  Sums<Columns, 1, Step> one, two;
   one.load(b.from);
   two.load(b.from == b.sums ? b.from + next : b.from);
   for (int64_t i = 0; i < counts[0]; ++i) {
@@ -175,7 +180,7 @@ void pair_of(const GatedBlock &b, int64_t next, const int32_t *offsets, const fl
     const vf first = v_set(values[2 * i]), second = v_set(values[2 * i + 1]);
 #pragma GCC unroll 16
     for (int v = 0; v < one.kCount; ++v) {
-      vf x = v_load(src + v * kLanes);
+      vf x = v_load(src + v / kParts * Step * kUnit + v % kParts * kLanes);
       GATED_KEEP(x);
       one.at[v] = v_fma(first, x, one.at[v]);
       two.at[v] = v_fma(second, x, two.at[v]);
@@ -183,8 +188,8 @@ void pair_of(const GatedBlock &b, int64_t next, const int32_t *offsets, const fl
   }
   offsets += counts[0];
   values += 2 * counts[0];
-  one.add(b.base, b.row, offsets, values, counts[1]);
-  two.add(b.base, b.row, offsets + counts[1], values + counts[1], counts[2]);
+  one.add(b.base, b.base_row, offsets, values, counts[1]);
+  two.add(b.base, b.base_row, offsets + counts[1], values + counts[1], counts[2]);
   if (!b.last) {
     one.store(b.sums);
     two.store(b.sums + next);
@@ -196,24 +201,26 @@ void pair_of(const GatedBlock &b, int64_t next, const int32_t *offsets, const fl
   two.finish(b, 1, v_zero());
 }
 
+template <int Step>
 void gated_pair(const GatedBlock &b, const int32_t *offsets, const float *values, const int32_t *counts,
                 const float *scale, const float *shift) {
   const int64_t next = int64_t{b.rows} * b.columns * kUnit;
   for (int64_t y = 0; y < b.rows; ++y) {
     int64_t x = 0;
-    for (; x + kPairColumns <= b.columns; x += kPairColumns) {
-      pair_of<kPairColumns>(part_of(b, y, x), next, offsets, values, counts, scale, shift);
-    }
-    for (; x + 2 <= b.columns; x += 2) pair_of<2>(part_of(b, y, x), next, offsets, values, counts, scale, shift);
-    for (; x < b.columns; ++x) pair_of<1>(part_of(b, y, x), next, offsets, values, counts, scale, shift);
+    for (; x + kPairColumns <= b.columns; x += kPairColumns)
+      pair_of<kPairColumns, Step>(part_of<Step>(b, y, x), next, offsets, values, counts, scale, shift);
+    for (; x + 2 <= b.columns; x += 2)
+      pair_of<2, Step>(part_of<Step>(b, y, x), next, offsets, values, counts, scale, shift);
+    for (; x < b.columns; ++x) pair_of<1, Step>(part_of<Step>(b, y, x), next, offsets, values, counts, scale, shift);
   }
 }
 
+template <int Step>
 float gated_paths(const GatedBlock &b, const int32_t *offsets, int64_t count, float scale) {
   vf top = v_zero();
-  shaped<kMostColumns, kMostRows>(b, [&](auto &sums) {
+  shaped<kMostColumns, kMostRows, Step>(b, [&](auto &sums) {
     sums.load(b.from);
-    sums.add(b.base, b.row, offsets, count);
+    sums.add(b.base, b.base_row, offsets, count);
     if (!b.last) return sums.store(b.sums);
     sums.count_paths(b, v_set(scale));
     top = sums.finish(b, 0, top);
@@ -221,9 +228,10 @@ float gated_paths(const GatedBlock &b, const int32_t *offsets, int64_t count, fl
   return b.last ? highest(top) : 0.0f;
 }
 
+template <int Step>
 float gated_quad(const GatedBlock &b, const int32_t *offsets, const GatedClass *classes, int64_t count, float scale) {
   vf top = v_zero();
-  shaped<kMostColumns, kMostRows>(b, [&](auto &sums) {
+  shaped<kMostColumns, kMostRows, Step>(b, [&](auto &sums) {
     constexpr int64_t kFloats = int64_t{sizeof(sums.at)} / int64_t{sizeof(float)};
     if (b.from != b.sums) {
       sums.load(b.from);
@@ -231,7 +239,7 @@ float gated_quad(const GatedBlock &b, const int32_t *offsets, const GatedClass *
     }
     for (int64_t i = 0; i < count; ++i) {
       sums.load(paikern::kGatedZeros);
-      sums.add(b.base, b.row, offsets, classes[i].count);
+      sums.add(b.base, b.base_row, offsets, classes[i].count);
       offsets += classes[i].count;
       for (int64_t r = 0; r < kGatedQuad; ++r) {
         if (classes[i].rows >> r & 1) sums.add_to(b.sums + r * kFloats);
@@ -247,12 +255,33 @@ float gated_quad(const GatedBlock &b, const int32_t *offsets, const GatedClass *
   return b.last ? highest(top) : 0.0f;
 }
 
+template <int Step>
 void gated_sum(const GatedBlock &b, const int32_t *offsets, int64_t count) {
-  shaped<kMostColumns, kMostRows>(b, [&](auto &sums) {
+  shaped<kMostColumns, kMostRows, Step>(b, [&](auto &sums) {
     sums.load(b.from);
-    sums.add(b.base, b.row, offsets, count);
+    sums.add(b.base, b.base_row, offsets, count);
     sums.store(b.sums);
   });
+}
+
+void gated_pool(const GatedPool &pool, const float *f, const float *g, float *f_out, float *g_out) {
+  const vf none = v_set(-INFINITY);
+#pragma GCC unroll 4
+  for (int p = 0; p < kParts; ++p) {
+    vf best = none, most = v_zero();
+    for (int64_t i = 0; i < pool.height; ++i) {
+      const vm inside = v_mask(pool.inside[i] >> (p * kLanes));
+      for (int64_t j = 0; j < pool.width; ++j) {
+        const int64_t at = pool.rows[i] + j * pool.next + p * kLanes;
+        const vf value = v_select(inside, v_load(f + at), none), paths = v_keep(inside, v_load(g + at));
+        most = pool.gate ? v_select(v_above(value, best), paths, most) : v_max(paths, most);
+        best = v_select(v_above(value, best), value, best);
+      }
+    }
+    const vm valid = v_mask(pool.valid >> (p * kLanes));
+    v_store(f_out + p * kLanes, v_keep(valid, best));
+    v_store(g_out + p * kLanes, v_keep(valid, most));
+  }
 }
 
 void gated_shift(const float *from, float *to, int64_t units, uint32_t bits) {
@@ -265,8 +294,10 @@ void gated_shift(const float *from, float *to, int64_t units, uint32_t bits) {
   }
 }
 
+template <int Step>
 constexpr paikern::GatedKernels make_gated_kernels() {
-  return {kMostColumns, kMostRows, gated_values, gated_pair, gated_paths, gated_quad, gated_sum, gated_shift};
+  return {kMostColumns,     kMostRows,       gated_values<Step>, gated_pair<Step>, gated_paths<Step>,
+          gated_quad<Step>, gated_sum<Step>, gated_pool,         gated_shift};
 }
 
 }  // namespace

@@ -13,6 +13,13 @@ AxisTap axis_tap(const GatedStep &step, int axis, int64_t tap) {
   return {reach - shift * step.stride[axis], shift};
 }
 
+// How far the last output of a strip reads into the next one.
+static int64_t behind(const GatedStep &s, int axis) {
+  return (s.kernel[axis] - 1) * s.dilation[axis] - s.padding[axis] - (s.stride[axis] - 1);
+}
+
+bool reads_shared(const GatedStep &s) { return s.padding[0] > 0 || behind(s, 0) > 0; }
+
 void GatedLattice::admit(const GatedStep &s, const GatedMap &in) {
   const int64_t first[2] = {axis_tap(s, 0, 0).shift, axis_tap(s, 1, 0).shift};
   const int64_t last[2] = {axis_tap(s, 0, s.kernel[0] - 1).shift, axis_tap(s, 1, s.kernel[1] - 1).shift};
@@ -23,6 +30,14 @@ void GatedLattice::admit(const GatedStep &s, const GatedMap &in) {
   const int64_t before = std::max<int64_t>(0, -first[1]), behind = std::max<int64_t>(0, w + last[1] - stored);
   pitch = std::max({pitch, w, stored + std::max(before, behind)});
   left_ = std::max(left_, before);
+}
+
+void GatedLattice::admit_reader(const GatedStep &s, const GatedMap &out) {
+  above = std::max(above, s.padding[0]);
+  below = std::max(below, behind(s, 0));
+  const int64_t right = (out.w - 1) * s.stride[1] + (s.kernel[1] - 1) * s.dilation[1] - s.padding[1] - (w - 1);
+  pitch = std::max(pitch, w + std::max(s.padding[1], right));
+  left_ = std::max(left_, s.padding[1]);
 }
 
 int64_t GatedLattice::floats(int64_t parts, int64_t count) const {

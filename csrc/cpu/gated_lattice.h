@@ -29,8 +29,11 @@ class GatedLattice {
   int64_t rows = 1, above = 0, below = 0, pitch = 1;  // of a strip, pitch in units
   int64_t span = 0;                                   // floats a plane
 
-  // Make room for the zeros that a step reads whose outputs lie here.
+  // Make room for the zeros that a step reads whose outputs lie here, from planes in this lattice.
   void admit(const GatedStep &step, const GatedMap &in);
+
+  // Make room for those that a step reads of a map in this lattice.
+  void admit_reader(const GatedStep &step, const GatedMap &out);
 
   // Floats a plane if an image were cut into `parts`, `count` units at one pixel.
   int64_t floats(int64_t parts, int64_t count) const;
@@ -66,6 +69,9 @@ class GatedLattice {
   int64_t tall_, left_ = 0;  // rows that some map in this lattice has; zeros before the first row
   std::vector<uint32_t> valid_;
 };
+
+// Whether a step that reads its input as it lies reads rows that strips share.
+bool reads_shared(const GatedStep &step);
 
 // The taps of one axis of a convolution: input index = (output index + shift) * stride + phase.
 struct AxisTap {

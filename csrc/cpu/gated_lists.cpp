@@ -18,14 +18,19 @@ constexpr int64_t kWindow = 40 << 10;
 constexpr int kCodes = 1 << kGatedQuad;
 constexpr int kBits[kCodes] = {0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4};
 
+// Columns a part that a row lists at least.
+constexpr int64_t kPartColumns = 12;
+
 // What it takes to add one class of a quad to one of its rows, in columns: a load, an add and a store.
 constexpr double kClassCost = 1.5;
 
 }  // namespace
 
-GatedLists::GatedLists(const GatedStep &step, const GatedMap &in, const GatedMap &out, const GatedLattice &to)
+GatedLists::GatedLists(const GatedStep &step, const GatedMap &in, const GatedMap &out, const GatedLattice &from,
+                       const GatedLattice &to)
     : step_(step), in_(in), out_(out), to_(to) {
   if (step.kind != GatedKind::kWeight && step.kind != GatedKind::kElementwise) return;
+  flat_ = to.flat();
   if (step.kind == GatedKind::kElementwise) {  // every channel a group with one weight of 1
     step_.groups = out.channels;
     group_stride_ = to.span;
@@ -34,25 +39,30 @@ GatedLists::GatedLists(const GatedStep &step, const GatedMap &in, const GatedMap
     load(ones.data(), nullptr, nullptr, nullptr);
     return;
   }
-  direct_ = step.stride[0] == 1 && step.stride[1] == 1 && in.h == out.h && in.w == out.w;
+  direct_ = from.rows == step.stride[0] * to.rows && step.stride[1] <= 2;
+  flat_ = flat_ && (!direct_ || (from.flat() && in.h == out.h && in.w == out.w));
   const int64_t channels = in.channels / step.groups;
   taps_ = step.kernel[0] * step.kernel[1];
   std::vector<int64_t> plane_of, shifts;
   for (int64_t i = 0; i < step.kernel[0]; ++i) {
     for (int64_t j = 0; j < step.kernel[1]; ++j) {
-      const AxisTap y = axis_tap(step, 0, i), x = axis_tap(step, 1, j);
-      shifts.push_back((y.shift * to.pitch + x.shift) * kGatedUnit);
       if (direct_) {
+        const int64_t y = i * step.dilation[0] - step.padding[0], x = j * step.dilation[1] - step.padding[1];
+        shifts.push_back((y * from.pitch + x) * kGatedUnit);
         plane_of.push_back(0);
         continue;
       }
+      const AxisTap y = axis_tap(step, 0, i), x = axis_tap(step, 1, j);
+      shifts.push_back((y.shift * to.pitch + x.shift) * kGatedUnit);
+      moves_rows_ = moves_rows_ || y.shift != 0;
       size_t at = 0;
       while (at < planes_.size() && (planes_[at].phase_y != y.phase || planes_[at].phase_x != x.phase)) ++at;
       if (at == planes_.size()) planes_.push_back({y.phase, x.phase});
       plane_of.push_back(static_cast<int64_t>(at));
     }
   }
-  const int64_t planes = direct_ ? 1 : static_cast<int64_t>(planes_.size()), stride = planes * to.span;
+  const int64_t planes = direct_ ? 1 : static_cast<int64_t>(planes_.size()), span = direct_ ? from.span : to.span;
+  const int64_t stride = planes * span;
   depth_ = channels * taps_;
   group_stride_ = channels * stride;
   if (in.channels * stride > std::numeric_limits<int32_t>::max()) {
@@ -60,17 +70,18 @@ GatedLists::GatedLists(const GatedStep &step, const GatedMap &in, const GatedMap
   }
   for (int64_t c = 0; c < channels; ++c) {
     for (size_t t = 0; t < static_cast<size_t>(taps_); ++t) {
-      offset_of_.push_back(static_cast<int32_t>(c * stride + plane_of[t] * to.span + shifts[t]));
+      offset_of_.push_back(static_cast<int32_t>(c * stride + plane_of[t] * span + shifts[t]));
     }
   }
-  const int64_t columns = std::min<int64_t>(8, to.flat() ? to.groups * to.rows * to.w : to.w);
-  const int64_t rows = to.flat() ? 1 : std::min<int64_t>(2, to.rows);
-  const auto reach = [&](int axis) {
-    return axis_tap(step, axis, step.kernel[axis] - 1).shift - axis_tap(step, axis, 0).shift;
+  const int64_t columns = std::min<int64_t>(8, flat_ ? to.groups * to.rows * to.w : to.w);
+  const int64_t rows = flat_ ? 1 : std::min<int64_t>(2, to.rows);
+  const auto extent = [&](int axis, int64_t outputs) {
+    if (direct_) return (outputs - 1) * step.stride[axis] + (step.kernel[axis] - 1) * step.dilation[axis] + 1;
+    return outputs + axis_tap(step, axis, step.kernel[axis] - 1).shift - axis_tap(step, axis, 0).shift;
   };
-  const int64_t window = std::min(taps_ * columns * rows, planes * (rows + reach(0)) * (columns + reach(1)));
-  parts_ = divide_up(channels * window * kGatedUnit * static_cast<int64_t>(sizeof(float)), kWindow);
-  parts_ = std::min(parts_, channels);
+  const int64_t window = std::min(taps_ * columns * rows, planes * extent(0, rows) * extent(1, columns));
+  most_parts_ = divide_up(channels * window * kGatedUnit * static_cast<int64_t>(sizeof(float)), kWindow);
+  most_parts_ = std::min(most_parts_, channels);
 }
 
 void GatedLists::fill_phases(const GatedKernels &kernels, const GatedLattice &from, const float *map,
@@ -104,7 +115,7 @@ void GatedLists::fill_phases(const GatedKernels &kernels, const GatedLattice &fr
       }
     }
   }
-  to_.fill_shared(kernels, in_.channels * static_cast<int64_t>(planes_.size()), planes);
+  if (moves_rows_) to_.fill_shared(kernels, in_.channels * static_cast<int64_t>(planes_.size()), planes);
 }
 
 void GatedLists::load(const float *theta, const uint8_t *mask, const float *scale, const float *shift) {
@@ -124,8 +135,16 @@ void GatedLists::load(const float *theta, const uint8_t *mask, const float *scal
   }
   codes_.resize(static_cast<size_t>(depth_));
   sorted_.resize(static_cast<size_t>(depth_));
+  const int64_t count = std::count(kept.begin(), kept.end(), uint8_t{1});
+  values_.parts = parts_of(count);
+  paths_.parts = parts_of(std::min(count, static_cast<int64_t>(kept.size()) - count));
   list_values(theta, kept.data());
   list_paths(kept.data());
+}
+
+// Where a row lists few columns of a part, loading them from the second cache takes less than to keep its sums.
+int64_t GatedLists::parts_of(int64_t listed) const {
+  return std::clamp<int64_t>(listed / (kPartColumns * out_.channels), 1, most_parts_);
 }
 
 void GatedLists::list_values(const float *theta, const uint8_t *kept) {
@@ -135,7 +154,7 @@ void GatedLists::list_values(const float *theta, const uint8_t *kept) {
   values_.offsets.clear();
   values_.values.clear();
   for (int64_t group = 0; group < step_.groups; ++group) {
-    for (int64_t index = 0; index < parts_; ++index) {
+    for (int64_t index = 0; index < values_.parts; ++index) {
       values_.begin.push_back(static_cast<int64_t>(values_.lists.size()));
       const int64_t end = (group + 1) * group_rows;
       for (int64_t r = group * group_rows; r < end;) {
@@ -148,23 +167,23 @@ void GatedLists::list_values(const float *theta, const uint8_t *kept) {
 }
 
 // Columns of a part in the order of their codes, and how many have each of the 1 << kGatedQuad codes.
-void GatedLists::sort_part(int64_t index, int64_t *counts) {
-  const int64_t end = part(index + 1);
+void GatedLists::sort_part(int64_t first, int64_t end, int64_t *counts) {
   const uint8_t *codes = codes_.data();
   int32_t *sorted = sorted_.data();
   std::fill(counts, counts + kCodes, 0);
-  for (int64_t i = part(index); i < end; ++i) ++counts[codes[i]];
+  for (int64_t i = first; i < end; ++i) ++counts[codes[i]];
   int64_t next[kCodes] = {};
   for (int code = 1; code < kCodes; ++code) next[code] = next[code - 1] + counts[code - 1];
-  for (int64_t i = part(index); i < end; ++i) sorted[next[codes[i]]++] = static_cast<int32_t>(i);
+  for (int64_t i = first; i < end; ++i) sorted[next[codes[i]]++] = static_cast<int32_t>(i);
 }
 
 // The next row before `end`, or the next two where they have enough in common: loads of a block of 8 x 2 units.
 void GatedLists::list_kept(const float *theta, const uint8_t *kept, int64_t row, int64_t end, int64_t index) {
   const bool last = row + 1 == end;
-  mark(kept, row, last ? 1 : 2, index);
+  const int64_t begin = part(index, values_.parts), behind = part(index + 1, values_.parts);
+  mark(kept, row, last ? 1 : 2, begin, behind);
   int64_t counts[kCodes];
-  sort_part(index, counts);
+  sort_part(begin, behind, counts);
   const int64_t alone = counts[1] + counts[2], both = counts[3];
   const bool together = !last && 2 * (11 * both + 10 * alone) < 18 * (alone + 2 * both);
   Kept list{row,
@@ -234,10 +253,11 @@ void GatedLists::list_paths(const uint8_t *kept) {
 // Four rows together as they are best listed, and what that costs in columns.
 GatedLists::Item GatedLists::quad(const uint8_t *kept, int64_t row, double *cost) {
   double costs[2] = {0.0, static_cast<double>(kGatedQuad * depth_ * step_.groups / out_.channels)};
-  for (int64_t index = 0; index < parts_; ++index) {
+  for (int64_t index = 0; index < paths_.parts; ++index) {
     int64_t count[kCodes];
-    mark(kept, row, kGatedQuad, index);
-    sort_part(index, count);
+    const int64_t first = part(index, paths_.parts), end = part(index + 1, paths_.parts);
+    mark(kept, row, kGatedQuad, first, end);
+    sort_part(first, end, count);
     for (int pruned = 0; pruned < 2; ++pruned) {
       for (int code = 1; code < kCodes; ++code) {
         const int64_t columns = count[pruned ? kCodes - 1 - code : code];
@@ -251,8 +271,8 @@ GatedLists::Item GatedLists::quad(const uint8_t *kept, int64_t row, double *cost
 }
 
 // Which of `rows` rows keep each column of a part.
-void GatedLists::mark(const uint8_t *kept, int64_t row, int64_t rows, int64_t index) {
-  const int64_t first = part(index), count = part(index + 1) - first;
+void GatedLists::mark(const uint8_t *kept, int64_t row, int64_t rows, int64_t first, int64_t end) {
+  const int64_t count = end - first;
   const uint8_t *__restrict from = kept + row * depth_ + first;
   uint8_t *__restrict codes = codes_.data() + first;
   std::memcpy(codes, from, static_cast<size_t>(count));
@@ -264,10 +284,11 @@ void GatedLists::mark(const uint8_t *kept, int64_t row, int64_t rows, int64_t in
 
 void GatedLists::list_item(const Item &item, const uint8_t *kept) {
   const int all = (1 << item.rows) - 1;
-  for (int64_t index = 0; index < parts_; ++index) {
+  for (int64_t index = 0; index < paths_.parts; ++index) {
     int64_t counts[kCodes];
-    mark(kept, item.row, item.rows, index);
-    sort_part(index, counts);
+    const int64_t first = part(index, paths_.parts), end = part(index + 1, paths_.parts);
+    mark(kept, item.row, item.rows, first, end);
+    sort_part(first, end, counts);
     const int32_t *columns = sorted_.data();
     for (int code = 0; code <= all; columns += counts[code++]) {
       const int rows = item.pruned ? all - code : code;
@@ -285,11 +306,11 @@ void GatedLists::list_item(const Item &item, const uint8_t *kept) {
 void GatedLists::run_values(const GatedKernels &kernels, const GatedBlock &block, float *scratch) const {
   const int64_t group_rows = out_.channels / step_.groups, each = block.columns * block.rows * kGatedUnit;
   for (int64_t group = 0; group < step_.groups; ++group) {
-    for (int64_t index = 0; index < parts_; ++index) {
+    for (int64_t index = 0; index < values_.parts; ++index) {
       GatedBlock b = block;
       b.base += group * group_stride_;
-      b.last = index == parts_ - 1;
-      const size_t at = static_cast<size_t>(group * parts_ + index);
+      b.last = index == values_.parts - 1;
+      const size_t at = static_cast<size_t>(group * values_.parts + index);
       for (int64_t i = values_.begin[at]; i < values_.begin[at + 1]; ++i) {
         const Kept &list = values_.lists[static_cast<size_t>(i)];
         const int32_t *offsets = values_.offsets.data() + list.offset;
@@ -317,18 +338,19 @@ float GatedLists::run_paths(const GatedKernels &kernels, const GatedBlock &block
     const int64_t first = paths_.group[static_cast<size_t>(group)], end = paths_.group[static_cast<size_t>(group) + 1];
     const auto pruned = [](const Item &item) { return item.pruned; };
     const bool any = std::any_of(paths_.items.begin() + first, paths_.items.begin() + end, pruned);
-    for (int64_t index = 0; index < parts_; ++index) {
+    for (int64_t index = 0; index < paths_.parts; ++index) {
       GatedBlock b = block;
       b.base += group * group_stride_;
-      b.last = index == parts_ - 1;
+      b.last = index == paths_.parts - 1;
       if (any) {
         b.sums = all;
         b.from = index == 0 ? kGatedZeros : all;
-        kernels.sum(b, offset_of_.data() + part(index), part(index + 1) - part(index));
+        const int64_t from = part(index, paths_.parts), to = part(index + 1, paths_.parts);
+        kernels.sum(b, offset_of_.data() + from, to - from);
       }
       for (int64_t i = first; i < end; ++i) {
         const Item &item = paths_.items[static_cast<size_t>(i)];
-        const size_t list = static_cast<size_t>(i * parts_ + index);
+        const size_t list = static_cast<size_t>(i * paths_.parts + index);
         const int32_t *offsets = paths_.offsets.data() + paths_.begin[list];
         b.sums = scratch + (item.row - group * group_rows) * each;
         b.from = index == 0 ? kGatedZeros : b.sums;

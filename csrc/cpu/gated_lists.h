@@ -12,12 +12,20 @@ namespace paikern {
 
 class GatedLists {
  public:
-  GatedLists(const GatedStep &step, const GatedMap &in, const GatedMap &out, const GatedLattice &to);
+  GatedLists(const GatedStep &step, const GatedMap &in, const GatedMap &out, const GatedLattice &from,
+             const GatedLattice &to);
 
   void load(const float *theta, const uint8_t *mask, const float *scale, const float *shift);
 
   // Floats of the phase planes that this step reads; 0 where it reads the map itself.
   int64_t phase_floats() const { return direct_ ? 0 : in_.channels * static_cast<int64_t>(planes_.size()) * to_.span; }
+  // Whether the map itself is read.
+  bool direct() const { return direct_; }
+  int step() const { return direct_ ? static_cast<int>(step_.stride[1]) : 1; }
+
+  // Whether all positions of a plane may be taken as one row.
+  bool flat() const { return flat_; }
+
   void fill_phases(const GatedKernels &kernels, const GatedLattice &from, const float *map, float *planes) const;
 
   // Units of scratch that the runs below need for a block of one unit.
@@ -41,6 +49,7 @@ class GatedLists {
     int32_t counts[3];
   };
   struct Values {
+    int64_t parts = 1;
     std::vector<int64_t> begin;  // first of the lists of each part of each group
     std::vector<Kept> lists;
     std::vector<int32_t> offsets;
@@ -52,6 +61,7 @@ class GatedLists {
     bool pruned;
   };
   struct Paths {
+    int64_t parts = 1;
     std::vector<Item> items;            // of all groups
     std::vector<int64_t> group;         // first item of each group
     std::vector<int64_t> begin, first;  // of each part of each item: its offsets and its classes
@@ -64,16 +74,19 @@ class GatedLists {
   void list_paths(const uint8_t *kept);
   void list_item(const Item &item, const uint8_t *kept);
   Item quad(const uint8_t *kept, int64_t row, double *cost);
-  void mark(const uint8_t *kept, int64_t row, int64_t rows, int64_t index);
-  void sort_part(int64_t index, int64_t *counts);
-  int64_t part(int64_t index) const { return depth_ * index / parts_ / taps_ * taps_; }
+  void mark(const uint8_t *kept, int64_t row, int64_t rows, int64_t first, int64_t end);
+  void sort_part(int64_t first, int64_t end, int64_t *counts);
+  int64_t parts_of(int64_t listed) const;
+
+  // The first column of part `index` of `parts`.
+  int64_t part(int64_t index, int64_t parts) const { return depth_ * index / parts / taps_ * taps_; }
 
   GatedStep step_;
   GatedMap in_, out_;
   GatedLattice to_;
   int64_t taps_ = 1, depth_ = 1, group_stride_ = 0;
-  int64_t parts_ = 1;  // the columns of a weight are taken in parts whose planes stay in the first cache
-  bool direct_ = true;
+  int64_t most_parts_ = 1;  // the columns of a weight are taken in parts whose planes stay in the first cache
+  bool direct_ = true, flat_ = true, moves_rows_ = false;  // moves_rows_: taps on phase planes
   std::vector<Plane> planes_;
   std::vector<int32_t> offset_of_;  // of each column of the weight
   Values values_;

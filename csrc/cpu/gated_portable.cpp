@@ -3,9 +3,9 @@
 
 namespace paikern {
 
-const GatedKernels &gated_kernels_portable() {
-  static constexpr GatedKernels kTable = make_gated_kernels();
-  return kTable;
+const GatedKernels &gated_kernels_portable(int step) {
+  static constexpr GatedKernels kTables[] = {make_gated_kernels<1>(), make_gated_kernels<2>()};
+  return kTables[step - 1];
 }
 
 }  // namespace paikern
