@@ -298,7 +298,9 @@ void GatedProgram::Impl::run_weight(Worker &w, size_t index) const {
     for (int64_t y = 0, high; y < rows; y += high) {
       high = std::min<int64_t>(k.rows, rows - y);
       for (int64_t x = 0, wide = k.columns; x < width; x += wide) {
-        while (wide > width - x) wide /= 2;
+        // One column too many takes less than a remainder of 4 + 2 + 1 columns.
+        const auto beside = [&] { return wide > 2 && wide == width - x + 1 && !flat && x + wide <= l.pitch; };
+        while (wide > width - x && !beside()) wide /= 2;
         const int64_t at = l.origin(group, y) + x * kGatedUnit;
         const int64_t source = from.origin(group, y * down) + x * list.step() * kGatedUnit;
         GatedBlock b{};
@@ -313,6 +315,7 @@ void GatedProgram::Impl::run_weight(Worker &w, size_t index) const {
         for (int64_t i = 0; i < high; ++i) b.valid[i] = l.valid(y + i);
         b.add_scale = 1.0f;
         b.rectify = s.gate;
+        b.beside = wide > width - x;
         list.run_values(k, b, scratch.get());
         b.base = g_in + source;
         b.out = out.g.get() + at;

@@ -25,6 +25,7 @@ struct GatedBlock {
   uint32_t valid[2];  // of each row: the floats of its units that are pixels
   float add_scale;
   bool rectify;  // keep what is positive itself
+  bool beside;   // the last of the columns of units lies beside the pixels
   bool last;     // of the columns: what follows the sum is done, else the sum is kept in `sums`
 };
 

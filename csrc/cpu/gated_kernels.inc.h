@@ -115,7 +115,8 @@ struct Sums {
       if (b.add) sum = v_fma(v_load(b.add + place), v_set(b.add_scale), sum);
       if (b.gate) sum = v_keep(v_positive(v_load(b.gate + place)), sum);
       if (b.rectify) sum = v_keep(v_positive(sum), sum);
-      sum = v_keep(v_mask(b.valid[v / kWidth] >> (v % kParts * kLanes)), sum);
+      const bool unused = v % kWidth / kParts == Columns - 1 && b.beside;
+      sum = v_keep(v_mask(unused ? 0 : b.valid[v / kWidth] >> (v % kParts * kLanes)), sum);
       v_store(b.out + place, sum);
       top = v_max(top, sum);
     }
@@ -156,7 +157,7 @@ void gated_values(const GatedBlock &b, const int32_t *offsets, const float *valu
 }
 
 // The units of a block from row `y` and column `x` on.
-template <int Step>
+template <int Step, int Columns>
 inline GatedBlock part_of(const GatedBlock &b, int64_t y, int64_t x) {
   GatedBlock part = b;
   const int64_t at = y * b.row + x * kUnit, held = (y * b.columns + x) * kUnit;
@@ -166,6 +167,7 @@ inline GatedBlock part_of(const GatedBlock &b, int64_t y, int64_t x) {
   if (b.from == b.sums) part.from += held;
   part.sums += held;
   part.valid[0] = b.valid[y];
+  part.beside = b.beside && x + Columns == b.columns;
   return part;
 }
 
@@ -208,10 +210,10 @@ void gated_pair(const GatedBlock &b, const int32_t *offsets, const float *values
   for (int64_t y = 0; y < b.rows; ++y) {
     int64_t x = 0;
     for (; x + kPairColumns <= b.columns; x += kPairColumns)
-      pair_of<kPairColumns, Step>(part_of<Step>(b, y, x), next, offsets, values, counts, scale, shift);
+      pair_of<kPairColumns, Step>(part_of<Step, kPairColumns>(b, y, x), next, offsets, values, counts, scale, shift);
     for (; x + 2 <= b.columns; x += 2)
-      pair_of<2, Step>(part_of<Step>(b, y, x), next, offsets, values, counts, scale, shift);
-    for (; x < b.columns; ++x) pair_of<1, Step>(part_of<Step>(b, y, x), next, offsets, values, counts, scale, shift);
+      pair_of<2, Step>(part_of<Step, 2>(b, y, x), next, offsets, values, counts, scale, shift);
+    for (; x < b.columns; ++x) pair_of<1, Step>(part_of<Step, 1>(b, y, x), next, offsets, values, counts, scale, shift);
   }
 }
 

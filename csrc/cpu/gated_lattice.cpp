@@ -41,7 +41,8 @@ void GatedLattice::admit_reader(const GatedStep &s, const GatedMap &out) {
 }
 
 int64_t GatedLattice::floats(int64_t parts, int64_t count) const {
-  const int64_t units = left_ + count * (above + divide_up(tall_, parts) + below) * pitch;
+  // 2 behind the last row: what a column beside the pixels reads.
+  const int64_t units = left_ + count * (above + divide_up(tall_, parts) + below) * pitch + 2;
   // 4 more than a multiple of 8: the windows of sixteen planes then fill the sets of a first cache evenly.
   return (round_up(units + 4, 8) - 4) * kGatedUnit;
 }

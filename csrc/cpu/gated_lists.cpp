@@ -170,11 +170,27 @@ void GatedLists::list_values(const float *theta, const uint8_t *kept) {
 void GatedLists::sort_part(int64_t first, int64_t end, int64_t *counts) {
   const uint8_t *codes = codes_.data();
   int32_t *sorted = sorted_.data();
+  // Both halves side by side: most codes are often 0, and one counter would wait for itself.
+  const int64_t half = (end - first) / 2, middle = first + half;
+  int64_t behind[kCodes] = {};
   std::fill(counts, counts + kCodes, 0);
-  for (int64_t i = first; i < end; ++i) ++counts[codes[i]];
-  int64_t next[kCodes] = {};
-  for (int code = 1; code < kCodes; ++code) next[code] = next[code - 1] + counts[code - 1];
-  for (int64_t i = first; i < end; ++i) sorted[next[codes[i]]++] = static_cast<int32_t>(i);
+  for (int64_t i = first; i < middle; ++i) {
+    ++counts[codes[i]];
+    ++behind[codes[i + half]];
+  }
+  if (middle + half < end) ++behind[codes[end - 1]];
+  int64_t next[kCodes], later[kCodes], place = 0;
+  for (int code = 0; code < kCodes; ++code) {
+    next[code] = place;
+    later[code] = place + counts[code];
+    counts[code] += behind[code];
+    place += counts[code];
+  }
+  for (int64_t i = first; i < middle; ++i) {
+    sorted[next[codes[i]]++] = static_cast<int32_t>(i);
+    sorted[later[codes[i + half]]++] = static_cast<int32_t>(i + half);
+  }
+  if (middle + half < end) sorted[later[codes[end - 1]]] = static_cast<int32_t>(end - 1);
 }
 
 // The next row before `end`, or the next two where they have enough in common: loads of a block of 8 x 2 units.
