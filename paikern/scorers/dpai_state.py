@@ -66,6 +66,8 @@ class SavedRun:
     ) -> None:
         # A run that broke (dead, NaN) leaves the last good file; an interrupted one is saved.
         broke = kind is not None and issubclass(kind, (PaikernError, ValueError))
+        if not broke:
+            self.trainer.settle()
         if self.trainer.whole and not broke:
             self.save()
 

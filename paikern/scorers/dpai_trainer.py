@@ -93,6 +93,11 @@ class DPaITrainer:
         self._selected_at = -1
         self.select()
 
+    def settle(self) -> None:
+        """Count steps that an interrupt left uncounted: the scores are theirs already."""
+        if self._native is not None:
+            self._native.settle()
+
     def mark_selected(self) -> None:
         """The masks are those of the scores as they are."""
         self._selected_at = self.steps
@@ -233,6 +238,7 @@ class _NativeSteps:
     def __init__(self, trainer: DPaITrainer, program: Program) -> None:
         self.trainer = trainer
         self.program = program
+        self._made: list[tuple[int, list[tuple[float, int, int, int]]]] = []
         settings = trainer.settings
         self._gathered = {
             name: torch.empty_like(trainer.s[name])
@@ -282,15 +288,12 @@ class _NativeSteps:
         self.loop.unchanged = t.unchanged
         last = t.steps + steps
         while t.steps < last:
-            status, records = self.loop.run(t.steps, last - t.steps, _SECONDS_A_CALL, patience)
-            first, t.steps = t.steps, t.steps + len(records)
-            # A failed step counts no record; a finished one has selected its mask.
-            t.mark_selected()
-            t.unchanged = self.loop.unchanged
-            t.history += [
-                StepStatistics(number, objective, nodes, kernels, params, t.published)
-                for number, (objective, nodes, kernels, params) in enumerate(records, first + 1)
-            ]
+            # Ctrl-C is raised between two bytecodes, so after the scores have moved and before the
+            # result has a name: the list has it by then, and settle() finds it there.
+            call = ([t.steps], [last - t.steps], [_SECONDS_A_CALL], [patience])
+            self._made.extend(map(self.loop.run, *call))
+            first = t.steps
+            status = self.settle()
             yield from t.history[first:]
             if status == self._DEAD:
                 where = f" (none gets past {self.program.name(self.program.native.dead)})"
@@ -302,6 +305,25 @@ class _NativeSteps:
                 self._check(self.loop.layer_at_fault)
             if status == self._UNCHANGED:
                 return
+
+    def settle(self) -> int:
+        """Counts the steps of the last call, once; returns its status."""
+        t = self.trainer
+        if not self._made:
+            return self._DONE
+        status, records = self._made[-1]
+        first = t.steps
+        made = [
+            StepStatistics(number, objective, nodes, kernels, params, t.published)
+            for number, (objective, nodes, kernels, params) in enumerate(records, first + 1)
+        ]
+        t.history[first:] = made
+        t.unchanged = self.loop.unchanged
+        t.steps = first + len(made)
+        # A failed step counts no record; a finished one has selected its mask.
+        t.mark_selected()
+        self._made.clear()
+        return int(status)
 
     def _check(self, layer: int) -> None:
         if layer >= 0:

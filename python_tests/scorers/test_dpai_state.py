@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 import paikern as pk
@@ -174,3 +179,25 @@ def test_scores_on_disk_are_those_of_the_run(tmp_path: Path) -> None:
     saved: dict[str, Tensor] = load_file(file)
     for name in scores:
         assert torch.equal(saved[f"s.{name}"].abs(), scores.dense(name))
+
+
+def test_sigint_within_a_native_call_loses_no_step(tmp_path: Path) -> None:
+    net = pk.zoo.create("mlp", sizes=(64, 256, 10))
+    options = {
+        "sparsity": 0.9,
+        "example_inputs": torch.ones(1, 64),
+        "optimizer": "adam",
+        "apply": False,
+        "progress": False,
+    }
+    file = tmp_path / "run.safetensors"
+    timer = threading.Timer(0.35, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        pk.prune(net, "dpai", steps=10**7, state=file, **options)
+    with safe_open(file, framework="pt") as saved:
+        done = json.loads(saved.metadata()["paikern"])["steps"]
+    assert done > 0
+    straight = tmp_path / "straight.safetensors"
+    pk.prune(net, "dpai", steps=done, state=straight, **options)
+    assert file.read_bytes() == straight.read_bytes()
