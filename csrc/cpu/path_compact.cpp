@@ -11,11 +11,20 @@ namespace paikern {
 namespace {
 
 constexpr int64_t kMostDepth = int64_t{1} << 16;   // columns are numbered with 16 bits
-constexpr int64_t kMostPixels = int64_t{1} << 24;  // of a map: offsets of planes have 32 bits
+constexpr double kMostFloats = 0x1p28;  // of the planes of a map, whose offsets have 32 bits
 constexpr int64_t kMostLength = 2048;              // positions: the sums of a row stay in L1
 // The break-evens against reading everything: 0.07 at 4 positions, 0.12 at 16; for more positions that of scores.
 constexpr double kLeastDensity = 0.06, kFewSlope = 0.09 / 16;
 constexpr double kMostDensity = 0.2;  // beyond, tiles are as fast, and lists take a third of the weights
+
+// At least as many floats as the planes of a map take.
+double planes_bound(const PathGeometry &g) {
+  double floats = static_cast<double>(g.channels * g.batch);
+  for (int a = 0; a < 3; ++a) {
+    floats *= static_cast<double>((g.size[a] + g.out[a] + g.dilation[a] * (g.kernel[a] - 1) + 1) * g.stride[a]);
+  }
+  return floats;
+}
 
 // Where the planes of all columns of a row start.
 void to_offsets(const uint16_t *columns, int64_t count, const int32_t *table, int32_t *offsets) {
@@ -26,7 +35,7 @@ void to_offsets(const uint16_t *columns, int64_t count, const int32_t *table, in
 
 bool CompactLayer::pays(const PathGeometry &g, const WeightView &w, double density) {
   if (!w.mask || w.power == 0 || g.groups != 1 || g.linear() || g.batch == 0 || g.depth() > kMostDepth) return false;
-  if (g.batch * g.pixels() > kMostLength / 2 || g.channels * g.pixels() * g.batch > kMostPixels) return false;
+  if (g.batch * g.pixels() > kMostLength / 2 || planes_bound(g) > kMostFloats) return false;
   const int64_t positions = g.batch * g.out_pixels();
   if (few_shapes(g)) return density < kLeastDensity + kFewSlope * static_cast<double>(positions);
   return density < std::min(kMostDensity, kept_density(positions));

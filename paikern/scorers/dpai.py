@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from numbers import Integral, Real
 from typing import ClassVar
 
 from torch import Tensor
@@ -66,6 +67,19 @@ class DPaI(TrainedScorer):
     variants: ClassVar[tuple[str, ...]] = ("paper", "published")
 
     def __post_init__(self) -> None:
+        for name in ("alpha", "beta", "lr"):
+            value = getattr(self, name)
+            number = isinstance(value, Real) and not isinstance(value, bool)
+            if not number and not (name == "lr" and value is None):
+                raise ValueError(f"{name} must be a number, got {value!r}")
+        for name in ("steps", "patience"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, Integral) or isinstance(value, bool)):
+                raise ValueError(f"{name} must be an integer, got {value!r}")
+        if self.state is not None and not isinstance(self.state, (str, os.PathLike)):
+            raise ValueError(f"state must be a file name or path, got {self.state!r}")
+        if self.state is not None and not str(self.state):
+            raise ValueError("state must be a file name or path, got ''")
         for name in ("alpha", "beta"):
             value = getattr(self, name)
             if not 0.0 <= value <= 1.0:

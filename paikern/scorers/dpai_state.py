@@ -7,10 +7,12 @@ its mask is the top-k of them.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,6 +28,29 @@ from paikern.scorers.dpai_trainer import DPaITrainer, StepStatistics
 
 _FORMAT = "paikern-dpai-state-1"
 _SAVE_EVERY_SECONDS = 60.0
+
+
+def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """BLAKE2b of a header and of tensors in the order of their names."""
+    found = hashlib.blake2b(json.dumps(header, sort_keys=True).encode(), digest_size=16)
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.view(-1).numpy().data)
+    return found.hexdigest()
+
+
+def _network(trainer: DPaITrainer) -> str:
+    """A digest of what paths run through: every step with its shapes, and the inputs."""
+    graph = trainer.run.graph
+    plain = (int, float, str, tuple, type(None))
+    steps = [
+        (type(step).__name__, [(f.name, getattr(step, f.name)) for f in fields(step)])
+        for step in graph.steps
+    ]
+    told = [(kind, [(n, v) for n, v in held if isinstance(v, plain)]) for kind, held in steps]
+    text = repr((told, sorted(graph.inputs.items()), graph.outputs))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 class SavedRun:
@@ -49,9 +74,14 @@ class SavedRun:
         self.path = Path(path)
         self.trainer = trainer
         self._saved_at = time.monotonic()
+        given = trainer.settings.init_scores is not None
+        self._start = _digest({}, trainer.s) if given else None
+        self._network = _network(trainer)
         folder = self.path.absolute().parent
         if not folder.is_dir():  # found out now, not after an hour of training
             raise ValueError(f"state: folder {str(folder)!r} does not exist; create it first")
+        if not os.access(folder, os.W_OK):
+            raise ValueError(f"state: folder {str(folder)!r} cannot be written; name another")
         if self.path.is_dir():
             raise ValueError(f"state: {str(self.path)!r} is a folder; name a file in it")
 
@@ -90,6 +120,7 @@ class SavedRun:
             "unchanged": t.unchanged,
             "settings": self._settings(),
         }
+        header["digest"] = _digest(header, tensors)
         content = save(tensors, metadata={"paikern": json.dumps(header)})
         with replacing(self.path) as file:
             file.write(content)
@@ -128,6 +159,8 @@ class SavedRun:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             if header["format"] != _FORMAT:
                 raise ValueError(header["format"])
+            if header.pop("digest") != _digest(header, tensors):
+                raise ValueError("its digest is that of other content")
             expected = dict(self._shapes())
             for key, shape in expected.items():
                 if tuple(tensors[key].shape) != shape:
@@ -166,6 +199,8 @@ class SavedRun:
             "lr": s.lr,
             "optimizer": s.optimizer,
             "seed": t.run.seed if s.init_scores is None else None,
+            "init_scores": self._start,
+            "network": self._network,
             "kept": dict(zip(t.s, t.kept, strict=True)),
         }
 
@@ -176,6 +211,12 @@ class SavedRun:
                     raise ValueError(
                         f"state: {str(self.path)!r} was made with other layers or another "
                         "sparsity; use another file or the same settings"
+                    )
+                if name in ("network", "init_scores"):
+                    what = "network or input size" if name == "network" else "init_scores"
+                    raise ValueError(
+                        f"state: {str(self.path)!r} was made with another {what}; use another "
+                        "file or the same"
                     )
                 raise ValueError(
                     f"state: {str(self.path)!r} was made with {name}={saved.get(name)!r}, this run "

@@ -114,7 +114,11 @@ class PathScorer(Scorer):
         """The score of one weight step; `pruned` is the value where the mask is 0."""
         step, power = v.step, self.powers[1]
         vectors = step.kind == "linear" and step.positions == 1
-        if pruned < 0 and step.rows is None and (vectors or self._maps_are_small(run)):
+        # Kernels that make scores from maps read weights of at most 32 bits.
+        maps = vectors or (
+            run.weight(step.parameter).dtype != torch.float64 and self._maps_are_small(run)
+        )
+        if pruned < 0 and step.rows is None and maps:
             a, g = (v.g, v.x) if step.transposed else (v.x, v.g)
             conv = None
             if vectors:

@@ -355,6 +355,13 @@ def test_unknown_operation_names_op_module_and_cure() -> None:
         trace(Outer(), torch.ones(1, 3))
 
 
+def test_output_padding_of_the_stride_and_more_is_refused() -> None:
+    """Allowed where the dilation is larger; no convolution has the result for its input."""
+    layer = nn.ConvTranspose2d(4, 4, 3, dilation=3, output_padding=2, bias=False)
+    with pytest.raises(PathRuleError, match=r"output_padding=\(2, 2\) and stride=\(1, 1\)"):
+        trace(nn.Sequential(layer), torch.ones(1, 4, 6, 6))
+
+
 def test_registered_rule_is_used() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -161,6 +164,62 @@ def test_damaged_files_are_refused_and_kept(tmp_path: Path, damage: str) -> None
     with pytest.raises(ValueError, match="is no saved run of this model and method"):
         run(file, 5)
     assert file.read_bytes() == before
+
+
+@settings(max_examples=30, deadline=None)
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_a_flipped_bit_is_found(place: float, bit: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "run.safetensors"
+        run(file, 3)
+        content = bytearray(file.read_bytes())
+        content[int(place * len(content))] ^= 1 << bit
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="state: "):
+            run(file, 5)
+
+
+def test_another_network_or_start_is_refused(tmp_path: Path) -> None:
+    """Names and shapes of the weights are the same, the paths are not."""
+    file = tmp_path / "run.safetensors"
+    options = {"sparsity": 0.5, "apply": False, "progress": False, "state": file, "steps": 3}
+
+    class Parallel(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+            self.chain = True
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.b(self.a(x).relu()) if self.chain else self.a(x) + self.b(x)
+            return y
+
+    model = Parallel()
+    start = {n: torch.rand(6, 6) for n in ("a.weight", "b.weight")}
+    pk.prune(model, "dpai", example_inputs=torch.ones(1, 6), init_scores=start, **options)
+    other = {n: s + 0.1 for n, s in start.items()}
+    with pytest.raises(ValueError, match="another init_scores"):
+        pk.prune(model, "dpai", example_inputs=torch.ones(1, 6), init_scores=other, **options)
+    model.chain = False
+    with pytest.raises(ValueError, match="another network or input size"):
+        pk.prune(model, "dpai", example_inputs=torch.ones(1, 6), init_scores=start, **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 3.5}, "steps must be an integer, got 3.5"),
+        ({"steps": True}, "steps must be an integer, got True"),
+        ({"patience": 2.5}, "patience must be an integer, got 2.5"),
+        ({"lr": "a"}, "lr must be a number, got 'a'"),
+        ({"beta": None}, "beta must be a number, got None"),
+        ({"state": 5}, "state must be a file name or path, got 5"),
+        ({"state": ""}, "state must be a file name or path, got ''"),
+    ],
+)
+def test_options_of_the_wrong_type(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(**{"state": None, "steps": 3, **change})
 
 
 def test_folder_is_checked_before_training(tmp_path: Path) -> None:

@@ -391,3 +391,18 @@ def test_log1p_of_any_exponent() -> None:
 def test_bad_options(method: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run(worked_example(), method, torch.ones(1, 3), sparsity=0.5, **options)
+
+
+@pytest.mark.parametrize("method", ["synflow", "synflow_l2"])
+def test_float64_weights_beside_small_maps(method: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 40, 3, padding=1), nn.ReLU(), nn.Conv2d(40, 40, 3, padding=1), nn.Flatten(),
+        nn.Linear(2560, 10),
+    )  # fmt: skip
+    options = {"sparsity": 0.5, "apply": False, "progress": False, "rounds": 1}
+    x = torch.ones(1, 3, 8, 8)
+    single = pk.prune(model, method, example_inputs=x, **options)
+    double = pk.prune(model.double(), method, example_inputs=x.double(), **options)
+    assert double.kept == single.kept
+    assert agreement(double, single) > 0.9999

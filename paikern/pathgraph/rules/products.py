@@ -88,9 +88,17 @@ def _conv(tracer: Tracer, args: Any, kwargs: Any) -> PathValue:
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 def _conv_transpose(tracer: Tracer, args: Any, kwargs: Any) -> PathValue:
     n = int(tracer.op[-2])
+    stride = per_dimension(argument(args, kwargs, 3, "stride", 1), n)
+    more = per_dimension(argument(args, kwargs, 5, "output_padding", 0), n)
+    if any(m >= s for m, s in zip(more, stride, strict=True)):
+        # The convolution of which this is the adjoint would have more outputs than this has inputs.
+        raise tracer.error(
+            f"a transposed convolution with output_padding={more} and stride={stride} is not "
+            "supported; use output_padding below the stride and pad the result"
+        )
     return tracer.weight(
         args[0], args[1], kind="conv", transposed=True, kernel=tuple(args[1].shape[2:]),
-        stride=per_dimension(argument(args, kwargs, 3, "stride", 1), n),
+        stride=stride,
         padding=per_dimension(argument(args, kwargs, 4, "padding", 0), n),
         dilation=per_dimension(argument(args, kwargs, 7, "dilation", 1), n),
         groups=argument(args, kwargs, 6, "groups", 1),
