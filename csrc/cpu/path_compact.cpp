@@ -10,9 +10,9 @@
 namespace paikern {
 namespace {
 
-constexpr int64_t kMostDepth = int64_t{1} << 16;   // columns are numbered with 16 bits
-constexpr double kMostFloats = 0x1p28;  // of the planes of a map, whose offsets have 32 bits
-constexpr int64_t kMostLength = 2048;              // positions: the sums of a row stay in L1
+constexpr int64_t kMostDepth = int64_t{1} << 16;  // columns are numbered with 16 bits
+constexpr double kMostFloats = 0x1p28;            // of the planes of a map, whose offsets have 32 bits
+constexpr int64_t kMostLength = 2048;             // positions: the sums of a row stay in L1
 // The break-evens against reading everything: 0.07 at 4 positions, 0.12 at 16; for more positions that of scores.
 constexpr double kLeastDensity = 0.06, kFewSlope = 0.09 / 16;
 constexpr double kMostDensity = 0.2;  // beyond, tiles are as fast, and lists take a third of the weights
