@@ -185,7 +185,9 @@ def test_a_synflow_run_is_compared_with_the_loop() -> None:
     rows = compare_synflow("resnet20", rounds=4, repeats=1)
     assert [row["variant"] for row in rows] == ["published", "paper"]
     for row in rows:
-        assert row["kept"] == row["reference_kept"] == 5418
+        assert row["kept"] == 5418
+        # The loop drops what ties with its threshold: on two threads two scores round to one.
+        assert 5417 <= row["reference_kept"] <= 5418
         assert row["overlap_3_rounds"] >= 0.999
         assert row["overlap"] >= 0.99
         assert row["log_paths"] == pytest.approx(row["reference_log_paths"], abs=0.1)
