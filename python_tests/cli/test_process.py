@@ -42,7 +42,11 @@ def test_interrupt_writes_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "paikern.cli", "prune", "--model", "resnet20", "--method"]
     command += ["dpai", "--sparsity", "0.9", "--set", "steps=1000000", "--out", str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as running:
+    # Shells start what runs in the background with SIGINT ignored, which would be inherited.
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as running:  # fmt: skip
         assert running.stderr is not None
         first = running.stderr.readline()  # the first progress line: the work has begun
         assert first.startswith("dpai: step ")

@@ -250,6 +250,7 @@ def test_sigint_within_a_native_call_loses_no_step(tmp_path: Path) -> None:
         "progress": False,
     }
     file = tmp_path / "run.safetensors"
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
     timer = threading.Timer(0.35, lambda: os.kill(os.getpid(), signal.SIGINT))
     timer.start()
     with pytest.raises(KeyboardInterrupt):
