@@ -300,6 +300,7 @@ def test_provenance(tmp_path: Path) -> None:
     assert meta["arguments"] == {
         "scope": "global", "rounds": 4, "schedule": "exponential", "variant": "paper",
         "selection": "exact", "on_collapse": "warn", "norm": "identity", "monotone": True,
+        "conv": "exact",
     }  # fmt: skip
     assert [h["round"] for h in meta["history"]] == [1, 2, 3, 4]
     path = tmp_path / "masks.safetensors"
