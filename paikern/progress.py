@@ -22,8 +22,8 @@ class Progress:
 
     Args:
         what: the method, shown in front.
-        total: number of rounds or steps.
-        unit: "round" or "step".
+        total: number of them.
+        unit: "round", "step", "layer" or "weight".
         progress: None for a bar if stderr is a terminal and log lines otherwise, True for the bar,
             False for silence, or a function.
     """
@@ -47,13 +47,17 @@ class Progress:
 
     def update(self, **values: float) -> None:
         """One round or step is done."""
-        self._done += 1
+        self.reach(self._done + 1, **values)
+
+    def reach(self, done: int, **values: float) -> None:
+        """So many of the total are done."""
+        before, self._done = self._done, done
         if self._function is not None:
             self._function(self._done, self.total, values)
         elif self._bar is not None:
             shown = {name: f"{value:.4g}" for name, value in values.items()}
             self._bar.set_postfix(shown, refresh=False)
-            self._bar.update(1)
+            self._bar.update(done - before)
         elif self._log:
             now = time.monotonic()
             if now - self._logged_at >= _LOG_EVERY_SECONDS or self._done == self.total:

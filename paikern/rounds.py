@@ -11,7 +11,7 @@ from paikern import budget, ops
 from paikern.masks import MaskSet
 from paikern.pattern import Pattern
 from paikern.progress import Progress, ProgressFunction
-from paikern.scorers import Run, Scorer, Scores, TrainedScorer
+from paikern.scorers import MaskBuilder, Run, Scorer, Scores, TrainedScorer
 from paikern.scorers.path_loop import PathLoop
 from paikern.selection import apply_collapse_rule, collapsed, empty_layers, select_packed
 from paikern.structured import check_pattern, left_dense
@@ -60,6 +60,8 @@ def run_rounds(
             f"pattern='{plan.pattern}': {scorer.name} trains its scores for single weights; use "
             "pattern='unstructured', or pk.select(pk.score(...), pattern=...)"
         )
+    if isinstance(scorer, MaskBuilder):
+        _check_builder(scorer, plan)
     check_pattern(plan.pattern, run.shapes, plan.scope, plan.rule)
     if (note := left_dense(plan.pattern, run.shapes, run.layouts)) is not None:
         run.notes.append(note)
@@ -68,6 +70,8 @@ def run_rounds(
         return {n: ops.pack_mask(mask) for n, mask in ones.items()}, []
     if isinstance(scorer, TrainedScorer):
         return _trained(run, scorer, plan, progress)
+    if isinstance(scorer, MaskBuilder):
+        return _built(run, scorer, plan, progress)
     return _iterated(run, scorer, plan, progress)
 
 
@@ -111,6 +115,38 @@ def _trained(
 
         scores = scorer.train(run, counts, report)
     return plan.select(scores, counts, None), history
+
+
+def _check_builder(scorer: MaskBuilder, plan: Plan) -> None:
+    """Refuse what needs scores to rank."""
+    for given, name, use in (
+        (plan.pattern is not None, f"pattern='{plan.pattern}'", "pattern='unstructured'"),
+        (plan.rounds != 1, f"rounds={plan.rounds}", "rounds=1"),
+        (plan.scope == "lamp", "scope='lamp'", f"scope={scorer.default_scope!r}"),
+        (plan.rule != "exact", f"selection={plan.rule!r}", "selection='exact'"),
+        (plan.on_collapse == "floor", "on_collapse='floor'", "'warn' or 'raise'"),
+    ):
+        if given:
+            raise ValueError(f"{name}: {scorer.name} builds its mask without scores; use {use}")
+
+
+def _built(
+    run: Run, scorer: MaskBuilder, plan: Plan, progress: bool | ProgressFunction | None
+) -> tuple[dict[str, Tensor], History]:
+    variant = scorer.published_budget if run.variant == "published" else run.variant
+    counts = budget.layer_budget(run.shapes, plan.fraction, plan.scope, variant=variant)
+    history: History = []
+    total = scorer.planned_units(run, counts)
+    with Progress(scorer.name, total, scorer.unit, progress) as bar:
+
+        def report(done: int, values: dict[str, float]) -> None:
+            bar.reach(done, **values)
+            history.append({scorer.unit: done, **values})
+
+        run.masks = scorer.build(run, counts, report)
+    if plan.on_collapse == "raise" and (empty := empty_layers(run.masks)):
+        raise collapsed(empty)
+    return run.masks, history
 
 
 def _iterated(

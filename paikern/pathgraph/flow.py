@@ -120,14 +120,23 @@ class Flow:
         return f" (none gets past {self.first_dead})" if self.first_dead else ""
 
     @torch.no_grad()
-    def forward(self, state: State, masks: Masks | None = None, *, outputs: bool = False) -> float:
+    def forward(
+        self,
+        state: State,
+        masks: Masks | None = None,
+        *,
+        outputs: bool = False,
+        arrive: Callable[[Weight, Tensor], None] | None = None,
+    ) -> float:
         """Sweep forwards; returns `log R`, -inf where no path is left.
 
         `state` maps parameter and buffer names to tensors; `outputs` keeps each weight step's
-        output for the visitor. The published objective `J` is returned with "input_max". Weights
-        on the meta device can be counted (power 0), which is then done on the CPU.
+        output for the visitor. `arrive(step, x)` is called before a weight step with its input, up
+        to a power of two, and may put that step's mask into `masks`. The published objective `J`
+        is returned with "input_max". Weights on the meta device can be counted (power 0), which is
+        then done on the CPU.
         """
-        self.state, self._masks = state, masks or {}
+        self.state, self._masks = state, {} if masks is None else masks
         if self.semantics.power:
             _refuse_meta(self.graph, state)
         real = (t.device for t in state.values() if not t.is_meta)
@@ -144,6 +153,8 @@ class Flow:
             if isinstance(step, Weight):
                 x, exponent = given[0]
                 maximum = 1.0
+                if arrive is not None:
+                    arrive(step, x)
                 if self.by_input_max:
                     maximum = ops.map_maximum(x)
                     x = x / maximum

@@ -1,6 +1,7 @@
 """One file a method. Importing this package registers them all."""
 
 from paikern.scorers.base import (
+    MaskBuilder,
     Run,
     Scorer,
     TrainedScorer,
@@ -24,6 +25,7 @@ __all__ = [
     "Factored",
     "LogSynFlow",
     "Magnitude",
+    "MaskBuilder",
     "Random",
     "Run",
     "Scorer",

@@ -147,6 +147,33 @@ class TrainedScorer(Scorer):
         raise TypeError(f"{type(self).__name__} must implement train()")
 
 
+@dataclass
+class MaskBuilder(Scorer):
+    """A method that builds its masks under a budget and ranks no scores.
+
+    unit: what `report` counts. published_budget: rounding of the ERK quotas in variant
+    "published" (`paikern.budget.ERK_VARIANTS`).
+    """
+
+    unit: ClassVar[str] = "layer"
+    published_budget: ClassVar[str] = "published"
+
+    def score(self, run: Run) -> Scores:
+        raise ValueError(
+            f"method: {self.name} builds masks and has no scores; use pk.prune(..., apply=False)"
+        )
+
+    def planned_units(self, run: Run, kept: int | list[int]) -> int:
+        """What `report` counts up to."""
+        return len(run.layers)
+
+    def build(
+        self, run: Run, kept: int | list[int], report: Report = lambda done, values: None
+    ) -> dict[str, Tensor]:
+        """The packed masks by name; `kept` is one number, or one for each layer of `run`."""
+        raise TypeError(f"{type(self).__name__} must implement build()")
+
+
 _SCORERS: dict[str, type[Scorer]] = {}
 _T = TypeVar("_T", bound=type[Scorer])
 
