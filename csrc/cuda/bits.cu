@@ -1,12 +1,11 @@
 #include "bits.cuh"
 #include "bits.h"
+#include "launch.h"
 
 namespace paikern::cuda {
 namespace {
 
 constexpr unsigned kThreads = 256;
-
-const char *text(cudaError_t code) { return code == cudaSuccess ? nullptr : cudaGetErrorString(code); }
 
 // One thread an element. An empty grid is an error to CUDA, so nothing is launched for no elements.
 template <class... Parameters, class... Arguments>
@@ -14,7 +13,7 @@ const char *launch(void (*kernel)(Parameters...), int64_t numel, int device, voi
   if (numel == 0) return nullptr;
   if (const char *why = text(cudaSetDevice(device))) return why;
   const unsigned blocks = static_cast<unsigned>((numel + kThreads - 1) / kThreads);
-  kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
+  PK_LAUNCH(kernel, blocks, kThreads, 0, stream, arguments...);
   return text(cudaGetLastError());
 }
 
