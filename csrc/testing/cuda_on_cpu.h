@@ -2,15 +2,14 @@
 //
 // One block at a time; each of its threads is a fiber that runs until it meets a barrier or a warp collective. A thread
 // whose barrier is missing therefore reads shared memory that its neighbours have not written yet: wrong results, not
-// luck. A barrier that not all threads of a block reach, or a collective that not all lanes of a warp reach, stops the
-// program with a message instead of hanging it.
+// luck. A barrier that not all threads of a block reach, or a collective that not all lanes of a warp reach, is an
+// exception of the launch that names the block, not a hang. paikern_on_cpu_without_barrier takes one barrier away by
+// file and line, for tests that want to see it missed.
 //
 // Knows: indices, static and dynamic shared memory, __syncthreads and its counting forms, full-mask warp collectives,
 // atomics, bit casts, population counts, rounded arithmetic, and the few runtime calls that launchers make. Does not
 // know: tensor cores, asynchronous copies, cooperative groups, partial masks, real races, memory ordering, occupancy.
 #pragma once
-
-#include <ucontext.h>
 
 #include <algorithm>
 #include <cmath>
@@ -21,10 +20,15 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
+#endif
+#if !defined(__x86_64__)
+#include <ucontext.h>
 #endif
 
 #define PAIKERN_CUDA_ON_CPU 1
@@ -32,6 +36,7 @@
 #define __device__
 #define __global__
 #define __forceinline__ inline
+#define __noinline__ __attribute__((noinline))
 #define __restrict__
 #define __shared__ static  // one block at a time: its threads share it, and nobody else is there
 #define __constant__ static
@@ -54,9 +59,41 @@ constexpr size_t kStack = 1 << 16;
 
 enum class Wait { kNone, kBlock, kWarp };
 
+#if defined(__x86_64__)
+// Two stack pointers and the registers that calls keep: swapcontext also asks the kernel for the signal mask, which
+// takes ten times as long.
+struct Context {
+  void *stack = nullptr;
+};
+[[maybe_unused]] __attribute__((naked)) static void switch_stacks(void **, void *) {
+  asm volatile(
+      "push %rbp\n push %rbx\n push %r12\n push %r13\n push %r14\n push %r15\n"
+      "mov %rsp, (%rdi)\n mov %rsi, %rsp\n"
+      "pop %r15\n pop %r14\n pop %r13\n pop %r12\n pop %rbx\n pop %rbp\n ret\n");
+}
+inline void change(Context &from, Context &to) { switch_stacks(&from.stack, to.stack); }
+inline void begin(Context &context, char *stack, void (*entry)()) {
+  auto *top = reinterpret_cast<uintptr_t *>(stack + kStack - 72);  // as after a call: 8 off 16
+  top[0] = 0;                                                      // where entry would return to: it does not
+  top[-1] = reinterpret_cast<uintptr_t>(entry);                    // below it six registers
+  context.stack = top - 7;
+}
+#else
+struct Context {
+  ucontext_t inside;
+};
+inline void change(Context &from, Context &to) { swapcontext(&from.inside, &to.inside); }
+inline void begin(Context &context, char *stack, void (*entry)()) {
+  getcontext(&context.inside);
+  context.inside.uc_stack.ss_sp = stack;
+  context.inside.uc_stack.ss_size = kStack;
+  makecontext(&context.inside, entry, 0);
+}
+#endif
+
 struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack;
+  Context context;
+  char *stack = nullptr;
   Wait wait = Wait::kNone;
   bool done = false;
   void *fake_stack = nullptr;
@@ -72,7 +109,8 @@ struct Block {
   std::vector<Warp> warps;
   std::vector<unsigned char> shared;
   const std::function<void()> *body = nullptr;
-  ucontext_t scheduler;
+  Context scheduler;
+  const char *error = nullptr;
   unsigned current = 0;
   int votes = 0, result = 0;  // of the counting barriers
   void *scheduler_fake = nullptr;
@@ -82,9 +120,18 @@ struct Block {
 
 inline Block *block = nullptr;
 
+// Stacks live as long as the process and are never filled: pages that no kernel touches cost nothing.
+inline char *stack_of(unsigned thread) {
+  static std::vector<std::unique_ptr<char[]>> stacks;
+  while (stacks.size() <= thread) stacks.emplace_back(new char[kStack]);
+  return stacks[thread].get();
+}
+
 [[noreturn]] inline void fail(const char *what) {
-  std::fprintf(stderr, "cuda_on_cpu: block (%u, %u, %u): %s\n", blockIdx.x, blockIdx.y, blockIdx.z, what);
-  std::abort();
+  const std::string where =
+      std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) + ", " + std::to_string(blockIdx.z);
+  block = nullptr;
+  throw std::runtime_error("cuda_on_cpu: block (" + where + "): " + what);
 }
 
 inline void *dynamic_shared() { return block->shared.data(); }
@@ -98,7 +145,7 @@ inline void pause(Wait wait) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&fiber.fake_stack, block->scheduler_bottom, block->scheduler_size);
 #endif
-  swapcontext(&fiber.context, &block->scheduler);
+  change(fiber.context, block->scheduler);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(block->fibers[block->current].fake_stack, nullptr, nullptr);
 #endif
@@ -109,10 +156,18 @@ inline void entry() {
   __sanitizer_finish_switch_fiber(nullptr, &block->scheduler_bottom, &block->scheduler_size);
 #endif
   (*block->body)();
-  block->fibers[block->current].done = true;
+  Fiber &fiber = block->fibers[block->current];
+  fiber.done = true;
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(nullptr, block->scheduler_bottom, block->scheduler_size);
 #endif
+  change(fiber.context, block->scheduler);
+}
+
+// What a fiber finds wrong is thrown by the scheduler: an exception cannot leave a fiber.
+inline void complain(const char *what) {
+  block->error = what;
+  for (;;) pause(Wait::kBlock);
 }
 
 inline void resume(unsigned index) {
@@ -120,9 +175,9 @@ inline void resume(unsigned index) {
   block->current = index;
   threadIdx = dim3(index % blockDim.x, index / blockDim.x % blockDim.y, index / (blockDim.x * blockDim.y));
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(&block->scheduler_fake, fiber.stack.get(), kStack);
+  __sanitizer_start_switch_fiber(&block->scheduler_fake, fiber.stack, kStack);
 #endif
-  swapcontext(&block->scheduler, &fiber.context);
+  change(block->scheduler, fiber.context);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(block->scheduler_fake, nullptr, nullptr);
 #endif
@@ -147,32 +202,55 @@ inline void release(unsigned first, unsigned last) {
 inline void prepare(Fiber &fiber) {
   fiber.wait = Wait::kNone;
   fiber.done = false;
-  getcontext(&fiber.context);
-  if (!fiber.stack) fiber.stack = std::make_unique<char[]>(kStack);
-  fiber.context.uc_stack.ss_sp = fiber.stack.get();
-  fiber.context.uc_stack.ss_size = kStack;
-  fiber.context.uc_link = &block->scheduler;
-  makecontext(&fiber.context, entry, 0);
+  fiber.fake_stack = nullptr;
+  begin(fiber.context, fiber.stack, entry);
+}
+
+// How the threads of a block take turns; results must not depend on it. 0: each up to its next barrier or collective.
+// 1: the first warp as far as the next barrier, then the second. 2: the same from the last warp.
+inline int turns = 0;
+
+// Lets the threads of a warp run until each waits; whether any did.
+inline bool run_warp(unsigned first, unsigned last) {
+  bool progress = false;
+  for (unsigned t = first; t < last; ++t) {
+    if (block->fibers[t].done || block->fibers[t].wait != Wait::kNone) continue;
+    resume(t);
+    if (block->error != nullptr) fail(block->error);
+    progress = true;
+  }
+  return progress;
+}
+
+// Ends the collective of a warp that all its threads have come to.
+inline bool join_warp(unsigned first, unsigned last) {
+  if (!arrived(first, last, Wait::kWarp)) return false;
+  Warp &warp = block->warps[first / kWarp];
+  std::memcpy(warp.results, warp.values, sizeof(warp.results));
+  release(first, last);
+  return true;
 }
 
 inline void run_block(unsigned threads) {
-  for (unsigned t = 0; t < threads; ++t) prepare(block->fibers[t]);
+  const unsigned warps = (threads + kWarp - 1) / kWarp;
+  for (unsigned t = 0; t < threads; ++t) {
+    block->fibers[t].stack = stack_of(t);
+    prepare(block->fibers[t]);
+  }
   for (;;) {
     bool progress = false, left = false;
-    for (unsigned t = 0; t < threads; ++t) {
-      if (block->fibers[t].done || block->fibers[t].wait != Wait::kNone) continue;
-      resume(t);
-      progress = true;
+    for (unsigned i = 0; i < warps; ++i) {
+      const unsigned w = turns == 2 ? warps - 1 - i : i;
+      const unsigned first = w * kWarp, last = std::min(threads, first + kWarp);
+      progress |= run_warp(first, last);
+      while (turns != 0 && join_warp(first, last)) {
+        run_warp(first, last);
+        progress = true;
+      }
     }
     for (unsigned t = 0; t < threads; ++t) left |= !block->fibers[t].done;
     if (!left) return;
-    for (unsigned w = 0; w * kWarp < threads; ++w) {
-      const unsigned first = w * kWarp, last = std::min(threads, first + kWarp);
-      if (!arrived(first, last, Wait::kWarp)) continue;
-      std::memcpy(block->warps[w].results, block->warps[w].values, sizeof(block->warps[w].results));
-      release(first, last);
-      progress = true;
-    }
+    for (unsigned w = 0; w < warps; ++w) progress |= join_warp(w * kWarp, std::min(threads, (w + 1) * kWarp));
     if (arrived(0, threads, Wait::kBlock)) {
       block->result = block->votes;
       block->votes = 0;
@@ -210,7 +288,7 @@ inline void launch(dim3 grid, dim3 threads, size_t shared, const std::function<v
 template <class T>
 const uint64_t *exchange(unsigned mask, T value) {
   static_assert(sizeof(T) <= 8);
-  if (mask != 0xffffffffu) fail("only full-mask warp collectives are known here");
+  if (mask != 0xffffffffu) complain("only full-mask warp collectives are known here");
   const unsigned thread = linear_thread(), warp = thread / kWarp;
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof(T));
@@ -242,11 +320,42 @@ T add_to(T *address, T value) {
 
 // --- barriers and warp collectives --------------------------------------------------------------------------------
 
-#ifndef PK_WITHOUT_BARRIERS  // defined by the test that sees a missing barrier
-inline void __syncthreads() { paikern::on_cpu::pause(paikern::on_cpu::Wait::kBlock); }
-#else
-inline void __syncthreads() {}
-#endif
+namespace paikern::on_cpu {
+
+inline std::string missing_file;
+inline int missing_line = 0;
+inline int64_t missed = 0;  // how often the missing barrier was come to
+
+inline void barrier(const char *file, int line) {
+  if (line == missing_line) {
+    const std::string path(file);
+    if (path.size() >= missing_file.size() && path.ends_with(missing_file)) {
+      ++missed;
+      return;
+    }
+  }
+  pause(Wait::kBlock);
+}
+
+}  // namespace paikern::on_cpu
+
+#define __syncthreads() paikern::on_cpu::barrier(__FILE__, __LINE__)
+
+// Leaves out the barrier of this line; line 0 puts it back. Returns how often the one before was come to.
+extern "C" __attribute__((visibility("default"), used)) inline int64_t paikern_on_cpu_without_barrier(const char *file,
+                                                                                                      int line) {
+  using namespace paikern::on_cpu;
+  const int64_t before = missed;
+  missing_file = file;
+  missing_line = line;
+  missed = 0;
+  return before;
+}
+
+extern "C" __attribute__((visibility("default"), used)) inline void paikern_on_cpu_order(int turns) {
+  paikern::on_cpu::turns = turns;
+}
+
 inline int __syncthreads_count(int predicate) {
   paikern::on_cpu::block->votes += predicate != 0;
   paikern::on_cpu::pause(paikern::on_cpu::Wait::kBlock);
@@ -363,6 +472,7 @@ inline float __fsqrt_rn(float a) { return std::sqrt(a); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline double __dmul_rn(double a, double b) { return a * b; }
 inline double __dadd_rn(double a, double b) { return a + b; }
+inline double __ddiv_rn(double a, double b) { return a / b; }
 template <class T>
 T __ldg(const T *address) {
   return *address;

@@ -1,7 +1,8 @@
-"""The CUDA backend: tensors -> device pointers and torch's current stream -> `paikern._cuda`.
+"""The CUDA backend: tensors -> device pointers and torch's current stream -> kernels by name.
 
 Operations have checked their arguments; here they are made contiguous and their addresses taken.
-Calls return before the device is done, in the order of the stream, as torch's own do.
+Calls return before the device is done, in the order of the stream, as torch's own do; those that
+refuse NaN wait once, at the end.
 """
 
 from __future__ import annotations
@@ -11,35 +12,58 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from paikern import _cuda
+from paikern.backends.cuda_launch import elementwise, run
+from paikern.backends.cuda_patterns import (
+    block_means,
+    block_means_factored,
+    expand_blocks,
+    nm_mask,
+    nm_mask_factored,
+)
+from paikern.backends.cuda_select import (
+    kth_largest,
+    topk_mask,
+    topk_mask_factored,
+    topk_mask_product,
+)
 
-__all__ = ["apply_mask_", "device_count", "pack_mask", "unpack_mask"]
+__all__ = [
+    "apply_mask_",
+    "block_means",
+    "block_means_factored",
+    "expand_blocks",
+    "kth_largest",
+    "nm_mask",
+    "nm_mask_factored",
+    "pack_mask",
+    "takes",
+    "topk_mask",
+    "topk_mask_factored",
+    "topk_mask_product",
+    "unpack_mask",
+]
 
 
-def device_count() -> tuple[int, str]:
-    """How many devices CUDA finds, and its reason if that is none."""
-    return _cuda.device_count()
-
-
-def _where(tensor: Tensor) -> tuple[int, int]:
-    """Device number and address of the current stream there."""
-    device = tensor.get_device()
-    return device, torch.cuda.current_stream(device).cuda_stream
+def takes(operation: str, float64: bool) -> bool:
+    """Every operation here takes float64 tensors: rounded, or handed on to the reference."""
+    return True
 
 
 def pack_mask(mask: Tensor) -> Tensor:
     mask = mask.contiguous()
-    packed = mask.new_empty((mask.numel() + 7) // 8, dtype=torch.uint8)
-    with torch.cuda.device_of(mask):
-        _cuda.pack_mask(mask.data_ptr(), mask.numel(), packed.data_ptr(), *_where(mask))
+    count = mask.numel()
+    packed = mask.new_empty((count + 7) // 8, dtype=torch.uint8)
+    arguments = (mask.data_ptr(), count, packed.data_ptr())
+    run(mask, [elementwise("paikern_pack_mask", count, *arguments)])
     return packed
 
 
 def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
     packed = packed.contiguous()
     mask = packed.new_empty(tuple(shape), dtype=torch.bool)
-    with torch.cuda.device_of(packed):
-        _cuda.unpack_mask(packed.data_ptr(), mask.numel(), mask.data_ptr(), *_where(packed))
+    count = mask.numel()
+    arguments = (packed.data_ptr(), count, mask.data_ptr())
+    run(packed, [elementwise("paikern_unpack_mask", count, *arguments)])
     return mask
 
 
@@ -50,8 +74,6 @@ def apply_mask_(tensor: Tensor, packed: Tensor) -> None:
         tensor.copy_(copy)
         return
     packed = packed.contiguous()
-    with torch.cuda.device_of(tensor):
-        _cuda.apply_mask(
-            tensor.data_ptr(), tensor.element_size(), tensor.numel(), packed.data_ptr(),
-            *_where(tensor),
-        )  # fmt: skip
+    count = tensor.numel()
+    kernel = f"paikern_apply_mask_{8 * tensor.element_size()}"
+    run(tensor, [elementwise(kernel, count, tensor.data_ptr(), count, packed.data_ptr())])

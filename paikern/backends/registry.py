@@ -11,7 +11,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ _ISAS = ("portable", "avx2", "avx512")
 class Backend(NamedTuple):
     """A backend, usable if it has a module; `reason` says why or why not."""
 
-    module: ModuleType | None
+    module: ModuleType | SimpleNamespace | None
     devices: tuple[str, ...]
     reason: str
 
@@ -49,7 +49,7 @@ def _load_cpu() -> Backend:
 
 def _load_cuda() -> Backend:
     try:
-        from paikern.backends import cuda
+        from paikern import _cuda
     except ImportError as error:
         return Backend(
             None,
@@ -57,12 +57,14 @@ def _load_cuda() -> Backend:
             f"the module paikern._cuda could not be imported ({error}); it is built where nvcc is "
             "found, see PAIKERN_CUDA",
         )
-    count, why = cuda.device_count()
+    count, why = _cuda.device_count()
     if count == 0:
         return Backend(None, ("cuda",), f"no GPU: {why or 'CUDA finds no device'}")
     if not torch.cuda.is_available():
         return Backend(None, ("cuda",), "PyTorch cannot use the GPU here; install its CUDA build")
-    return Backend(cuda, ("cuda",), f"native kernels for masks, {count} GPU")
+    from paikern.backends import cuda
+
+    return Backend(cuda, ("cuda",), f"native kernels, {count} GPU")
 
 
 def _load_reference() -> Backend:

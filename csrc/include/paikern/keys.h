@@ -6,14 +6,14 @@
 #include <cstdint>
 #include <cstring>
 
+#include "paikern/key_bits.h"
+
 namespace paikern {
 
-// The order of floats: -inf < ... < -0 == +0 < ... < +inf.
 inline uint32_t ordered_key(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
-  if (bits == 0x80000000u) bits = 0;  // -0 becomes +0
-  return bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
+  return ordered_bits(bits);
 }
 
 inline uint64_t ordered_key(double value) {
@@ -24,7 +24,7 @@ inline uint64_t ordered_key(double value) {
 }
 
 inline float value_of(uint32_t key) {
-  const uint32_t bits = key & 0x80000000u ? key ^ 0x80000000u : ~key;
+  const uint32_t bits = bits_of_key(key);
   float value;
   std::memcpy(&value, &bits, sizeof(value));
   return value;
@@ -37,27 +37,11 @@ inline double value_of(uint64_t key) {
   return value;
 }
 
-// The order of value * 2**shift, shift >= 0, as a signed integer: the power of two is added to the exponent bits, which
-// is exact once subnormals are normalised, and needs room above the 32 or 64 bits of the value. Zero has rank 0,
-// negative values mirror positive ones, infinities are the outermost whatever their shift.
+// The order of value * 2**shift, see scaled_bits; infinities are the outermost.
 inline int64_t scaled_rank(float value, int64_t shift) {
-  constexpr int64_t kOne = int64_t{1} << 23, kInfinity = int64_t{1} << 62;
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
-  const bool negative = (bits >> 31) != 0;
-  bits &= 0x7fffffffu;
-  int64_t rank = 0;
-  if (bits == 0x7f800000u) {
-    rank = kInfinity;
-  } else if (bits != 0) {
-    rank = bits;
-    if (bits < 0x00800000u) {
-      const int up = __builtin_clz(bits) - 8;
-      rank = (1 - up) * kOne + ((bits << up) & 0x7fffffu);
-    }
-    rank += (shift + 23) * kOne + 1;  // the smallest subnormal, unshifted, gets a positive rank
-  }
-  return negative ? -rank : rank;
+  return scaled_bits(bits, shift, 1ll << 62);
 }
 
 // log2 of the score with a positive rank that is not infinite, shift included.
