@@ -64,8 +64,8 @@ def path_score(
     weight: Tensor, x: Tensor, g: Tensor, power: int, mask: Tensor | None, pruned: float
 ) -> Tensor:
     dtype = _dtype(weight, power, x, g)
-    columns = x.detach().to(dtype).reshape(-1, weight.shape[1])
-    rows = g.detach().to(dtype).reshape(-1, weight.shape[0])
+    columns = torch.atleast_2d(x.detach().to(dtype))
+    rows = torch.atleast_2d(g.detach().to(dtype))
     return scored(weight, rows.T @ columns, power, mask, pruned)
 
 
@@ -157,9 +157,7 @@ def _weight_gradient(
     dtype: torch.dtype,
 ) -> Tensor:
     if len(shape) == 2:
-        return g.detach().to(dtype).reshape(-1, shape[0]).T @ x.detach().to(dtype).reshape(
-            -1, shape[1]
-        )
+        return torch.atleast_2d(g.detach().to(dtype)).T @ torch.atleast_2d(x.detach().to(dtype))
     return _CONV_WEIGHT[len(shape)](
         x.detach().to(dtype),
         tuple(shape),

@@ -24,11 +24,15 @@ _ISAS = ("portable", "avx2", "avx512")
 
 
 class Backend(NamedTuple):
-    """A backend, usable if it has a module; `reason` says why or why not."""
+    """A backend, usable if it has a module; `reason` says why or why not.
+
+    It serves `devices` by itself, and those of `asked_for` where the caller forces it by name.
+    """
 
     module: ModuleType | SimpleNamespace | None
     devices: tuple[str, ...]
     reason: str
+    asked_for: tuple[str, ...] = ()
 
 
 def _load_cpu() -> Backend:
@@ -67,13 +71,40 @@ def _load_cuda() -> Backend:
     return Backend(cuda, ("cuda",), f"native kernels, {count} GPU")
 
 
+def _load_triton() -> Backend:
+    try:
+        from paikern.backends import triton
+    except ImportError as error:
+        return Backend(
+            None,
+            ("cuda",),
+            f"triton could not be imported ({error}); `pip install 'paikern[triton]'`",
+        )
+    if triton.interpreting():
+        reason = "Triton's interpreter (TRITON_INTERPRET), slow, where asked for by name"
+        return Backend(triton, (), reason, ("cpu", "cuda"))
+    if not torch.cuda.is_available():
+        return Backend(
+            None,
+            ("cuda",),
+            "no GPU that this build of PyTorch can use; TRITON_INTERPRET=1 runs the kernels on "
+            "the CPU, slowly",
+        )
+    return Backend(triton, ("cuda",), f"Triton kernels, {torch.cuda.device_count()} GPU")
+
+
 def _load_reference() -> Backend:
     from paikern.backends import reference
 
     return Backend(reference, ("cpu", "cuda"), "pure PyTorch, every dtype, slow")
 
 
-_LOADERS = {"cpu": _load_cpu, "cuda": _load_cuda, "reference": _load_reference}
+_LOADERS = {
+    "cpu": _load_cpu,
+    "cuda": _load_cuda,
+    "triton": _load_triton,
+    "reference": _load_reference,
+}
 
 
 @functools.cache
@@ -93,7 +124,7 @@ def backends() -> list[dict[str, Any]]:
     return [
         {
             "name": name,
-            "devices": ", ".join(load(name).devices),
+            "devices": ", ".join(load(name).devices or load(name).asked_for),
             "usable": load(name).module is not None,
             "reason": load(name).reason,
         }
@@ -175,9 +206,11 @@ def _resolve(operation: str, device: str, float64: bool, forced: str) -> Callabl
         _check(forced, "PAIKERN_BACKEND")
     for name in (forced,) if forced else _LOADERS:
         # Only the reference goes by torch's own operations and so runs wherever they do.
-        if device not in load(name).devices and name != "reference":
+        backend = load(name)
+        served = device in backend.devices or (bool(forced) and device in backend.asked_for)
+        if not served and name != "reference":
             continue
-        module = load(name).module
+        module = backend.module
         function = getattr(module, operation, None)
         takes = getattr(module, "takes", None)
         if function is not None and (takes is None or takes(operation, float64)):

@@ -1,0 +1,133 @@
+"""How large the tiles are and how kernels are launched: one table, no autotuning.
+
+Sizes are powers of two. The row "interpreter" is small, so that tensors of a few hundred elements
+meet every border between tiles, chunks and partial sums. Speed on a GPU is not yet measured: the
+other rows follow from registers and loads in flight a thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+
+class Flat(NamedTuple):
+    """Tiles over row-major elements: `rows` lines of eight, one byte of a mask each."""
+
+    rows: int
+    warps: int
+
+
+class Select(NamedTuple):
+    """A program of a selection reads `tiles` tiles of `rows` lines of eight."""
+
+    rows: int
+    tiles: int
+    warps: int
+
+
+class Sweep(NamedTuple):
+    """Tiles [rows, columns] of a weight; the adjoint runs down `steps` of them."""
+
+    rows: int
+    columns: int
+    steps: int
+    warps: int
+
+
+class Product(NamedTuple):
+    """Tiles of a product: output rows, positions, and what is added up at a time."""
+
+    rows: int
+    positions: int
+    depth: int
+    warps: int
+
+
+class Config(NamedTuple):
+    flat: Flat
+    select: Select
+    forward: Sweep
+    adjoint: Sweep
+    product: Product  # maps of many positions
+    product_few: Product  # maps of at most 16
+
+
+_TABLE = {
+    "cuda": Config(
+        flat=Flat(256, 4),
+        select=Select(1024, 16, 8),
+        forward=Sweep(8, 1024, 8, 8),
+        adjoint=Sweep(8, 1024, 32, 8),
+        product=Product(64, 64, 32, 4),
+        product_few=Product(64, 16, 64, 4),
+    ),
+    "hip": Config(
+        flat=Flat(256, 4),
+        select=Select(1024, 16, 8),
+        forward=Sweep(8, 1024, 8, 8),
+        adjoint=Sweep(8, 1024, 32, 8),
+        product=Product(64, 64, 16, 4),
+        product_few=Product(64, 16, 32, 4),
+    ),
+    "interpreter": Config(
+        flat=Flat(64, 1),
+        select=Select(64, 2, 1),
+        forward=Sweep(8, 64, 2, 1),
+        adjoint=Sweep(8, 64, 2, 1),
+        product=Product(16, 64, 16, 1),
+        product_few=Product(16, 16, 16, 1),
+    ),
+}
+
+
+@functools.cache
+def device_row() -> str:
+    """Which row of the table is in use."""
+    if interpreting():
+        return "interpreter"
+    return "hip" if torch.version.hip else "cuda"
+
+
+def config() -> Config:
+    return _TABLE[device_row()]
+
+
+def table(row: str) -> Config:
+    return _TABLE[row]
+
+
+@functools.cache
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter; decided when triton was imported."""
+    return not isinstance(_probe, triton.JITFunction)
+
+
+@triton.jit
+def _probe(x):  # type: ignore[no-untyped-def]
+    pass
+
+
+def launch(
+    kernel: Any, grid: Sequence[int], like: Tensor, *args: Any, warps: int, **constants: Any
+) -> None:
+    """Run a kernel on the device and the current stream of `like`, if there is anything to do.
+
+    Products and sums are never contracted: counting and emitting recompute the same scores.
+    """
+    if 0 in grid:
+        return
+    where = torch.cuda.device_of(like) if like.is_cuda else contextlib.nullcontext()
+    with where:
+        kernel[tuple(grid)](*args, **constants, num_warps=warps, enable_fp_fusion=False)
+
+
+def blocks(count: int, size: int) -> int:
+    """How many blocks of `size` hold `count`."""
+    return -(-count // size)
