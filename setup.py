@@ -11,6 +11,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 
@@ -77,6 +78,20 @@ class CMakeBuild(build_ext):
         return folder
 
 
+class WithCudaSource(build_py):
+    """Puts the device code beside the package: without `_cuda` it is compiled at run time."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return  # found in csrc
+        target = Path(self.build_lib) / "paikern/cuda_source"
+        (target / "paikern").mkdir(parents=True, exist_ok=True)
+        for source in (ROOT / "csrc/cuda").glob("*.cuh"):
+            shutil.copy2(source, target / source.name)
+        shutil.copy2(ROOT / "csrc/include/paikern/key_bits.h", target / "paikern")
+
+
 def _cuda_choice() -> tuple[str, str | None]:
     """PAIKERN_CUDA and the nvcc it leads to; AUTO without one is OFF."""
     cuda = os.environ.get("PAIKERN_CUDA", "AUTO").upper()
@@ -101,7 +116,7 @@ setup(
         Extension("paikern._C", sources=[]),
         Extension("paikern._cuda", sources=[], optional=True),
     ],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "build_py": WithCudaSource},
     # cmake from the PATH where there is one, else as a package.
     setup_requires=[] if shutil.which("cmake") else ["cmake>=3.18"],
 )

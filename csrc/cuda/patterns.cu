@@ -1,6 +1,5 @@
-#include "patterns.cuh"
-
 #include "launch.h"
+#include "patterns.cuh"
 
 namespace paikern::cuda {
 namespace {

@@ -89,8 +89,8 @@ PK_DEVICE void pk_means(const PaikernPattern &from, long long rows, long long co
   if (mean != mean) atomicMin(nan, 0ll);
 }
 
-#define PK_PATTERN_PARAMETERS                                                                                \
-  const void *data, long long type, long long absolute, const float *a, const float *g,                      \
+#define PK_PATTERN_PARAMETERS                                                           \
+  const void *data, long long type, long long absolute, const float *a, const float *g, \
       const unsigned char *candidates, long long power
 #define PK_PATTERN {data, type, absolute, a, g, candidates, power}
 
@@ -100,14 +100,14 @@ extern "C" __global__ void paikern_nm_mask(PK_PATTERN_PARAMETERS, long long colu
   pk_nm<float>(PK_PATTERN, columns, down, count, axis, inner, n, m, bits, nan, index);
 }
 
-extern "C" __global__ void paikern_nm_mask_64(PK_PATTERN_PARAMETERS, long long columns, long long down,
-                                              long long count, long long axis, long long inner, long long n,
-                                              long long m, unsigned char *bits, long long *nan, long long index) {
+extern "C" __global__ void paikern_nm_mask_64(PK_PATTERN_PARAMETERS, long long columns, long long down, long long count,
+                                              long long axis, long long inner, long long n, long long m,
+                                              unsigned char *bits, long long *nan, long long index) {
   pk_nm<double>(PK_PATTERN, columns, down, count, axis, inner, n, m, bits, nan, index);
 }
 
-extern "C" __global__ void paikern_block_means(PK_PATTERN_PARAMETERS, long long rows, long long columns,
-                                               long long high, long long wide, double *means, long long *nan) {
+extern "C" __global__ void paikern_block_means(PK_PATTERN_PARAMETERS, long long rows, long long columns, long long high,
+                                               long long wide, double *means, long long *nan) {
   pk_means<float>(PK_PATTERN, rows, columns, high, wide, means, nan);
 }
 

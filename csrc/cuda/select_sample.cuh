@@ -1,7 +1,7 @@
 // Steps 1 and 2 of a selection: where the k-th key of each ranking is looked for.
 //
-//   sample  64 blocks a ranking: 16,384 scores at stratified positions, one a thread (of a ranking that has no more,
-//   all
+//   sample  up to 64 blocks a ranking: 16,384 scores at stratified positions, one a thread (of a ranking that has no
+//   more, all
 //           of them, so that the band is the k-th key itself)
 //   band    one block a ranking: two of them by radix selection in shared memory, 4.5 standard deviations of their rank
 //           to either side of k; and the state of the ranking as it is at the beginning
@@ -14,7 +14,6 @@
 
 constexpr int kPkBandThreads = 1024, kPkSampleEach = 16;
 constexpr int kPkSample = kPkBandThreads * kPkSampleEach;
-constexpr int kPkSampleBlocks = kPkSample / kPkThreads;
 
 PK_DEVICE unsigned pk_mixed(unsigned x) {
   x ^= x >> 16;
@@ -43,8 +42,9 @@ PK_DEVICE long long pk_lowest(const PaikernSelect &plan, const PaikernRanking &o
 // The sampled keys lie where the collected ones will.
 extern "C" __global__ void __launch_bounds__(256) paikern_select_sample(const PaikernSelect *plan_at) {
   const PaikernSelect &plan = *plan_at;
-  const PaikernRanking &own = plan.rankings[blockIdx.x / kPkSampleBlocks];
-  const long long j = static_cast<long long>(blockIdx.x % kPkSampleBlocks) * kPkThreads + threadIdx.x;
+  const unsigned each = gridDim.x / static_cast<unsigned>(plan.ranking_count);  // blocks: as many as the largest needs
+  const PaikernRanking &own = plan.rankings[blockIdx.x / each];
+  const long long j = static_cast<long long>(blockIdx.x % each) * kPkThreads + threadIdx.x;
   const long long lowest = pk_lowest(plan, own);
   if (j >= own.total) return;
   long long at = j;

@@ -29,7 +29,7 @@ __all__ = [
 TILE, BINS, DIGIT = 8192, 2048, 11  # select.cuh
 _STATE, _RANKING, _LAYER, _GEOMETRY = 16, 8, 15, 22  # numbers in a row
 _KTH = 9  # where a state holds the k-th key
-_SAMPLE_BLOCKS, _BAND_THREADS = 64, 1024
+_SAMPLE, _BAND_THREADS = 16_384, 1024
 _BLOCKS_EACH = 4  # blocks of 256 threads that a multiprocessor holds
 _NO_NAN = 2**63 - 1
 
@@ -72,7 +72,7 @@ class SelectionPlan:
         for r in range(rankings):
             low, high = (0, len(self.layers)) if rankings == 1 else (r, r + 1)
             total = starts[high][0] - starts[low][0]
-            capacity = min(total, max(16_384, total // 16))
+            capacity = min(total, max(_SAMPLE, total // 16))
             ranges.append((low, high, starts[low][1], starts[high][1], total, room, capacity, 0))
             room += capacity
 
@@ -129,11 +129,13 @@ class SelectionPlan:
         self._states[-1] = _NO_NAN
         digits = -(-self.width // DIGIT)
         pointer = (base,)
+        largest = max(row[4] for row in ranges)
+        sampled = max(1, -(-min(largest, _SAMPLE) // cuda_launch.THREADS))
         filters = ("filter", "filter", "filter_factored", "filter_maps")
         filter_ = filters[max(layer.source for layer in layers)]
         passes = [filter_, *["digit"] * digits, *(["ties", "emit"] if emit else [])]
         self.steps = [
-            Step("paikern_select_sample", rankings * _SAMPLE_BLOCKS, pointer),
+            Step("paikern_select_sample", rankings * sampled, pointer),
             Step("paikern_select_band", rankings, pointer, _BAND_THREADS),
             *(Step(f"paikern_select_{name}", self.blocks, pointer) for name in passes),
         ]

@@ -93,6 +93,16 @@ def _load_triton() -> Backend:
     return Backend(triton, ("cuda",), f"Triton kernels, {torch.cuda.device_count()} GPU")
 
 
+def _load_cuda_jit() -> Backend:
+    from paikern.backends import cuda_jit
+
+    cupy, nvrtc, why = cuda_jit.why_not()
+    if why:
+        return Backend(None, ("cuda",), why)
+    module = cuda_jit.backend(cuda_jit.Jit(cupy, nvrtc))
+    return Backend(module, ("cuda",), "native kernels, compiled by NVRTC when first used")
+
+
 def _load_reference() -> Backend:
     from paikern.backends import reference
 
@@ -103,6 +113,7 @@ _LOADERS = {
     "cpu": _load_cpu,
     "cuda": _load_cuda,
     "triton": _load_triton,
+    "cuda_jit": _load_cuda_jit,
     "reference": _load_reference,
 }
 

@@ -62,6 +62,17 @@ def run(name: str, tensors: Sequence[Tensor], *args: Any) -> Any:
     return getattr(torch.ops.paikern, name)(*args)
 
 
+def of_gpu_array(value: Any) -> Any:
+    """The tensor that shares the memory of a CuPy array (or another library's GPU array).
+
+    Through DLPack, nothing copied. Everything else is handed back: arrays of the CPU are wrapped
+    by who calls, so that it is seen where a copy is made.
+    """
+    if isinstance(value, Tensor) or not hasattr(value, "__cuda_array_interface__"):
+        return value
+    return torch.from_dlpack(value)
+
+
 def _intercepted() -> bool:
     """Whether tracing, a transform or a mode wants to see the call."""
     return (

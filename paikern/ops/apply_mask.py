@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from paikern.ops._library import define, fake
+from paikern.ops._library import define, fake, of_gpu_array
 from paikern.ops.unpack_mask import check_packed
 
 define("apply_mask_(Tensor(a!) tensor, Tensor packed) -> ()")
@@ -35,6 +35,7 @@ def apply_mask_(tensor: Tensor, packed: Tensor) -> Tensor:
         >>> apply_mask_(torch.ones(3), torch.tensor([5], dtype=torch.uint8))
         tensor([1., 0., 1.])
     """
+    tensor, packed = of_gpu_array(tensor), of_gpu_array(packed)
     if tensor.dtype not in _FLOATS:
         raise TypeError(f"apply_mask_: tensor must be a float tensor, got {tensor.dtype}")
     check_packed("apply_mask_", packed, tensor.numel())

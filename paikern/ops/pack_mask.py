@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from paikern.ops._library import define, fake
+from paikern.ops._library import define, fake, of_gpu_array
 
 define("pack_mask(Tensor mask) -> Tensor")
 
@@ -29,6 +29,7 @@ def pack_mask(mask: Tensor) -> Tensor:
         >>> pack_mask(torch.tensor([True, False, True]))
         tensor([5], dtype=torch.uint8)
     """
+    mask = of_gpu_array(mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"pack_mask: mask must be a bool tensor, got {mask.dtype}; use mask != 0")
     return torch.ops.paikern.pack_mask(mask)

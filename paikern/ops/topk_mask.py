@@ -10,7 +10,7 @@ from torch import Tensor
 
 from paikern.backends.errors import NanInTensorError
 from paikern.errors import NonFiniteScoreError
-from paikern.ops._library import define, fake, run
+from paikern.ops._library import define, fake, of_gpu_array, run
 from paikern.ops.unpack_mask import check_packed
 
 define(
@@ -101,7 +101,8 @@ def topk_mask(
 
 
 def check_scores(operation: str, scores: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    tensors = [scores] if isinstance(scores, Tensor) else list(scores)
+    scores = of_gpu_array(scores)
+    tensors = [scores] if isinstance(scores, Tensor) else [of_gpu_array(s) for s in scores]
     for index, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
             raise TypeError(
@@ -178,11 +179,12 @@ def check_masks(
         return []
     if len(masks) != len(tensors):
         raise ValueError(f"{operation}: {len(masks)} masks for {len(tensors)} tensors")
-    for mask, tensor in zip(masks, tensors, strict=True):
+    held = [of_gpu_array(mask) for mask in masks]
+    for mask, tensor in zip(held, tensors, strict=True):
         if mask is not None:
             check_packed(operation, mask, tensor.numel())
     none = torch.empty(0, dtype=torch.uint8, device=tensors[0].device)
-    return [none if m is None else m for m in masks]
+    return [none if m is None else m for m in held]
 
 
 def check_names(operation: str, names: Sequence[str] | None, count: int) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from paikern.ops._library import define, fake, run
+from paikern.ops._library import define, fake, of_gpu_array, run
 from paikern.ops._path import conv_shape
 from paikern.ops.topk_mask import (
     as_integers,
@@ -89,6 +89,7 @@ def topk_mask_factored(
         [tensor([2], dtype=torch.uint8)]
     """
     held = check_scores("topk_mask_factored", weights)
+    a, g = [of_gpu_array(x) for x in a], [of_gpu_array(y) for y in g]
     if power not in (1, 2):
         raise ValueError(f"topk_mask_factored: power must be 1 or 2, got {power}")
     if not len(held) == len(a) == len(g) == len(exponents):

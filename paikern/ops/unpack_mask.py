@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from paikern.ops._library import define, fake
+from paikern.ops._library import define, fake, of_gpu_array
 
 define("unpack_mask(Tensor packed, SymInt[] shape) -> Tensor")
 
@@ -36,6 +36,7 @@ def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
         >>> unpack_mask(torch.tensor([5], dtype=torch.uint8), (3,))
         tensor([ True, False,  True])
     """
+    packed = of_gpu_array(packed)
     if any(size < 0 for size in shape):
         raise ValueError(f"unpack_mask: sizes must be >= 0, got shape {tuple(shape)}")
     check_packed("unpack_mask", packed, math.prod(shape))

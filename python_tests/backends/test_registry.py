@@ -46,7 +46,7 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_backends_lists_every_backend_with_a_reason() -> None:
     rows = {row["name"]: row for row in pk.backends()}
-    assert list(rows) == ["cpu", "cuda", "triton", "reference"]
+    assert list(rows) == ["cpu", "cuda", "triton", "cuda_jit", "reference"]
     assert rows["cpu"]["usable"]
     assert rows["reference"]["usable"]
     assert all(row["reason"] and "\n" not in row["reason"] for row in rows.values())
@@ -84,7 +84,7 @@ def test_using_ends_when_the_block_raises() -> None:
 
 
 def test_unknown_backends_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    message = "unknown backend 'gpu'; available: cpu, cuda, triton, reference"
+    message = "unknown backend 'gpu'; available: cpu, cuda, triton, cuda_jit, reference"
     with pytest.raises(BackendError, match=f"backend: {message}"):
         registry.using("gpu").__enter__()
     monkeypatch.setenv("PAIKERN_BACKEND", "gpu")

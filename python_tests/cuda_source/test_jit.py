@@ -175,8 +175,8 @@ class _FakeCupy:
     def RawModule(self, path: str) -> SimpleNamespace:  # noqa: N802
         self.loaded.append(Path(path).read_text())
 
-        def get_function(name: str):  # noqa: ANN202
-            def kernel(grid, block, arguments, shared_mem):  # noqa: ANN001, ANN202
+        def get_function(name: str):
+            def kernel(grid, block, arguments, shared_mem):
                 assert all(a.dtype.itemsize == 8 for a in arguments)
                 numbers = tuple(a.item() for a in arguments)
                 self._run([(name, *grid, *block, shared_mem, numbers)], 0, 0)
