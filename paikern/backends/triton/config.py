@@ -33,7 +33,7 @@ class Select(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """Tiles [rows, columns] of a weight; the adjoint runs down `steps` of them."""
+    """Tiles [rows, columns] of a weight, at most `steps` of them a program."""
 
     rows: int
     columns: int
@@ -52,6 +52,7 @@ class Product(NamedTuple):
 
 class Config(NamedTuple):
     flat: Flat
+    pattern: Flat  # with 64-bit positions an element
     select: Select
     forward: Sweep
     adjoint: Sweep
@@ -62,22 +63,25 @@ class Config(NamedTuple):
 _TABLE = {
     "cuda": Config(
         flat=Flat(256, 4),
-        select=Select(1024, 16, 8),
-        forward=Sweep(8, 1024, 8, 8),
-        adjoint=Sweep(8, 1024, 32, 8),
-        product=Product(64, 64, 32, 4),
-        product_few=Product(64, 16, 64, 4),
+        pattern=Flat(64, 4),
+        select=Select(512, 32, 8),
+        forward=Sweep(4, 1024, 8, 8),
+        adjoint=Sweep(4, 1024, 64, 8),
+        product=Product(32, 64, 16, 8),
+        product_few=Product(32, 16, 32, 4),
     ),
     "hip": Config(
         flat=Flat(256, 4),
-        select=Select(1024, 16, 8),
-        forward=Sweep(8, 1024, 8, 8),
-        adjoint=Sweep(8, 1024, 32, 8),
-        product=Product(64, 64, 16, 4),
-        product_few=Product(64, 16, 32, 4),
+        pattern=Flat(64, 4),
+        select=Select(512, 32, 8),
+        forward=Sweep(4, 1024, 8, 8),
+        adjoint=Sweep(4, 1024, 64, 8),
+        product=Product(32, 64, 16, 8),
+        product_few=Product(32, 16, 32, 4),
     ),
     "interpreter": Config(
         flat=Flat(64, 1),
+        pattern=Flat(64, 1),
         select=Select(64, 2, 1),
         forward=Sweep(8, 64, 2, 1),
         adjoint=Sweep(8, 64, 2, 1),

@@ -28,7 +28,7 @@ from paikern.backends.triton.sweeps import as_float
 from paikern.backends.triton.tiles import bit_at
 
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8  # Adam's, as in the published program
-_WIDEST = 4096  # weights of a kernel that a tile holds
+_WIDEST = 2048  # weights of a kernel that a tile holds
 
 
 @triton.jit
@@ -198,9 +198,10 @@ def _update(
     found = torch.zeros(3, dtype=torch.int64, device=s.device)
     x, g = maps or (s, s)
     width = triton.next_power_of_2(weights)
-    tile, warps = config().flat
+    tile, warps = config().pattern
     high = max(1, 8 * tile // width)
     mean, square = (exp_avg, exp_avg_sq) if exp_avg is not None else (s, s)
+    warps = max(warps, width // 256)
     launch(
         dpai_kernel, (blocks(rows * columns, high),), s, s, q, x, g, mask.contiguous(),
         node_live.contiguous().view(torch.uint8), mean, square, found,

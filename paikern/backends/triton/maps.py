@@ -49,7 +49,7 @@ def live_nodes_kernel(y, g, out, channels, inner, each, CHANNELS: tl.constexpr, 
     channel = tl.program_id(0).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
     found = tl.zeros([CHANNELS], dtype=tl.int32)
     for block in range(tl.cdiv(each, TILE)):
-        entry = block * TILE + tl.arange(0, TILE)
+        entry = block * TILE + tl.arange(0, TILE).to(tl.int64)
         outer = entry // inner
         index = (outer[:, None] * channels + channel[None, :]) * inner
         index += (entry - outer * inner)[:, None]

@@ -199,7 +199,7 @@ def _nm(
     absolute: bool,
     factored: bool,
 ) -> list[Tensor]:
-    rows, warps = config().flat
+    rows, warps = config().pattern
     nan = torch.zeros(len(tensors), dtype=torch.int32, device=tensors[0].device)
     made = []
     for index, (t, (a, g, mask), dim) in enumerate(zip(tensors, factors, dims, strict=True)):
@@ -253,7 +253,7 @@ def _means(
     rows, columns = matrix_of(held.shape)
     down, across = blocks_of(held.shape, block)
     means = held.new_empty((down, across), dtype=torch.float64)
-    tile, warps = config().flat
+    tile, warps = config().pattern
     launch(
         block_means_kernel, (blocks(down * across, tile),), held, held, a, g, as_mask(mask, held),
         means, rows, columns, block[0], block[1], across, down * across, POWER=power,
@@ -268,7 +268,7 @@ def expand_blocks(packed: Tensor, shape: Sequence[int], block: Sequence[int]) ->
     across, numel = blocks_of(shape, block)[1], rows * columns
     held = packed.contiguous()
     bits = held.new_empty((numel + 7) // 8)
-    tile, warps = config().flat
+    tile, warps = config().pattern
     launch(
         expand_blocks_kernel, (blocks(numel, 8 * tile),), held, held, bits, numel, columns,
         block[0], block[1], across, ROWS=tile, warps=warps,

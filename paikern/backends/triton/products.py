@@ -49,44 +49,9 @@ G_POSITION = tl.constexpr(26)
 
 
 @triton.jit
-def size_of(table, first):
-    return tl.load(table + first) * tl.load(table + first + 1) * tl.load(table + first + 2)
-
-
-@triton.jit
-def place(index, table, first):
-    """The three coordinates of a flat position in the axes at `first`."""
-    last = tl.load(table + first + 2)
-    middle = tl.load(table + first + 1)
-    rest = index // last
-    return rest // middle, rest % middle, index % last
-
-
-@triton.jit
-def reach(q, tap, table, AXIS: tl.constexpr):
-    """The input coordinate that a tap reads for output coordinate q, and whether it exists."""
-    at = q * tl.load(table + STRIDE + AXIS) + tap * tl.load(table + DILATION + AXIS)
-    at = at - tl.load(table + PADDING + AXIS)
-    return at, (at >= 0) & (at < tl.load(table + IN + AXIS))
-
-
-@triton.jit
-def source(q0, q1, q2, t0, t1, t2, table):
-    """Flat input position of outputs (q0, q1, q2) under a tap, and whether it is in the map."""
-    i0, in0 = reach(q0, t0, table, 0)
-    i1, in1 = reach(q1, t1, table, 1)
-    i2, in2 = reach(q2, t2, table, 2)
-    flat = (i0 * tl.load(table + IN + 1) + i1) * tl.load(table + IN + 2) + i2
-    return flat, in0 & in1 & in2
-
-
-@triton.jit
-def origin(i, tap, table, AXIS: tl.constexpr):
-    """The output coordinate that a tap carries to input coordinate i, and whether there is one."""
-    stride = tl.load(table + STRIDE + AXIS)
-    at = i + tl.load(table + PADDING + AXIS) - tap * tl.load(table + DILATION + AXIS)
-    q = at // stride
-    return q, (at >= 0) & (q * stride == at) & (q < tl.load(table + OUT + AXIS))
+def axes(table, FIRST: tl.constexpr):
+    """The three integers at FIRST."""
+    return tl.load(table + FIRST), tl.load(table + FIRST + 1), tl.load(table + FIRST + 2)
 
 
 @triton.jit
@@ -104,21 +69,31 @@ def product_forward_kernel(
 ):
     """Grid: blocks of positions * batch * groups, blocks of a group's rows."""
     rows, channels = tl.load(table + GROUP_ROWS), tl.load(table + CHANNELS)
-    batch = tl.load(table + BATCH)
-    across = tl.cdiv(size_of(table, OUT), POSITIONS)
+    n0, n1, n2 = axes(table, IN)
+    o0, o1, o2 = axes(table, OUT)
+    k0, k1, k2 = axes(table, KERNEL)
+    s0, s1, s2 = axes(table, STRIDE)
+    p0, p1, p2 = axes(table, PADDING)
+    d0, d1, d2 = axes(table, DILATION)
+    batch, places, taps = tl.load(table + BATCH), o0 * o1 * o2, k0 * k1 * k2
+    x_channel, x_position = tl.load(table + X_CHANNEL), tl.load(table + X_POSITION)
+    across = tl.cdiv(places, POSITIONS)
     sample = tl.program_id(0) // across % batch
     group = tl.program_id(0) // across // batch
     position = tl.program_id(0) % across * POSITIONS + tl.arange(0, POSITIONS)
     row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    there = position < size_of(table, OUT)
-    q0, q1, q2 = place(position, table, OUT)
-    taps = size_of(table, KERNEL)
+    there = position < places
+    first0 = position // (o1 * o2) * s0 - p0
+    first1 = position // o2 % o1 * s1 - p1
+    first2 = position % o2 * s2 - p2
     first_x = x + sample * tl.load(table + X_BATCH)
     total = tl.zeros([ROWS, POSITIONS], dtype=tl.float32)
     for tap in range(taps):
-        t0, t1, t2 = place(tap, table, KERNEL)
-        at, inside = source(q0, q1, q2, t0, t1, t2, table)
-        inside = inside & there
+        i0 = first0 + tap // (k1 * k2) * d0
+        i1 = first1 + tap // k2 % k1 * d1
+        i2 = first2 + tap % k2 * d2
+        inside = there & (i0 >= 0) & (i0 < n0) & (i1 >= 0) & (i1 < n1) & (i2 >= 0) & (i2 < n2)
+        at = ((i0 * n1 + i1) * n2 + i2) * x_position
         for block in range(tl.cdiv(channels, DEPTH)):
             channel = block * DEPTH + tl.arange(0, DEPTH)
             known = channel < channels
@@ -126,9 +101,8 @@ def product_forward_kernel(
             values = kept_values(
                 weight, mask, index, (row < rows)[:, None] & known[None, :], POWER, MASKED
             )
-            line = (group * channels + channel) * tl.load(table + X_CHANNEL)
             entries = tl.load(
-                first_x + line[:, None] + (at * tl.load(table + X_POSITION))[None, :],
+                first_x + ((group * channels + channel) * x_channel)[:, None] + at[None, :],
                 mask=known[:, None] & inside[None, :],
                 other=0.0,
             )
@@ -157,51 +131,55 @@ def product_adjoint_kernel(
 ):
     """Grid: phases * blocks of a phase's positions * batch * groups, blocks of channels."""
     rows, channels = tl.load(table + GROUP_ROWS), tl.load(table + CHANNELS)
-    batch = tl.load(table + BATCH)
-    s0, s1, s2 = (
-        tl.load(table + STRIDE),
-        tl.load(table + STRIDE + 1),
-        tl.load(table + STRIDE + 2),
-    )
-    n0, n1, n2 = tl.load(table + IN), tl.load(table + IN + 1), tl.load(table + IN + 2)
+    n0, n1, n2 = axes(table, IN)
+    o0, o1, o2 = axes(table, OUT)
+    k0, k1, k2 = axes(table, KERNEL)
+    s0, s1, s2 = axes(table, STRIDE)
+    p0, p1, p2 = axes(table, PADDING)
+    d0, d1, d2 = axes(table, DILATION)
+    batch, taps = tl.load(table + BATCH), k0 * k1 * k2
+    g_channel, g_position = tl.load(table + G_CHANNEL), tl.load(table + G_POSITION)
     # Positions of a phase, row-major in a box of ceil(size / stride).
     b1, b2 = tl.cdiv(n1, s1), tl.cdiv(n2, s2)
-    p0, p1, p2 = place(tl.program_id(0) % (s0 * s1 * s2), table, STRIDE)
-    rest = tl.program_id(0) // (s0 * s1 * s2)
     across = tl.cdiv(tl.cdiv(n0, s0) * b1 * b2, POSITIONS)
+    phase = tl.program_id(0) % (s0 * s1 * s2)
+    rest = tl.program_id(0) // (s0 * s1 * s2)
     sample, group = rest // across % batch, rest // across // batch
     position = rest % across * POSITIONS + tl.arange(0, POSITIONS)
-    i0 = position // (b1 * b2) * s0 + p0
-    i1 = position // b2 % b1 * s1 + p1
-    i2 = position % b2 * s2 + p2
+    f0, f1, f2 = phase // (s1 * s2), phase // s2 % s1, phase % s2
+    i0 = position // (b1 * b2) * s0 + f0
+    i1 = position // b2 % b1 * s1 + f1
+    i2 = position % b2 * s2 + f2
     there = (i0 < n0) & (i1 < n1) & (i2 < n2)
     channel = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    taps = size_of(table, KERNEL)
     first_g = g + sample * tl.load(table + G_BATCH)
     total = tl.zeros([ROWS, POSITIONS], dtype=tl.float32)
     for tap in range(taps):
-        t0, t1, t2 = place(tap, table, KERNEL)
-        shift0 = p0 + tl.load(table + PADDING) - t0 * tl.load(table + DILATION)
-        shift1 = p1 + tl.load(table + PADDING + 1) - t1 * tl.load(table + DILATION + 1)
-        shift2 = p2 + tl.load(table + PADDING + 2) - t2 * tl.load(table + DILATION + 2)
+        shift0 = p0 - tap // (k1 * k2) * d0
+        shift1 = p1 - tap // k2 % k1 * d1
+        shift2 = p2 - tap % k2 * d2
         # A tap of another phase reaches none of these positions.
-        if (shift0 % s0 == 0) & (shift1 % s1 == 0) & (shift2 % s2 == 0):
-            q0, in0 = origin(i0, t0, table, 0)
-            q1, in1 = origin(i1, t1, table, 1)
-            q2, in2 = origin(i2, t2, table, 2)
-            inside = there & in0 & in1 & in2
-            at = (q0 * tl.load(table + OUT + 1) + q1) * tl.load(table + OUT + 2) + q2
+        hits = ((f0 + shift0) % s0 == 0) & ((f1 + shift1) % s1 == 0)
+        if hits & ((f2 + shift2) % s2 == 0):
+            at0, at1, at2 = i0 + shift0, i1 + shift1, i2 + shift2
+            inside = there & (at0 >= 0) & (at1 >= 0) & (at2 >= 0)
+            q0, q1, q2 = at0 // s0, at1 // s1, at2 // s2
+            inside = inside & (q0 < o0) & (q1 < o1) & (q2 < o2)
+            at = ((q0 * o1 + q1) * o2 + q2) * g_position
             for block in range(tl.cdiv(rows, DEPTH)):
                 row = block * DEPTH + tl.arange(0, DEPTH)
                 known = row < rows
                 index = ((group * rows + row)[None, :] * channels + channel[:, None]) * taps + tap
                 values = kept_values(
-                    weight, mask, index, (channel < channels)[:, None] & known[None, :], POWER,
+                    weight,
+                    mask,
+                    index,
+                    (channel < channels)[:, None] & known[None, :],
+                    POWER,
                     MASKED,
-                )  # fmt: skip
-                line = (group * rows + row) * tl.load(table + G_CHANNEL)
+                )
                 entries = tl.load(
-                    first_g + line[:, None] + (at * tl.load(table + G_POSITION))[None, :],
+                    first_g + ((group * rows + row) * g_channel)[:, None] + at[None, :],
                     mask=known[:, None] & inside[None, :],
                     other=0.0,
                 )
@@ -233,31 +211,43 @@ def product_score_kernel(
 ):
     """Grid: blocks of a group's rows times blocks of channels, taps, groups. DEPTH: positions."""
     rows, channels = tl.load(table + GROUP_ROWS), tl.load(table + CHANNELS)
+    n0, n1, n2 = axes(table, IN)
+    o0, o1, o2 = axes(table, OUT)
+    k0, k1, k2 = axes(table, KERNEL)
+    s0, s1, s2 = axes(table, STRIDE)
+    p0, p1, p2 = axes(table, PADDING)
+    d0, d1, d2 = axes(table, DILATION)
+    places, taps = o0 * o1 * o2, k0 * k1 * k2
+    x_position, g_position = tl.load(table + X_POSITION), tl.load(table + G_POSITION)
     group, tap = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     across = tl.cdiv(channels, COLUMNS)
-    row = tl.program_id(0).to(tl.int64) // across * ROWS + tl.arange(0, ROWS)
-    channel = tl.program_id(0).to(tl.int64) % across * COLUMNS + tl.arange(0, COLUMNS)
-    taps, positions = size_of(table, KERNEL), size_of(table, OUT)
-    t0, t1, t2 = place(tap, table, KERNEL)
+    row = tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)
+    channel = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
+    shift0 = tap // (k1 * k2) * d0 - p0
+    shift1 = tap // k2 % k1 * d1 - p1
+    shift2 = tap % k2 * d2 - p2
     g_line = (group * rows + row) * tl.load(table + G_CHANNEL)
     x_line = (group * channels + channel) * tl.load(table + X_CHANNEL)
     total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     for sample in range(tl.load(table + BATCH)):
         first_g = g + sample * tl.load(table + G_BATCH)
         first_x = x + sample * tl.load(table + X_BATCH)
-        for block in range(tl.cdiv(positions, DEPTH)):
+        for block in range(tl.cdiv(places, DEPTH)):
             position = block * DEPTH + tl.arange(0, DEPTH)
-            there = position < positions
-            q0, q1, q2 = place(position, table, OUT)
-            at, inside = source(q0, q1, q2, t0, t1, t2, table)
+            there = position < places
+            i0 = position // (o1 * o2) * s0 + shift0
+            i1 = position // o2 % o1 * s1 + shift1
+            i2 = position % o2 * s2 + shift2
+            inside = there & (i0 >= 0) & (i0 < n0) & (i1 >= 0) & (i1 < n1) & (i2 >= 0) & (i2 < n2)
+            at = ((i0 * n1 + i1) * n2 + i2) * x_position
             left = tl.load(
-                first_g + g_line[:, None] + (position * tl.load(table + G_POSITION))[None, :],
+                first_g + g_line[:, None] + (position * g_position)[None, :],
                 mask=(row < rows)[:, None] & there[None, :],
                 other=0.0,
             )
             right = tl.load(
-                first_x + (at * tl.load(table + X_POSITION))[:, None] + x_line[None, :],
-                mask=(there & inside)[:, None] & (channel < channels)[None, :],
+                first_x + at[:, None] + x_line[None, :],
+                mask=inside[:, None] & (channel < channels)[None, :],
                 other=0.0,
             )
             total = tl.dot(left, right, total, input_precision="ieee")

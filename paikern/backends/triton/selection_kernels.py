@@ -197,10 +197,11 @@ def threshold_kernel(
     prefix = tl.load(state + ranking * 2)
     need = tl.load(state + ranking * 2 + 1)
     found = tl.load(counts + ranking * 2048 + bins)
-    tl.store(counts + ranking * 2048 + bins, tl.zeros([2**DIGIT], dtype=tl.int64))
     from_here = tl.sum(found, 0) - tl.cumsum(found, 0) + found
     digit = tl.max(tl.where(from_here >= need, bins, 0), 0)
     above = tl.sum(tl.where(bins > digit, found, 0), 0)
+    tl.debug_barrier()  # every thread has read before one writes
+    tl.store(counts + ranking * 2048 + bins, tl.zeros([2**DIGIT], dtype=tl.int64))
     tl.store(state + ranking * 2, (prefix << DIGIT) + digit)
     tl.store(state + ranking * 2 + 1, need - above)
     if LAST:

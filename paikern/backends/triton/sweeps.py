@@ -30,7 +30,8 @@ from paikern.backends.errors import refuse_nan
 from paikern.backends.triton.config import blocks, config, launch
 from paikern.backends.triton.tiles import bit_at, kept_values, lines, packed
 
-_ENOUGH = 256  # programs, from which on columns are not split
+_ENOUGH = 512  # programs, from which on a weight is not cut further
+_SHORT = 8  # steps at least, where there are as many: each chunk costs a write of partial sums
 
 
 @triton.jit
@@ -75,12 +76,12 @@ def path_adjoint_kernel(
     rows,
     columns,
     pitch,
+    steps,
     POWER: tl.constexpr,
     MASKED: tl.constexpr,
     SWEEP: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    STEPS: tl.constexpr,
 ):
     """out[chunk * ROWS + r, i]: the sums over the rows of a chunk that are r modulo ROWS.
 
@@ -97,8 +98,8 @@ def path_adjoint_kernel(
         kept = tl.zeros([ROWS], dtype=tl.int32)
         bad = tl.zeros([ROWS], dtype=tl.int32)
         byte = tl.program_id(1).to(tl.int64) * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)
-    for step in range(STEPS):
-        row = (chunk * STEPS + step) * ROWS + lane
+    for step in range(steps):
+        row = (chunk * steps + step) * ROWS + lane
         inside = (row < rows)[:, None] & inner[None, :]
         index = row[:, None] * columns + column[None, :]
         right = tl.load(g + row, mask=row < rows, other=0.0)
@@ -229,14 +230,19 @@ def _adjoint(
 ) -> None:  # fmt: skip
     rows, columns = weight.shape
     tile = config().adjoint
-    chunks = blocks(rows, tile.rows * tile.steps)
+    lines_, across = blocks(rows, tile.rows), blocks(columns, tile.columns)
+    # A function of the shape alone: path_backward and path_sweep cut a weight alike.
+    steps = min(
+        tile.steps, max(min(_SHORT, tile.steps), triton.next_power_of_2(lines_ * across // _ENOUGH))
+    )
+    chunks = blocks(lines_, steps)
     held = as_weight(weight, power)
     parts = x.new_empty(chunks * tile.rows, columns)
     launch(
-        path_adjoint_kernel, (chunks, blocks(columns, tile.columns)), held, held,
+        path_adjoint_kernel, (chunks, across), held, held,
         as_mask(mask, held), a, g, threshold, parts, bits, found, rows, columns,
-        blocks(columns, 8), POWER=power, MASKED=mask is not None, SWEEP=sweep, ROWS=tile.rows,
-        COLUMNS=tile.columns, STEPS=tile.steps, warps=tile.warps,
+        blocks(columns, 8), steps, POWER=power, MASKED=mask is not None, SWEEP=sweep,
+        ROWS=tile.rows, COLUMNS=tile.columns, warps=tile.warps,
     )  # fmt: skip
     _add_rows(parts, x)
 
