@@ -89,7 +89,8 @@ class WithCudaSource(build_py):
         (target / "paikern").mkdir(parents=True, exist_ok=True)
         for source in (ROOT / "csrc/cuda").glob("*.cuh"):
             shutil.copy2(source, target / source.name)
-        shutil.copy2(ROOT / "csrc/include/paikern/key_bits.h", target / "paikern")
+        for header in (ROOT / "csrc/include/paikern").glob("*.h"):
+            shutil.copy2(header, target / "paikern")
 
 
 def _cuda_choice() -> tuple[str, str | None]:

@@ -120,6 +120,10 @@ def test_wheel_holds_the_modules_and_no_sources(tmp_path: Path) -> None:
     assert {"paikern/py.typed", "paikern/_cuda.pyi"} <= set(names)
     assert any(name.startswith("paikern/_C.") and name.endswith(".so") for name in names)
     assert not [name for name in names if "csrc" in name]
+    device_code = {
+        f"paikern/cuda_source/{path.name}" for path in (ROOT / "csrc/cuda").glob("*.cuh")
+    }
+    assert device_code | {"paikern/cuda_source/paikern/key_bits.h"} <= set(names)
     cuda = [name for name in names if name.startswith("paikern/_cuda.")]
     assert bool(cuda) == (shutil.which("nvcc") is not None)
     # The next build in this folder must not find the last one's CUDA module.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from paikern import ops
 from paikern.backends import registry
@@ -74,6 +75,54 @@ def test_selection_on_the_gpu_equals_the_cpu(backend: str) -> None:
         found = ops.topk_mask([s.cuda() for s in scores], counts, absolute=True)
         wanted = ops.topk_mask(scores, counts, absolute=True)
         assert all(map(torch.equal, [f.cpu() for f in found], wanted))
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("backend", ["cuda", "cuda_jit"])
+def test_made_scores_and_patterns_on_the_gpu_equal_the_cpu(backend: str) -> None:
+    if registry.load(backend).module is None:
+        pytest.skip(registry.load(backend).reason)
+    w, a, g = torch.randn(300, 1000).to(HALF), torch.rand(1000), torch.rand(300)
+    mask = ops.pack_mask(torch.rand(w.shape) < 0.5)
+    device = [t.cuda() for t in (w, a, g, mask)]
+
+    def all_of(w: Tensor, a: Tensor, g: Tensor, mask: Tensor) -> list[Tensor]:
+        return [
+            *ops.topk_mask_factored([w, w], [a, a], [g, g], [0, 5], 100_000, masks=[mask, None]),
+            *ops.topk_mask_product(w, w.flip(0), 1234),
+            *ops.nm_mask_factored([w], [a], [g], 2, 4, masks=[mask]),
+            *ops.nm_mask([w, w.double()], 3, 7, dims=0, absolute=True),
+            ops.block_means(w, (16, 20)),
+            ops.block_means_factored(w, a, g, (3, 8), mask=mask),
+            ops.expand_blocks(mask[:1000], (300, 1000), (10, 10)),
+        ]
+
+    wanted = all_of(w, a, g, mask)
+    with registry.using(backend):
+        found = all_of(*device)
+    assert all(map(torch.equal, [f.cpu() for f in found], wanted))
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_graph_holds_a_selection_and_replays_it_on_other_values() -> None:
+    from paikern.backends.cuda_layers import dense
+    from paikern.backends.cuda_select import SelectionPlan
+
+    scores, k = torch.randn(3_000_000, device="cuda"), torch.tensor([1000], device="cuda")
+    plan = SelectionPlan(dense([scores], (), True), k)
+    plan.launch()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        plan.launch()
+    for count in (1000, 2_500_000, 1):
+        k.fill_(count)
+        scores.normal_()
+        graph.replay()
+        wanted = ops.topk_mask(scores.cpu(), count, absolute=True)
+        assert torch.equal(plan.bits[0].cpu(), wanted[0])
+    plan.check("graph")
 
 
 @pytest.mark.gpu

@@ -34,6 +34,18 @@ GOOD = """
         masks = [ops.pack_mask(s > -1) for s in scores]
         k = [s.numel() // 2 for s in scores]
         cuda.topk_mask(halves, k, [], True, masks, None)
+        cuda.topk_mask_product(scores, halves, masks, k)
+    for rows, columns in ((1, 1), (33, 31), (3, 3001)):
+        w, a, g = torch.randn(rows, columns).half(), torch.rand(columns), torch.rand(rows)
+        kept = ops.pack_mask(w > -1)
+        cuda.topk_mask_factored([w], [a], [g], [kept], [0], [w.numel() // 2], 2, [])
+        cuda.nm_mask_factored([w], [a], [g], [kept], 2, 4, [1], 1)
+        cuda.nm_mask([w, w.double()], 3, 7, [0, 1], True)
+        blocks = cuda.block_means_factored(w, a, g, kept, (3, 20), 1)
+        cuda.expand_blocks(ops.pack_mask(blocks > 0), w.shape, (3, 20))
+        cuda.apply_mask_(w, kept)
+    w, x, g = torch.randn(4, 3, 3, 3), torch.rand(2, 3, 5, 7), torch.rand(2, 4, 3, 7)
+    cuda.topk_mask_factored([w], [x], [g], [], [0], [50], 1, [2, 1, 1, 1, 1, 1, 1])
     print("equal")
 """
 BAD = """
@@ -73,7 +85,7 @@ def test_the_shim_refuses_what_would_hang(tmp_path: Path, on_cpu: shim.OnCpu) ->
 
 
 @pytest.mark.slow
-def test_selection_touches_nothing_else() -> None:
+def test_kernels_touch_nothing_else() -> None:
     done = sanitized(GOOD)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "equal\n"
