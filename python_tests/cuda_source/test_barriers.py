@@ -6,11 +6,17 @@ in device memory: a wrong sample costs time, not a wrong mask.
 
 Those that say "between blocks" order what one block writes before another reads: here blocks run
 one after the other, so that only a GPU can miss them.
+
+A kernel without its barrier may write anywhere, so that each runs in a process of its own, forked
+by `python -m python_tests.cuda_source.test_barriers`, where nothing else has threads.
 """
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -29,13 +35,6 @@ BARRIERS = [
     for number, line in enumerate(path.read_text().splitlines(), 1)
     if re.match(r"\s*__syncthreads\(\);", line) and "between blocks" not in line
 ]
-
-
-@pytest.fixture
-def switches(on_cpu: shim.OnCpu) -> Iterator[shim.OnCpu]:
-    yield on_cpu
-    on_cpu.without_barrier("", 0)
-    on_cpu.order(0)
 
 
 def selected(
@@ -64,29 +63,76 @@ def cases() -> list[tuple[list[Tensor], list[int], list[int]]]:
     ]
 
 
-def test_results_do_not_depend_on_the_order_of_warps(switches: shim.OnCpu) -> None:
+def seen(on_cpu: shim.OnCpu, file: str, line: int, wanted: list[list[Tensor]]) -> bool:
+    """Whether something is wrong without this barrier."""
+    for case, right in zip(cases(), wanted, strict=True):
+        for way in (1, 2, 0):
+            on_cpu.order(way)
+            on_cpu.without_barrier(file, line)
+            try:
+                found = selected(on_cpu, *case)
+            except RuntimeError as error:
+                if "cuda_on_cpu: block" in str(error):
+                    return True
+                raise
+            if not all(map(torch.equal, found, right)):
+                return True
+    return False
+
+
+def main() -> None:
+    """One line for each barrier: file, line, and 1 if it is missed."""
+    on_cpu = shim.OnCpu(shim.build())
+    wanted = [selected(on_cpu, *case) for case in cases()]
+    for file, line in [("none", 1), *BARRIERS]:
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if seen(on_cpu, file, line, wanted) else 1)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        # A signal is a write to where nothing is: seen as well.
+        print(file, line, int(status == 0 or status < 0), flush=True)
+
+
+@pytest.fixture(scope="module")
+def missed() -> dict[tuple[str, int], bool]:
+    done = subprocess.run(
+        [sys.executable, "-m", "python_tests.cuda_source.test_barriers"],
+        cwd=shim.ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(shim.ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [row.split() for row in done.stdout.splitlines()]
+    return {(file, int(line)): found == "1" for file, line, found in rows}
+
+
+@pytest.fixture
+def ordered(on_cpu: shim.OnCpu) -> Iterator[shim.OnCpu]:
+    yield on_cpu
+    on_cpu.order(0)
+
+
+def test_results_do_not_depend_on_the_order_of_warps(ordered: shim.OnCpu) -> None:
     for case in cases():
-        wanted = selected(switches, *case)
+        wanted = selected(ordered, *case)
         for way in (1, 2):
-            switches.order(way)
-            assert all(map(torch.equal, selected(switches, *case), wanted)), way
-        switches.order(0)
+            ordered.order(way)
+            assert all(map(torch.equal, selected(ordered, *case), wanted)), way
+        ordered.order(0)
+
+
+def test_with_all_barriers_nothing_is_wrong(missed: dict[tuple[str, int], bool]) -> None:
+    assert missed["none", 1] is False
+    assert len(BARRIERS) > 10
 
 
 @pytest.mark.parametrize(("file", "line"), BARRIERS)
-def test_a_missing_barrier_is_seen(switches: shim.OnCpu, file: str, line: int) -> None:
-    passed = 0
-    for case in cases():
-        wanted = selected(switches, *case)
-        for way in (1, 2, 0):
-            switches.order(way)
-            switches.without_barrier(file, line)
-            try:
-                seen = not all(map(torch.equal, selected(switches, *case), wanted))
-            except RuntimeError as error:
-                seen = "cuda_on_cpu: block" in str(error)
-            passed += switches.without_barrier("", 0)
-            switches.order(0)
-            if seen:
-                return
-    pytest.fail(f"passed {passed} times without it, and nothing was wrong")
+def test_a_missing_barrier_is_seen(
+    missed: dict[tuple[str, int], bool], file: str, line: int
+) -> None:
+    assert missed[file, line]
+
+
+if __name__ == "__main__":
+    main()
