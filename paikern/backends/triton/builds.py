@@ -16,7 +16,7 @@ _TYPES = ("fp32", "bf16", "fp16")
 # What the parameters of every kernel are, by name; `None` stands for the weight's or score's type.
 _POINTERS = {
     "found": "i64", "a": "fp32", "bits": "u8", "counts": "i64", "bounds": "i64", "dots": "fp64",
-    "exp": "fp32", "g": "fp32", "lined": "u8", "live": "u8", "mask": "u8", "mean": "fp32",
+    "g": "fp32", "lined": "u8", "live": "u8", "mask": "u8", "mean": "fp32",
     "nan": "i32", "out": "fp32", "parts": "fp32", "q": "fp32", "rule": "fp32", "s": "fp32",
     "scores": None, "share": "fp32", "square": "fp32", "state": "i64", "table": "i64",
     "tensor": None, "ties": "i64", "values": "fp32", "weight": None, "x": "fp32", "y": "fp32",
@@ -37,6 +37,7 @@ class Build(NamedTuple):
     def name(self) -> str:
         kind = [f"{k.lower()}={v}" for k, v in self.constants.items()]
         wide = [self.signature[n] for n in ("weight", "scores", "tensor") if n in self.signature]
+        wide += ["i64"] * ("i32" not in self.signature.values())
         return " ".join([self.kernel.fn.__name__.removesuffix("_kernel"), *wide, *kind])
 
 

@@ -68,7 +68,7 @@ _TABLE = {
         forward=Sweep(4, 1024, 8, 8),
         adjoint=Sweep(4, 1024, 64, 8),
         product=Product(32, 64, 16, 8),
-        product_few=Product(32, 16, 32, 4),
+        product_few=Product(32, 16, 16, 4),
     ),
     "hip": Config(
         flat=Flat(256, 4),
@@ -76,8 +76,8 @@ _TABLE = {
         select=Select(512, 32, 8),
         forward=Sweep(4, 1024, 8, 8),
         adjoint=Sweep(4, 1024, 64, 8),
-        product=Product(32, 64, 16, 8),
-        product_few=Product(32, 16, 32, 4),
+        product=Product(32, 32, 16, 4),
+        product_few=Product(32, 16, 16, 4),
     ),
     "interpreter": Config(
         flat=Flat(64, 1),

@@ -29,6 +29,7 @@ from torch import Tensor
 from paikern.backends.triton.config import Product, blocks, config, launch
 from paikern.backends.triton.sweeps import as_float, as_mask, as_weight, backward, forward
 from paikern.backends.triton.tiles import bit_at, kept_values
+from paikern.errors import BackendError
 
 # Where the axes lie in the table of integers that describes a product.
 IN = tl.constexpr(0)
@@ -50,8 +51,9 @@ G_POSITION = tl.constexpr(26)
 
 @triton.jit
 def axes(table, FIRST: tl.constexpr):
-    """The three integers at FIRST."""
-    return tl.load(table + FIRST), tl.load(table + FIRST + 1), tl.load(table + FIRST + 2)
+    """The three integers at FIRST, 32-bit: a channel's map and a kernel are smaller than 2**31."""
+    first, second = tl.load(table + FIRST).to(tl.int32), tl.load(table + FIRST + 1).to(tl.int32)
+    return first, second, tl.load(table + FIRST + 2).to(tl.int32)
 
 
 @triton.jit
@@ -219,7 +221,7 @@ def product_score_kernel(
     d0, d1, d2 = axes(table, DILATION)
     places, taps = o0 * o1 * o2, k0 * k1 * k2
     x_position, g_position = tl.load(table + X_POSITION), tl.load(table + G_POSITION)
-    group, tap = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
+    group, tap = tl.program_id(2), tl.program_id(1)
     across = tl.cdiv(channels, COLUMNS)
     row = tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)
     channel = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
@@ -286,6 +288,11 @@ class _Geometry:
         self.kernel, self.stride = _three(kernel, 1), _three(stride, 1)
         self.rest = [*_three(padding, 0), *_three(dilation, 1)]
         pixels, places = _product(self.size), _product(self.out)
+        if max(pixels, places, _product(self.kernel)) >= 2**30:
+            raise BackendError(
+                f"the triton backend takes maps of fewer than 2**30 positions, got {tuple(size)}; "
+                "use backend='reference'"
+            )
         wide, high = groups * self.channels, groups * self.rows
         self.layout = [wide * pixels, pixels, 1, high * places, places, 1]
         self.result = (size[0], weight[0], *out)
