@@ -157,3 +157,16 @@ def block_means(row: _Scores, columns: int, high: int, wide: int, means: int) ->
 def expand_blocks(
     blocks: int, rows: int, columns: int, high: int, wide: int, bits: int
 ) -> None: ...
+def balanced_mask(
+    rows: int,
+    groups: int,
+    inputs: int,
+    outputs: int,
+    positions: int,
+    transposed: bool,
+    seed: int,
+    stream: int,
+    scores: int,
+    wide: bool,
+    bits: int,
+) -> bool: ...

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from paikern.backends.errors import refuse_nan
+from paikern.backends.reference_balanced_mask import balanced_mask
 from paikern.backends.reference_maps import (
     live_nodes,
     map_maximum,
@@ -41,6 +42,7 @@ from paikern.backends.reference_patterns import (
 
 __all__ = [
     "apply_mask_",
+    "balanced_mask",
     "block_means",
     "block_means_factored",
     "dpai_step_",
