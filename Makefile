@@ -8,7 +8,7 @@ OUT ?= out
 # ResNet-20 took 13-35 s with spinning threads and 1.5-2.1 s with sleeping ones.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help prune test test-all setup setup-dev lint format sanitize kernels-check bench train-demo quality gpu-check clean
+.PHONY: help prune test test-all setup setup-dev lint format sanitize kernels-check bench bench-full bench-kernels train-demo quality gpu-check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -54,7 +54,13 @@ format: setup-dev  ## format everything in place
 sanitize:  ## the native cores without Python under ASan, UBSan and TSan
 	bash csrc/testing/run_sanitizers.sh
 
-bench: setup-dev  ## the benchmarks; results under bench/results
+bench: setup-dev  ## four methods against plain PyTorch, three networks, five minutes; out/bench
+	$(BIN)/python -m bench --quick --out $(OUT)/bench
+
+bench-full: setup-dev  ## the same on seven networks; writes bench/comparison.md and its results
+	$(BIN)/python -m bench --full --publish
+
+bench-kernels: setup-dev  ## paths, selection, patterns and torch_prune; results under bench/results
 	$(BIN)/python -m bench.run_dpai
 	$(BIN)/python -m bench.run_paths
 	$(BIN)/python -m bench.run_selection

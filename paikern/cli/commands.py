@@ -204,12 +204,12 @@ def backends(args: Arguments, console: Console) -> int:
 def bench(args: Arguments, console: Console) -> int:
     """Hand over to the benchmark of the source tree; its options follow the command."""
     root = Path(paikern.__file__).resolve().parents[1]
-    if not (root / "bench" / "run_dpai.py").is_file():
+    if not (root / "bench" / "run_comparison.py").is_file():
         raise ValueError(
             "bench: the benchmarks are part of the source tree, not of the installed package; run "
             "`make bench` in a clone"
         )
-    command = [sys.executable, "-m", "bench.run_dpai", *args.rest]
+    command = [sys.executable, "-m", "bench", *args.rest]
     return subprocess.run(command, cwd=root, check=False).returncode
 
 

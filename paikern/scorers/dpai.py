@@ -45,6 +45,10 @@ class DPaI(TrainedScorer):
         optimizer: "ascent" (s += lr * k_l * a, default of the paper variant) or "adam".
         init_scores: name -> tensor to start from; standard normal from `seed` otherwise.
         patience: stop when the mask has not changed for so many steps; None never stops early.
+        keep_nodes: hold one weight into and out of every unit from the first step to the last, so
+            that no node dies (`paikern.scorers.dpai_nodes`; not part of the papers).
+        revive: give the edges of dead nodes a gradient from the counts of the dense network. Runs
+            step by step in Python, about four times slower; not part of the papers.
         state: a file that the run is saved to once a minute, when it is interrupted and when it
             ends, and that it goes on from where it exists: the result is bit for bit that of a
             run without the interruption. `steps` may be raised to train a finished run further.
@@ -57,6 +61,8 @@ class DPaI(TrainedScorer):
     optimizer: str | None = None
     init_scores: Mapping[str, Tensor] | None = None
     patience: int | None = None
+    keep_nodes: bool = False
+    revive: bool = False
     state: str | os.PathLike[str] | None = None
 
     summary = "differentiable pruning at initialisation: trains scores for log paths and nodes"
@@ -76,6 +82,9 @@ class DPaI(TrainedScorer):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, Integral) or isinstance(value, bool)):
                 raise ValueError(f"{name} must be an integer, got {value!r}")
+        for name in ("keep_nodes", "revive"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.state is not None and not isinstance(self.state, (str, os.PathLike)):
             raise ValueError(f"state must be a file name or path, got {self.state!r}")
         if self.state is not None and not str(self.state):
@@ -105,6 +114,8 @@ class DPaI(TrainedScorer):
             optimizer=optimizer,
             init_scores=self.init_scores,
             patience=self.patience,
+            keep_nodes=self.keep_nodes,
+            revive=self.revive,
             state=self.state,
         )
 
@@ -120,11 +131,13 @@ class DPaI(TrainedScorer):
         assert settings.steps is not None
         if self.state is None:
             self._follow(trainer, settings, report)
+            trainer.refuse_dead()
             return trainer.scores
         with SavedRun(self.state, trainer) as saved:
             for found in saved.resume(settings.steps):
                 report(found.step, found.values())
             self._follow(trainer, settings, report, saved)
+        trainer.refuse_dead()
         return trainer.scores
 
     @staticmethod

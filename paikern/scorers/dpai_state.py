@@ -198,6 +198,8 @@ class SavedRun:
             "beta": s.beta,
             "lr": s.lr,
             "optimizer": s.optimizer,
+            "keep_nodes": s.keep_nodes,
+            "revive": s.revive,
             "seed": t.run.seed if s.init_scores is None else None,
             "init_scores": self._start,
             "network": self._network,

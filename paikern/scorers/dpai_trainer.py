@@ -15,6 +15,7 @@ from paikern.backends import registry
 from paikern.errors import PaikernError
 from paikern.pathgraph import Program, Semantics, Visit, compiled, weights
 from paikern.scorers.base import Run
+from paikern.scorers.dpai_nodes import Revival, hold_nodes
 from paikern.scorers.random import normal_scores
 from paikern.scores import Dense, Scores
 
@@ -37,9 +38,14 @@ class StepStatistics:
     published: bool = False
 
     def values(self) -> dict[str, float]:
-        """As shown by the progress bar and kept in the history; J is no path count."""
+        """As shown by the progress bar and kept in the history; J is no path count.
+
+        A network without any path, which `revive` may bring back, has no logarithm to show.
+        """
+        name = "objective" if self.published else "log_paths"
+        alive = {} if self.objective == -math.inf else {name: self.objective}
         return {
-            "objective" if self.published else "log_paths": self.objective,
+            **alive,
             "effective_nodes": self.nodes,
             "effective_kernels": self.kernels,
             "effective_params": self.params,
@@ -59,6 +65,7 @@ class DPaITrainer:
         self.run = run
         self.settings = settings
         self.kept = kept
+        self.kept_of = dict(zip(run.layers, kept, strict=True))
         self.published = run.variant == "published"
         self.s = _start(run, settings.init_scores)
         adam = settings.optimizer == "adam"
@@ -81,7 +88,11 @@ class DPaITrainer:
         )
         # Maps of one sweep need no state but the device: no weight value is ever read.
         self.uses = run.graph.uses()
-        self._native = _native(self)
+        if settings.keep_nodes:
+            hold_nodes(run, self.s, kept, self.uses)
+        self._revival = Revival(run) if settings.revive else None
+        self._on_path: dict[str, Tensor] = {}  # of weights with several uses, while reviving
+        self._native = None if settings.revive else _native(self)
         self.unchanged = 0
         self.history: list[StepStatistics] = []
         self.whole = True  # no step was broken off halfway
@@ -149,6 +160,13 @@ class DPaITrainer:
             f"left{where}; lower the sparsity or use another seed"
         )
 
+    def refuse_dead(self) -> None:
+        """An error if reviving did not lead to any path."""
+        if self._revival is not None and self.steps:
+            self.select()
+            if self.flow.forward(self.run.state, self.masks) == -math.inf:
+                raise self.dead(self.steps + 1, self.flow.where_dead)
+
     def not_finite(self, name: str) -> PaikernError:
         return PaikernError(
             f"dpai: scores of {name} are NaN or infinite after step {self.steps}; use a smaller lr"
@@ -157,7 +175,8 @@ class DPaITrainer:
     def _step(self) -> StepStatistics:
         self.select()
         objective = self.flow.forward(self.run.state, self.masks, outputs=True)
-        if objective == -math.inf or math.isnan(objective):
+        revivable = self._revival is not None and not self.published
+        if math.isnan(objective) or (objective == -math.inf and not revivable):
             raise self.dead(self.steps + 1, self.flow.where_dead)
         self.steps += 1
         mantissa, top = self.flow.total
@@ -168,7 +187,12 @@ class DPaITrainer:
             name = v.step.parameter
             if name not in self.s:
                 return
-            scale = 1.0 if self.published else math.ldexp(1.0 / mantissa, v.exponent - top)
+            scale = 1.0
+            if mantissa == 0.0:
+                assert self._revival is not None
+                scale = self._revival.scale(v, self.s[name], self.kept_of[name])
+            elif not self.published:
+                scale = math.ldexp(1.0 / mantissa, v.exponent - top)
             live = _live_nodes(v)
             if len(self.uses[name]) > 1 or v.step.rows is not None:
                 self._gather(gathered, v, scale, live)
@@ -178,8 +202,11 @@ class DPaITrainer:
         self.flow.backward(visit)
         for name, (q, live) in gathered.items():
             transposed = self.uses[name][0].transposed
+            mask = self.masks[name]
+            if name in self._on_path:
+                mask = ops.pack_mask(ops.unpack_mask(mask, q.shape) & self._on_path.pop(name))
             found = ops.dpai_update_(
-                self.s[name], q, self.masks[name], live,
+                self.s[name], q, mask, live,
                 exp_avg=self.m.get(name), exp_avg_sq=self.v.get(name),
                 alpha=self.settings.alpha, beta=self.settings.beta,
                 lr=self.lr[name], t=self.steps,
@@ -190,13 +217,17 @@ class DPaITrainer:
 
     def _update(self, v: Visit, scale: float, live: Tensor) -> tuple[int, int]:
         step, name = v.step, v.step.parameter
-        s = self.s[name]
-        x, g = (v.g, v.x) if step.transposed else (v.x, v.g)
+        s, mask, x, g = self.s[name], self.masks[name], v.x, v.g
+        if self._revival is not None:
+            mask = self._revival.living(v, mask, s.shape)
+            x, g = self._revival.borrow(v)
+        if step.transposed:
+            x, g = g, x  # the stored rows are the inputs
         if step.kind == "linear":
             x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
         # The kernel itself: its operation would check shapes that tracing has checked.
         found = weights.kernel("dpai_step_", s, x)(
-            s, self.masks[name], x.contiguous(), g.contiguous(), live,
+            s, mask, x.contiguous(), g.contiguous(), live,
             self.m.get(name), self.v.get(name), scale,
             self.settings.alpha, self.settings.beta, self.lr[name], self.steps,
             step.stride, step.padding, step.dilation, step.groups, step.transposed,
@@ -214,13 +245,19 @@ class DPaITrainer:
     ) -> None:
         """q of a parameter that is used twice or by rows: summed before its one update."""
         step, name = v.step, v.step.parameter
-        q = weights.score(step, v.x, v.g, {name: self.s[name]}, {}, 0) * scale
         rows = slice(None) if step.rows is None else slice(*step.rows)
         if name not in into:
             nodes = self.s[name].shape[0] if step.rows is not None else live.numel()
             into[name] = (torch.zeros_like(self.s[name]), torch.zeros(nodes, dtype=torch.uint8))
         total, nodes_live = into[name]
-        total[rows] += q
+        x, g = v.x, v.g
+        if self._revival is not None:
+            on_path = weights.score(step, x, g, {name: self.s[name]}, {}, 0) > 0
+            self._on_path.setdefault(name, torch.zeros_like(total, dtype=torch.bool))[rows] |= (
+                on_path
+            )
+            x, g = self._revival.borrow(v)
+        total[rows] += weights.score(step, x, g, {name: self.s[name]}, {}, 0) * scale
         nodes_live[rows] |= live
 
     @staticmethod

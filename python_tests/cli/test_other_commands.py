@@ -40,7 +40,7 @@ def test_bench_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(subprocess, "run", run)
     assert main(["bench", "--only", "resnet20", "--help"]) == 3
-    assert seen == [(["-m", "bench.run_dpai", "--only", "resnet20", "--help"], ROOT)]
+    assert seen == [(["-m", "bench", "--only", "resnet20", "--help"], ROOT)]
 
 
 def test_bench_outside_the_source_tree(

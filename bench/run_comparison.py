@@ -1,0 +1,199 @@
+"""DPaI, NPB, PHEW and SynFlow: paikern against plain PyTorch, whole runs, time and memory.
+
+    python -m bench                          three networks, at most five minutes
+    python -m bench --full --publish         seven networks and the sparsities of the plots
+    python -m bench --only phew --model vgg19_bn --sparsity 0.98 --limit 300
+    python -m bench compare OLD.json NEW.json
+
+Both sides run in turn in processes of their own, and each gets the median of its times. A run that
+does not end within the limit is stopped and its row says how far it came. Results go to OUT
+(`comparison.json`, `comparison.md`, `comparison.png`) and are written after every row: Ctrl-C loses
+nothing that was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from tqdm import tqdm
+
+from bench import comparison_report
+from bench.comparison_cases import METHODS, MODELS, OURS, REFERENCE, SEED, Effort
+from bench.comparison_worker import Order, Outcome, Worker
+from bench.timing import RESULTS, Row, write_results
+
+ROOT = Path(__file__).parents[1]
+THREADS = 2
+REPEATS = 3
+# A run this long is measured once: the median of three would triple hours and change little.
+ONCE_FROM = 10.0
+
+Cell = tuple[str, str, float]
+
+
+class Setting(NamedTuple):
+    """What a size of the comparison means."""
+
+    models: tuple[str, ...]
+    sparsities: dict[str, tuple[float, ...]]
+    effort: Effort
+    limit: float
+
+    def cells(self) -> list[Cell]:
+        return [
+            (method, model, sparsity)
+            for model in self.models
+            for sparsity in self.sparsities.get(model, (0.98,))
+            for method in METHODS
+        ]
+
+
+QUICK = Setting(("lenet300", "resnet20", "vgg19_bn"), {}, Effort(100, 100), 10.0)
+FULL = Setting(
+    tuple(MODELS),
+    {"resnet20": (0.68, 0.9, 0.98, 0.99), "vgg19_bn": (0.68, 0.9, 0.98, 0.99)},
+    Effort(300, 100),
+    60.0,
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the comparison and write what was measured."""
+    given = _parse(list(sys.argv[1:] if arguments is None else arguments))
+    setting = FULL if given.full else QUICK
+    if given.model:
+        setting = setting._replace(models=tuple(given.model))
+    if given.sparsity:
+        setting = setting._replace(sparsities=dict.fromkeys(setting.models, tuple(given.sparsity)))
+    if given.limit:
+        setting = setting._replace(limit=given.limit)
+    cells = [cell for cell in setting.cells() if cell[0] in (given.only or METHODS)]
+    console = Console()
+    rows: list[Row] = []
+    stopped = False
+    out = RESULTS if given.publish else given.out
+    try:
+        for row in measured(cells, setting, given.threads, given.repeats):
+            rows.append(row)
+            write_results("comparison", rows, threads=given.threads, seeds=[SEED], folder=out)
+    except KeyboardInterrupt:
+        stopped = True
+    if not rows:
+        console.print("bench: stopped before the first row")
+        return 130
+    pages = (ROOT / "bench", ROOT / "docs" / "images") if given.publish else (out, out)
+    path = out / "comparison.json"
+    comparison_report.write(path, *pages)
+    console.print(comparison_report.terminal_table(rows, given.threads))
+    console.print(f"{path}, {pages[0] / 'comparison.md'}, {pages[1] / 'comparison.png'}")
+    return 130 if stopped else 0
+
+
+def measured(cells: Sequence[Cell], setting: Setting, threads: int, repeats: int) -> Iterator[Row]:
+    """The rows of the cells, one after the other."""
+    with (
+        Worker(threads) as ours,
+        Worker(threads) as reference,
+        tqdm(cells, unit="row", disable=None) as bar,
+    ):
+        for method, model, sparsity in bar:
+            bar.set_description(f"{method} {model} {sparsity:g}")
+            yield _row((method, model, sparsity), setting, (ours, reference), repeats)
+
+
+def _row(cell: Cell, setting: Setting, workers: tuple[Worker, Worker], repeats: int) -> Row:
+    """Both sides in turn, `repeats` times where they are short."""
+    method, model, sparsity = cell
+    outcomes: dict[str, list[Outcome]] = {OURS: [], REFERENCE: []}
+    for index in range(repeats):
+        sides = list(zip(outcomes, workers, strict=True))
+        for who, worker in sides if index % 2 == 0 else reversed(sides):
+            before = outcomes[who]
+            if before and (before[0].status != "finished" or before[0].seconds > ONCE_FROM):
+                continue
+            order = Order(who, method, model, sparsity, setting.effort, judge=not before)
+            before.append(worker.run(order, setting.limit))
+    row: Row = {"method": method, "model": model, "sparsity": sparsity}
+    row["effort"] = setting.effort.of(method)
+    row["limit"] = setting.limit
+    for who, found in outcomes.items():
+        row |= _columns("" if who == OURS else "reference_", found)
+    both = row["seconds"], row["reference_seconds"]
+    row["ratio"] = both[1] / both[0] if all(both) else None
+    return row
+
+
+def _columns(prefix: str, found: list[Outcome]) -> Row:
+    """The columns of one side. Seconds of an unfinished run are its limit, of a failed one None."""
+    first = found[0]
+    seconds = None if first.status == "failed" else statistics.median(o.seconds for o in found)
+    columns: dict[str, Any] = {
+        "seconds": seconds,
+        "status": first.status,
+        "repeats": len(found),
+        "peak_bytes": first.peak_bytes,
+        "kept": first.kept,
+        "log_paths": first.log_paths,
+    }
+    if first.weights is not None:
+        columns["weights"] = first.weights
+    if first.status == "not finished":
+        columns |= {"done": first.done, "total": first.total}
+    if first.reason:
+        columns["reason"] = first.reason
+    return {prefix + name: value for name, value in columns.items()}
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="paikern bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="at most five minutes (default)")
+    size.add_argument("--full", action="store_true", help="everything, as long as it takes")
+    parser.add_argument("--only", nargs="+", choices=METHODS, help="these methods")
+    parser.add_argument("--model", nargs="+", choices=MODELS, help="these networks")
+    parser.add_argument("--sparsity", nargs="+", type=_fraction, help="in (0, 1)")
+    parser.add_argument(
+        "--limit", type=_positive, metavar="S", help="stop a run after so many seconds"
+    )
+    parser.add_argument("--repeats", type=_count, default=REPEATS, help="of short runs")
+    parser.add_argument("--threads", type=_count, default=THREADS)
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "bench", help="a folder")
+    parser.add_argument(
+        "--publish", action="store_true", help="into bench/ and docs/images/ instead of OUT"
+    )
+    return parser.parse_args(arguments)
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"must be in (0, 1), got {text}")
+    return value
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be > 0, got {text}")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be >= 1, got {text}")
+    return value
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
