@@ -67,6 +67,9 @@ bench-kernels: setup-dev  ## paths, selection, patterns and torch_prune; results
 	$(BIN)/python -m bench.run_patterns
 	$(BIN)/python -m bench.run_torch_prune
 
+quality: setup-dev  ## what the masks of every method are worth; about an hour, goes on where it was
+	$(BIN)/python -m bench.run_quality
+
 train-demo: prune setup-dev  ## train the four pruned networks and the dense one on 5,000 MNIST images
 	$(BIN)/python -m bench.train_demo --out $(OUT)
 

@@ -114,11 +114,12 @@ def write_results(
     threads: int,
     seeds: Sequence[int],
     folder: Path = RESULTS,
+    more: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write `folder/name.json` as a whole or not at all and return its path.
 
     A row holds "op" or "method", "model" or "size", "sparsity", "seconds", "reference_seconds" and
-    "ratio"; further keys are allowed.
+    "ratio"; further keys are allowed. `more` is added to the head of the file.
     """
     for row in rows:
         missing = {"sparsity", "seconds", "reference_seconds", "ratio"} - row.keys()
@@ -132,6 +133,7 @@ def write_results(
         "versions": versions(),
         "threads": threads,
         "seeds": list(seeds),
+        **(more or {}),
         "rows": list(rows),
     }
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,17 +9,21 @@
 #include "balanced_mask.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <numeric>
 #include <vector>
 
-#include "paikern/philox.h"
+#include "philox.h"
 
 namespace paikern {
 namespace {
 
 constexpr int64_t kParallel = 1 << 13;  // kernels; below this a thread costs more than it brings
+// A word as a number below n: its upper part, off from uniform by less than n / 2**32.
+uint32_t below(uint32_t word, uint32_t n) { return static_cast<uint32_t>((uint64_t{word} * n) >> 32); }
+
 enum Purpose : uint32_t { kLaps = 0, kPositions = 1, kPurposes = 2 };
 
 // The words of one counter, drawn as they are asked for.
@@ -37,7 +41,7 @@ class Draws {
   uint32_t first_, second_, tag_;
   uint64_t seed_;
   uint32_t used_ = 0;
-  Words words_{};
+  std::array<uint32_t, 4> words_{};
 };
 
 struct Source {

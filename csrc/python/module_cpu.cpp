@@ -13,6 +13,7 @@ void bind_gated(py::module_ &m);
 void bind_patterns(py::module_ &m);
 void bind_flow(py::module_ &m);
 void bind_balanced_mask(py::module_ &m);
+void bind_phew(py::module_ &m);
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of paikern";
@@ -25,4 +26,5 @@ PYBIND11_MODULE(_C, m) {
   bind_patterns(m);
   bind_flow(m);
   bind_balanced_mask(m);
+  bind_phew(m);
 }

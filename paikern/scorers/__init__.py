@@ -13,6 +13,7 @@ from paikern.scorers.base import (
 from paikern.scorers.dpai import DPaI, DPaITrainer, StepStatistics
 from paikern.scorers.magnitude import Magnitude
 from paikern.scorers.npb import NPB
+from paikern.scorers.phew import PHEW
 from paikern.scorers.px import PX
 from paikern.scorers.random import Random
 from paikern.scorers.synflow import LogSynFlow, SynFlow, SynFlowL2
@@ -22,6 +23,7 @@ __all__ = [
     "DPaI",
     "DPaITrainer",
     "NPB",
+    "PHEW",
     "PX",
     "Dense",
     "Factored",

@@ -1,0 +1,116 @@
+"""The pictures of the quality study: accuracy against sparsity, and the node-path plane."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bench.quality_runs import DENSE, NETS, SPARSITIES, WAYS
+from bench.timing import Row
+
+_MARKERS = "osD^v<>Ph*Xpd"
+_SWEEPS = {
+    ("ascent", False): ("#2f7fc1", "o"), ("ascent", True): ("#3a9d6e", "s"),
+    ("adam", False): ("#e0841c", "^"), ("adam", True): ("#c15a8c", "D"),
+}  # fmt: skip
+
+
+def write_plots(rows: Sequence[Row], folder: Path) -> None:
+    """Write `quality.png` and, where there is a sweep, `node_paths.png`."""
+    nets = [name for name in NETS if any(row.get("model") == name for row in rows)]
+    figure = Figure(figsize=(6.4 * max(1, len(nets)), 4.8), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(nets), squeeze=False)[0], nets, strict=True):
+        _accuracy(axes, [r for r in rows if r.get("model") == name and "method" in r], name)
+    _save(figure, folder / "quality.png")
+    sweep = [row for row in rows if row.get("op") == "sweep"]
+    if not sweep:
+        return
+    figure = Figure(figsize=(12.8, 4.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _plane(left, [r for r in rows if r.get("model") == "resnet20" and "method" in r])
+    _sweep(right, sweep)
+    _save(figure, folder / "node_paths.png")
+
+
+def _style(way: str) -> dict[str, object]:
+    index = list(WAYS).index(way)
+    return {"color": colormaps["tab20"](index % 20), "marker": _MARKERS[index % len(_MARKERS)]}
+
+
+def _accuracy(axes: Axes, rows: Sequence[Row], name: str) -> None:
+    for way in WAYS:
+        points = []
+        for sparsity in SPARSITIES:
+            found = [r["accuracy"] for r in rows if (r["method"], r["sparsity"]) == (way, sparsity)]
+            if found:
+                spread = statistics.stdev(found) if len(found) > 1 else 0.0
+                points.append((100 * sparsity, 100 * statistics.mean(found), 100 * spread))
+        if points:
+            xs, ys, errors = zip(*points, strict=True)
+            axes.errorbar(
+                xs, ys, errors, label=way, linewidth=1.3, markersize=4, capsize=2, **_style(way)
+            )  # type: ignore[arg-type]
+    dense = [r["accuracy"] for r in rows if r["method"] == DENSE]
+    if dense:
+        axes.axhline(
+            100 * statistics.mean(dense), color="#7d8a99", linestyle="--", linewidth=1, label=DENSE
+        )
+    axes.set(xlabel="sparsity %", ylabel="accuracy %", title=f"{name}, 5,000 MNIST images")
+    _finish(axes)
+
+
+def _plane(axes: Axes, rows: Sequence[Row]) -> None:
+    """Every way at every sparsity, joined in the order of the sparsity."""
+    for way in WAYS:
+        points = []
+        for sparsity in SPARSITIES:
+            found = [r for r in rows if (r["method"], r["sparsity"]) == (way, sparsity)]
+            if found:
+                nodes = statistics.mean(r["nodes"] for r in found)
+                points.append((nodes, statistics.mean(r["log_paths"] or 0.0 for r in found)))
+        if points:
+            axes.plot(*zip(*points, strict=True), label=way, linewidth=1, markersize=4,
+                      **_style(way))  # type: ignore[arg-type]  # fmt: skip
+    axes.set(
+        xlabel="effective nodes", ylabel="ln effective paths",
+        title="ResNet-20, 68 to 99 %",
+    )  # fmt: skip
+    _finish(axes)
+
+
+def _sweep(axes: Axes, rows: Sequence[Row]) -> None:
+    for (optimizer, keep), (color, marker) in _SWEEPS.items():
+        found = [r for r in rows if (r["optimizer"], r["keep_nodes"]) == (optimizer, keep)]
+        axes.scatter(
+            [r["nodes"] for r in found], [r["log_paths"] for r in found], color=color,
+            marker=marker, s=26, label=f"{optimizer}{', keep_nodes' if keep else ''}",
+        )  # fmt: skip
+        for row in found:
+            axes.annotate(
+                f"{row['alpha']:g}/{row['beta']:g}", (row["nodes"], row["log_paths"]),
+                fontsize=5.5, xytext=(3, 2), textcoords="offset points",
+            )  # fmt: skip
+    axes.set(
+        xlabel="effective nodes", ylabel="ln effective paths",
+        title="DPaI, ResNet-20 at 98 %: alpha/beta",
+    )  # fmt: skip
+    _finish(axes)
+
+
+def _finish(axes: Axes) -> None:
+    axes.legend(frameon=False, fontsize=6.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.2)
+    axes.set_axisbelow(True)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    figure.savefig(temporary, dpi=130, format="png", metadata={"Software": None})
+    os.replace(temporary, path)

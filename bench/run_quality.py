@@ -1,0 +1,129 @@
+"""What masks are worth: paths, nodes and kernels, and the accuracy after training, of every method.
+
+    python -m bench.run_quality --jobs 2            everything; about an hour on two cores
+    python -m bench.run_quality --nets lenet300 --ways dpai npb --sparsity 0.98 --epochs 1 --out out
+
+Two networks, five sparsities, three seeds, 5,000 MNIST images. Rows are written as they come and
+kept: a run that was stopped goes on where it was, as long as the settings are the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from bench import quality_report
+from bench.quality_runs import DENSE, NETS, SEEDS, SPARSITIES, SWEEP, WAYS, quality_row, sweep_row
+from bench.timing import RESULTS, Row, machine, versions, write_results
+
+ROOT = Path(__file__).parents[1]
+Task = tuple[str, str, float, int, int | None]
+
+
+def tasks_of(given: argparse.Namespace) -> list[Task]:
+    """Everything that is asked for; the sweep is a task of network "sweep"."""
+    found: list[Task] = []
+    for seed in given.seeds:
+        for net in given.nets:
+            found.append((net, DENSE, 0.0, seed, given.epochs))
+            found += [
+                (net, way, sparsity, seed, given.epochs)
+                for sparsity in given.sparsity
+                for way in given.ways
+            ]
+    if not given.no_sweep:
+        found += [("sweep", label, 0.0, 0, None) for label in SWEEP]
+    return found
+
+
+def carry_out(task: Task) -> Row:
+    """One row, in a process of one thread."""
+    net, way, sparsity, seed, epochs = task
+    if net == "sweep":
+        return sweep_row(way)
+    return quality_row(net, way, sparsity, seed, epochs)
+
+
+def identity(row: Row) -> tuple[Any, ...]:
+    if row.get("op") == "sweep":
+        return ("sweep", row["size"], 0.0, 0)
+    return (row["model"], row["method"], row["sparsity"], row["seed"])
+
+
+def earlier(path: Path, epochs: int | None) -> list[Row]:
+    """The rows of a run that was stopped; none where it was made with something else."""
+    if not path.exists():
+        return []
+    held = json.loads(path.read_text())
+    same = (held["machine"], held["versions"], held.get("epochs")) == (
+        machine(), versions(), epochs,
+    )  # fmt: skip
+    return list(held["rows"]) if same else []
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what is missing, write the rows, the page and the pictures."""
+    given = _parse(list(sys.argv[1:] if arguments is None else arguments))
+    folder = RESULTS if given.out is None else given.out
+    path = folder / "quality.json"
+    rows = [] if given.fresh else earlier(path, given.epochs)
+    have = {identity(row) for row in rows}
+    missing = [task for task in tasks_of(given) if task[:4] not in have]
+
+    def save() -> None:
+        write_results(
+            "quality", rows, threads=1, seeds=given.seeds, folder=folder,
+            more={"epochs": given.epochs},
+        )  # fmt: skip
+
+    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    context = multiprocessing.get_context("spawn")
+    try:
+        with (
+            context.Pool(given.jobs, maxtasksperchild=200) as pool,
+            tqdm(total=len(missing), unit="run", disable=None) as bar,
+        ):
+            for row in pool.imap_unordered(carry_out, missing):
+                rows.append(row)
+                save()
+                bar.update()
+    except KeyboardInterrupt:
+        print(f"bench.run_quality: stopped; {len(rows)} rows are in {path}", file=sys.stderr)
+        return 130
+    save()
+    pages = (ROOT / "bench", ROOT / "docs" / "images") if given.out is None else (folder, folder)
+    quality_report.write(path, *pages)
+    print(f"{path}, {pages[0] / 'quality.md'}")
+    return 0
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.run_quality",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY")
+    parser.add_argument("--sparsity", nargs="+", type=float, default=list(SPARSITIES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--epochs", type=int, help="for a trial; each network has its own")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--no-sweep", action="store_true", help="leave the alpha-beta sweep out")
+    parser.add_argument("--fresh", action="store_true", help="forget the rows of an earlier run")
+    parser.add_argument(
+        "--out", type=Path, help="folder; default bench/results, bench/ and docs/images/"
+    )
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
