@@ -42,6 +42,7 @@ from paikern.backends.cpu_patterns import (
     nm_mask,
     nm_mask_factored,
 )
+from paikern.backends.cpu_phew import phew_keep_, phew_tables, phew_walks
 from paikern.backends.errors import refuse_nan
 
 __all__ = [
@@ -71,6 +72,9 @@ __all__ = [
     "path_rounds",
     "path_score",
     "path_sweep",
+    "phew_keep_",
+    "phew_tables",
+    "phew_walks",
     "takes",
     "through_maximum_",
     "topk_mask",
@@ -89,6 +93,9 @@ _FLOAT64 = (
     "nm_mask",
     "nm_mask_factored",
     "pack_mask",
+    "phew_keep_",
+    "phew_tables",
+    "phew_walks",
     "topk_mask",
     "topk_mask_factored",
     "topk_mask_product",

@@ -38,6 +38,7 @@ from paikern.backends.reference_patterns import (
     nm_mask,
     nm_mask_factored,
 )
+from paikern.backends.reference_phew import phew_keep_, phew_tables, phew_walks
 
 __all__ = [
     "apply_mask_",
@@ -60,6 +61,9 @@ __all__ = [
     "path_forward",
     "path_score",
     "path_sweep",
+    "phew_keep_",
+    "phew_tables",
+    "phew_walks",
     "through_maximum_",
     "topk_mask",
     "topk_mask_factored",

@@ -16,6 +16,9 @@ from paikern.ops.path_conv_score import path_conv_score
 from paikern.ops.path_forward import path_forward
 from paikern.ops.path_score import path_score
 from paikern.ops.path_sweep import path_sweep
+from paikern.ops.phew_keep import phew_keep_
+from paikern.ops.phew_tables import phew_tables
+from paikern.ops.phew_walks import phew_walks
 from paikern.ops.topk_mask import topk_mask
 from paikern.ops.topk_mask_factored import topk_mask_factored
 from paikern.ops.topk_mask_product import topk_mask_product
@@ -42,6 +45,9 @@ __all__ = [
     "path_forward",
     "path_score",
     "path_sweep",
+    "phew_keep_",
+    "phew_tables",
+    "phew_walks",
     "through_maximum",
     "topk_mask",
     "topk_mask_factored",
