@@ -21,14 +21,15 @@ import torch
 from torch import Tensor
 
 from paikern import ops
-from paikern.errors import PaikernError, SparsityError
+from paikern.errors import SparsityError
 from paikern.ops.balanced_mask import KernelGrid
 from paikern.pathgraph import Flow, Semantics
 from paikern.pathgraph.steps import Weight
 from paikern.prunable import Prunable
 from paikern.scorers.base import MaskBuilder, Report, Run, register_scorer
-from paikern.scorers.npb_graph import sum_pools
+from paikern.scorers.npb_graph import incoming, sum_pools
 from paikern.scorers.npb_program import Counts, Floats, LayerProgram, Solution
+from paikern.scorers.npb_published import Published
 from paikern.scorers.npb_repair import Placed, move_dead_weights
 
 PLACES = ("random", "score")
@@ -67,6 +68,8 @@ class NPB(MaskBuilder):
     needs_inputs: ClassVar[bool] = True
     default_scope: ClassVar[str] = "erk"
     reads_weights: ClassVar[bool] = False
+    variants: ClassVar[tuple[str, ...]] = ("paper", "published")
+    published_budget: ClassVar[str] = "npb"
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta"):
@@ -96,6 +99,8 @@ class NPB(MaskBuilder):
     ) -> dict[str, Tensor]:
         """The masks, in one sweep; `report` gets each layer's objective and an upper bound."""
         counts = self._budgets(run, kept)
+        if run.variant == "published":
+            return Published(self, run, counts, report).build()
         graph = run.graph if self.pool == "as_is" else sum_pools(run.graph)
         flow = run.flow(Semantics(power=0)) if graph is run.graph else Flow(graph, Semantics(0))
         masks: dict[str, Tensor] = {}
@@ -104,7 +109,7 @@ class NPB(MaskBuilder):
         def build(layer: Placed, name: str, paths: Floats) -> Tensor:
             solved = self.solve(layer, paths, counts[name])
             mask = self.mask(run, name, layer, solved.rows)
-            report(len(placed), summary(solved))
+            report(len(placed), solved.summary())
             return mask
 
         def arrive(step: Weight, x: Tensor) -> None:
@@ -177,8 +182,8 @@ class NPB(MaskBuilder):
         rows[some], value[some], bound[some] = found.rows, found.value, found.bound
         return Solution(rows, value, bound)
 
-    def mask(self, run: Run, name: str, layer: Placed, rows: Counts) -> Tensor:
-        """The packed mask with these row sums, on the CPU."""
+    def mask(self, run: Run, name: str, layer: Placed, rows: Counts, piece: int = 0) -> Tensor:
+        """The packed mask with these row sums, on the CPU, of a layer or a piece of its outputs."""
         weight = None
         if self.place == "score":
             weight = run.weight(name)
@@ -187,6 +192,9 @@ class NPB(MaskBuilder):
                     f"place='score': {name} is on the meta device and holds no values; "
                     "load the weights first"
                 )
+            if math.prod(layer.shape) < weight.numel():
+                along, size = (1, layer.shape[1]) if layer.transposed else (0, layer.shape[0])
+                weight = weight.narrow(along, piece * size, size)
             weight = weight.cpu().reshape(layer.shape)
         return ops.balanced_mask(
             torch.from_numpy(rows.reshape(-1)),
@@ -194,31 +202,7 @@ class NPB(MaskBuilder):
             groups=layer.grid.groups,
             transposed=layer.transposed,
             seed=run.seed,
-            stream=list(run.layers).index(name),
+            stream=list(run.layers).index(name) + len(run.layers) * piece,
             scores=weight,
             name=name,
         )
-
-
-def incoming(step: Weight, x: Tensor, grid: KernelGrid, flow: Flow) -> Floats:
-    """P_in `[groups, inputs]`, its maximum 1: the incoming map, summed over all but the inputs.
-
-    Summed by NumPy, in float64 and in an order that no number of threads changes.
-    """
-    if step.kind == "linear":
-        maps = x.reshape(-1, x.shape[-1]).T
-    else:
-        maps = x.movedim(-1 - len(step.stride), 0).flatten(1)
-    paths: Floats = maps.cpu().numpy().sum(1, dtype=np.float64).reshape(grid.groups, grid.inputs)
-    if not paths.max() > 0:
-        raise PaikernError(
-            f"npb: no path reaches {step.parameter}{flow.where_dead}; lower the sparsity, or take "
-            "another seed"
-        )
-    found: Floats = paths / paths.max()
-    return found
-
-
-def summary(solved: Solution) -> dict[str, float]:
-    """What is reported of a layer: means over its groups."""
-    return {"objective": float(solved.value.mean()), "bound": float(solved.bound.mean())}

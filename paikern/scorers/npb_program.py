@@ -58,6 +58,10 @@ class Solution:
     value: Floats
     bound: Floats
 
+    def summary(self) -> dict[str, float]:
+        """What is reported of a layer: means over its groups."""
+        return {"objective": float(self.value.mean()), "bound": float(self.bound.mean())}
+
 
 @dataclass(frozen=True)
 class LayerProgram:

@@ -164,6 +164,8 @@ def _pass_on(layers: Mapping[str, _Layer]) -> int:
 
 def _kept_back(layer: _Layer, count: int) -> tuple[int, Tensor]:
     """Leave up to `count` weights where they were, the lowest first; (the rest, the mask)."""
+    if not count:
+        return 0, layer.kept
     bits = ops.unpack_mask(layer.dead, (layer.dead.numel() * 8,))
     stay = torch.nonzero(bits).flatten()[:count]
     back = torch.zeros_like(bits).index_fill_(0, stay, True)
