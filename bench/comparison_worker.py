@@ -24,6 +24,7 @@ from bench.comparison_cases import SEED, Effort, Prepared, prepared, quality, ru
 
 ROOT = Path(__file__).parents[1]
 _TELL_EVERY = 0.2  # seconds
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux
 # Starting Python, torch and the model is not the method's time: 86 M normal values take 2 s.
 _PREPARATION_LIMIT = 300.0
 
@@ -206,6 +207,8 @@ def _warm_up(who: str) -> None:
 
 
 def main() -> int:
+    # A comparison that was killed takes its workers with it: a reference may run for hours.
+    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     os.dup2(2, 1)  # whatever prints goes to stderr; answers have their own descriptor
     held: dict[str, Prepared] = {}
     warm: set[str] = set()

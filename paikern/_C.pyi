@@ -157,6 +157,19 @@ def block_means(row: _Scores, columns: int, high: int, wide: int, means: int) ->
 def expand_blocks(
     blocks: int, rows: int, columns: int, high: int, wide: int, bits: int
 ) -> None: ...
+def balanced_mask(
+    rows: int,
+    groups: int,
+    inputs: int,
+    outputs: int,
+    positions: int,
+    transposed: bool,
+    seed: int,
+    stream: int,
+    scores: int,
+    wide: bool,
+    bits: int,
+) -> bool: ...
 
 # data, type, rows, cols, taps, groups, transposed, first bit, row tables, column tables
 _WalkRows = Sequence[tuple[int, ...]]

@@ -21,6 +21,7 @@ void run_all(uint32_t seed, int rounds) {
   check::maps(random);
   check::patterns(random, rounds);
   check::phew(random, rounds);
+  check::balanced(random, rounds);
 }
 
 }  // namespace

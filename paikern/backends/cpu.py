@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from paikern import _C
+from paikern.backends.cpu_balanced_mask import balanced_mask
 from paikern.backends.cpu_flow import (
     dpai_loop,
     path_flow,
@@ -47,6 +48,7 @@ from paikern.backends.errors import refuse_nan
 
 __all__ = [
     "apply_mask_",
+    "balanced_mask",
     "block_means",
     "block_means_factored",
     "dpai_loop",
@@ -86,6 +88,7 @@ __all__ = [
 
 _FLOAT64 = (
     "apply_mask_",
+    "balanced_mask",
     "block_means",
     "block_means_factored",
     "expand_blocks",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from paikern.backends.errors import refuse_nan
+from paikern.backends.reference_balanced_mask import balanced_mask
 from paikern.backends.reference_maps import (
     live_nodes,
     map_maximum,
@@ -42,6 +43,7 @@ from paikern.backends.reference_phew import phew_keep_, phew_tables, phew_walks
 
 __all__ = [
     "apply_mask_",
+    "balanced_mask",
     "block_means",
     "block_means_factored",
     "dpai_step_",

@@ -1,6 +1,7 @@
 """The operations: one file each with docstring, schema, shape function and derivative."""
 
 from paikern.ops.apply_mask import apply_mask_
+from paikern.ops.balanced_mask import balanced_mask
 from paikern.ops.block_means import block_means, block_means_factored
 from paikern.ops.dpai_step import dpai_step_, dpai_update_
 from paikern.ops.expand_blocks import expand_blocks
@@ -26,6 +27,7 @@ from paikern.ops.unpack_mask import unpack_mask
 
 __all__ = [
     "apply_mask_",
+    "balanced_mask",
     "block_means",
     "block_means_factored",
     "dpai_step_",
