@@ -4,9 +4,11 @@
 // one group. n[row, col] = sum over taps of |w| (w * w with weighting 1; with 2 a kernel weighs 1 / n instead of n). A
 // walk enters a weight by a unit of one side and draws the other: along a row or along a column of n.
 //
-// Tables: along each row and each column of a group, kernels in blocks of 16, the cumulated share of the blocks as
-// float32 in (0, 1]. A draw looks its block up and then adds up the kernels of that block from the weights themselves,
-// so that a network needs one byte of table for every two kernels. All sums are float64 in one order.
+// Tables: along each row and each column of a group, kernels in blocks, the cumulated share of the blocks as float32 in
+// (0, 1]. A draw looks its block up and then adds up the kernels of that block from the weights themselves. All sums
+// are float64 in one order. A block of a row is 16 kernels in one place; the kernels of a column lie in as many pages
+// of memory, which took most of a walk's time with blocks of 16, so that a block is 4 of them. Of kernels with 4
+// elements or more there are fewer: a block is 4 along a row and 1 along a column.
 //
 // Randomness is Philox4x32-10, keyed by the seed, its counter (walk, hop): no draw depends on what ran before it.
 #pragma once
@@ -16,7 +18,7 @@
 
 namespace paikern {
 
-constexpr int kWalkBlock = 16;
+constexpr int kLargestBlock = 16;
 
 struct WalkWeight {
   const void *data;
@@ -27,8 +29,10 @@ struct WalkWeight {
   int64_t by_row, by_col;  // where its tables begin
 
   int64_t group_rows() const { return rows / groups; }
-  int64_t row_blocks() const { return (cols + kWalkBlock - 1) / kWalkBlock; }
-  int64_t col_blocks() const { return (group_rows() + kWalkBlock - 1) / kWalkBlock; }
+  int64_t row_block() const { return taps >= 4 ? 4 : 16; }
+  int64_t row_blocks() const { return (cols + row_block() - 1) / row_block(); }
+  int64_t col_block() const { return taps >= 4 ? 1 : 4; }
+  int64_t col_blocks() const { return (group_rows() + col_block() - 1) / col_block(); }
 };
 
 // Fills the tables of all weights; a row or column without magnitude is all zero.

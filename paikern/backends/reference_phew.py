@@ -9,8 +9,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from paikern.backends.walk_blocks import column_block, row_block
+
 _T = TypeVar("_T")
-_BLOCK = 16
 _INPUT, _WEIGHT, _JOINT, _OUTPUT = range(4)
 _MASK = 2**32 - 1
 _WINDOW = 1000
@@ -34,10 +35,10 @@ def _in_order(values: Tensor) -> Tensor:
     return torch.stack(sums, -1)
 
 
-def _table(shares: Tensor) -> Tensor:
+def _table(shares: Tensor, block: int) -> Tensor:
     """`[lists, kernels]` -> `[lists, blocks]`: cumulated, relative to the total."""
-    missing = -shares.shape[1] % _BLOCK
-    padded = torch.nn.functional.pad(shares, (0, missing)).unflatten(1, (-1, _BLOCK))
+    missing = -shares.shape[1] % block
+    padded = torch.nn.functional.pad(shares, (0, missing)).unflatten(1, (-1, block))
     upto = _in_order(_in_order(padded)[..., -1])
     total = upto[:, -1:]
     return torch.where(total > 0, upto / total, 0.0).float()
@@ -52,8 +53,12 @@ def phew_tables(weights: Sequence[Tensor], geometry: Tensor, size: int, weightin
     tables = torch.empty(size, dtype=torch.float32)
     for weight, row in zip(weights, geometry.tolist(), strict=True):
         shares = _shares(_magnitudes(weight, row, weighting), weighting)
-        for begin, lists in ((row[6], shares), (row[7], _by_column(shares, row[3]))):
-            table = _table(lists).flatten()
+        columns = _by_column(shares, row[3])
+        for begin, lists, block in (
+            (row[6], shares, row_block(row[2])),
+            (row[7], columns, column_block(row[2])),
+        ):
+            table = _table(lists, block).flatten()
             tables[begin : begin + len(table)] = table
     return tables
 
@@ -155,28 +160,28 @@ class _Walker:
         group = unit // (rows // groups) if along_row else unit // cols
         if along_row:
             shares = self.shares[weight][unit].tolist()
-            table, at = by_row, unit
+            table, size = by_row, row_block(taps)
         else:
             shares = _by_column(self.shares[weight], groups)[unit].tolist()
-            table, at = by_col, unit
-        blocks = -(-len(shares) // _BLOCK)
-        entries = self.tables[table + at * blocks : table + (at + 1) * blocks]
-        drawn = self._kernel(shares, entries)
+            table, size = by_col, column_block(taps)
+        blocks = -(-len(shares) // size)
+        entries = self.tables[table + unit * blocks : table + (unit + 1) * blocks]
+        drawn = self._kernel(shares, entries, size)
         row = unit if along_row else group * (rows // groups) + drawn
         col = drawn if along_row else unit % cols
         bits = [base + (row * cols + col) * taps + tap for tap in self._taps(weight, row, col)]
         other = group * cols + col if along_row else row
         return other, bits if base >= 0 else []
 
-    def _kernel(self, shares: list[float], entries: list[float]) -> int:
+    def _kernel(self, shares: list[float], entries: list[float], size: int) -> int:
         u = ((self.words[0] << 21) | (self.words[1] >> 11)) * 2.0**-53
         if entries[-1] == 0:
             return int(u * len(shares))
         block = next(b for b, entry in enumerate(entries) if entry > u)
         below = entries[block - 1] if block else 0.0
         at = (u - below) / (entries[block] - below)
-        upto = list(itertools.accumulate(shares[block * _BLOCK : (block + 1) * _BLOCK]))
-        return block * _BLOCK + _above(upto, at * upto[-1])
+        upto = list(itertools.accumulate(shares[block * size : (block + 1) * size]))
+        return block * size + _above(upto, at * upto[-1])
 
     def _taps(self, weight: int, row: int, col: int) -> list[int]:
         held = self.magnitudes[weight][row, col].tolist()

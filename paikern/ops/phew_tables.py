@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from paikern.backends.walk_blocks import table_blocks
 from paikern.ops._library import define, fake, run
 
 WEIGHTINGS = ("abs", "square", "inverse")
@@ -22,13 +23,13 @@ def _shape(weights: Sequence[Tensor], geometry: Tensor, size: int, weighting: in
 def phew_tables(
     weights: Sequence[Tensor], geometry: Tensor, size: int, *, weighting: str = "abs"
 ) -> Tensor:
-    """The shares of blocks of 16 kernels in their row and in their column, cumulated.
+    """The shares of blocks of kernels in their row and in their column, cumulated.
 
     A weight is kernels `[rows, cols]` of `taps` elements; rows come in `groups`, cols are those of
-    one group. The norm of a kernel is `n = sum |w|`. Row r has `ceil(cols / 16)` entries, the last
-    one 1; column c of a group has `ceil(rows / groups / 16)`. A row or column of zeros has entries
-    of 0. Sums are float64, one element after the other, entries their float32: the same on any
-    number of threads and any backend.
+    one group. The norm of a kernel is `n = sum |w|`. A row has an entry for every 16 kernels, a
+    column of a group one for every 4, and with `taps >= 4` for every 4 and for each; the last is 1.
+    A row or column of zeros has entries of 0. Sums are float64, one element after the other, and
+    entries their float32: the same on any number of threads and any backend.
 
     Args:
         weights: contiguous, on the CPU, float32, float16, bfloat16 or float64.
@@ -78,9 +79,11 @@ def check_walk_weights(
         rows, cols, taps, groups, _, _, by_row, by_col = row
         fits = w.is_contiguous() and w.is_floating_point() and w.numel() == rows * cols * taps
         fits = fits and min(rows, cols, taps, groups) > 0 and rows % groups == 0
-        across, down = rows * -(-cols // 16), groups * cols * -(-(rows // max(groups, 1)) // 16)
-        inside = 0 <= by_row <= size - across and 0 <= by_col <= size - down
-        if not (fits and inside):
+        if fits:
+            across, down = table_blocks(rows, cols, taps, groups)
+            fits = 0 <= by_row <= size - rows * across
+            fits = fits and 0 <= by_col <= size - groups * cols * down
+        if not fits:
             raise ValueError(
                 f"{operation}: weight {number} of shape {list(w.shape)} does not fit its row "
                 f"{row} of the geometry, or tables of {size} entries"

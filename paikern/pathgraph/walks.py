@@ -8,11 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from paikern.backends.walk_blocks import table_blocks
 from paikern.pathgraph.steps import State, Weight
 from paikern.pathgraph.units import INPUT, WEIGHT, Node, Slot, WalkGraph, owners
-
-BLOCK = 16
-"""Kernels in a block of the tables, as in csrc/cpu/phew.h."""
 
 
 @dataclass(frozen=True)
@@ -55,21 +53,16 @@ def flattened(
     for node in graph.nodes:
         if node.step is not None:
             tensor, row = _geometry(node.step, state, parts)
-            across = _blocks(row[1]) * row[0]
-            down = row[3] * row[1] * _blocks(row[0] // row[3])
+            across, down = table_blocks(*row[:4])
             held.append(tensor)
-            rows.append([*row, at, at + across])
-            at += across + down
+            rows.append([*row, at, at + row[0] * across])
+            at += row[0] * across + row[3] * row[1] * down
     geometry = torch.tensor(rows, dtype=torch.int64).view(len(rows), 8)
     tensors = _Lists(graph).tensors()
     if not len(tensors[-1]) or not graph.nodes[-1].units:
         raise ValueError("no unit of the input or none of the output carries a path")
     width = _longest(graph, geometry, whole)
     return Walks(held, geometry, tensors, at, width, parts, nbytes)
-
-
-def _blocks(kernels: int) -> int:
-    return (kernels + BLOCK - 1) // BLOCK
 
 
 def _geometry(

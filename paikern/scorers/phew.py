@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from paikern import ops
+from paikern.backends.walk_blocks import table_blocks
 from paikern.errors import SparsityError
 from paikern.masks import MaskSet
 from paikern.ops.phew_keep import STALLED, STATE, WALKING
 from paikern.ops.phew_tables import which
 from paikern.pathgraph.units import WalkGraph, walk_graph
-from paikern.pathgraph.walks import BLOCK, Walks, flattened
+from paikern.pathgraph.walks import Walks, flattened
 from paikern.scorers.base import MaskBuilder, Report, Run, register_scorer
 from paikern.scorers.phew_fill import fill_up
 from paikern.scorers.phew_published import published_walk_graph
@@ -82,7 +83,8 @@ class PHEW(MaskBuilder):
         _note_zeros(run, graph, walks, tables)
         bits = self._start(run, walks)
         state = torch.zeros(len(STATE), dtype=torch.int64)
-        state[0] = begin = sum(_count(bits, part) for part in walks.parts.values())
+        begin = 0 if self.grow_from is None else _count(bits)
+        state[0] = begin
         if begin > target:
             raise SparsityError(
                 f"grow_from: its masks keep {begin} weights, more than the {target} asked for"
@@ -111,7 +113,7 @@ class PHEW(MaskBuilder):
                 raise self._stalled(run, graph, now, target)
             if cut:
                 run.notes.append(
-                    f"phew: no walk had few enough new weights to end on exactly {target}; {cut} "
+                    f"phew: no walk had few enough new weights to end on {target}; {cut} "
                     "of those kept belong to a walk that was cut and may lie on no path "
                     "(exact=False keeps whole walks)"
                 )
@@ -185,9 +187,8 @@ def _batch(state: list[int], begin: int, target: int, width: int) -> int:
     return max(1, min(max(wanted, _FEWEST), _MOST, _ENTRIES // width))
 
 
-def _count(bits: Tensor, part: tuple[int, int]) -> int:
-    held = bits[part[0] : part[0] + part[1]]
-    return int(ops.unpack_mask(held, (8 * len(held),)).sum())
+def _count(bits: Tensor) -> int:
+    return int(ops.unpack_mask(bits, (8 * len(bits),)).sum())
 
 
 def _note_zeros(run: Run, graph: WalkGraph, walks: Walks, tables: Tensor) -> None:
@@ -195,8 +196,8 @@ def _note_zeros(run: Run, graph: WalkGraph, walks: Walks, tables: Tensor) -> Non
     found = []
     steps = [node.step for node in graph.nodes if node.step is not None]
     for step, row in zip(steps, walks.geometry.tolist(), strict=True):
-        rows, cols, _, groups, _, _, by_row, by_col = row
-        across, down = -(-cols // BLOCK), -(-(rows // groups) // BLOCK)
+        rows, cols, taps, groups, _, _, by_row, by_col = row
+        across, down = table_blocks(rows, cols, taps, groups)
         ends = (
             tables[by_row : by_row + rows * across].view(-1, across)[:, -1],
             tables[by_col : by_col + groups * cols * down].view(-1, down)[:, -1],
