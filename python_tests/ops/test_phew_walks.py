@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -260,3 +261,84 @@ def test_what_does_not_fit_is_refused() -> None:
         ops.phew_keep_(torch.zeros(1, dtype=torch.uint8), state, torch.tensor([[64]]), target=1)
     with pytest.raises(ValueError, match=r"state must be int64 \[6\]"):
         ops.phew_keep_(torch.zeros(1, dtype=torch.uint8), state[:5], torch.tensor([[1]]), target=1)
+
+
+class RandomNet(nn.Module):
+    """Linear layers over random earlier values, whose sums and concatenations come up as well."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        draw = np.random.default_rng(seed)
+        widths, self.plan = [int(draw.integers(1, 9))], []
+        self.inputs = widths[0]
+        self.layers = nn.ModuleList()
+        for _ in range(int(draw.integers(1, 7))):
+            kind = draw.choice(["linear", "linear", "add", "cat", "part"])
+            a, b = (int(n) for n in draw.integers(0, len(widths), 2))
+            if kind == "linear" or (kind == "add" and widths[a] != widths[b]):
+                out = widths[b] if draw.random() < 0.5 else int(draw.integers(1, 30))
+                self.plan.append(("linear", a, len(self.layers)))
+                self.layers.append(nn.Linear(widths[a], out, bias=False))
+                widths.append(out)
+            elif kind == "part":
+                self.plan.append((kind, a, b))
+                widths.append((widths[a] + 1) // 2)
+            else:
+                self.plan.append((kind, a, b))
+                widths.append(widths[a] if kind == "add" else widths[a] + widths[b])
+        self.head = nn.Linear(widths[-1], int(draw.integers(1, 6)), bias=False)
+        with torch.no_grad():
+            for p in self.parameters():
+                values = draw.standard_normal(p.shape) * 2.0 ** draw.integers(-20, 20, p.shape)
+                values[draw.random(p.shape) < draw.choice([0.0, 0.3, 0.8])] = 0
+                p.copy_(torch.from_numpy(values))
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = [x]
+        for kind, a, b in self.plan:
+            if kind == "linear":
+                values.append(self.layers[b](values[a]))
+            elif kind == "part":
+                values.append(values[a][:, ::2])
+            elif kind == "add":
+                values.append(values[a] + values[b])
+            else:
+                values.append(torch.cat([values[a], values[b]], 1))
+        y: Tensor = self.head(values[-1])
+        return y
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    skips=st.booleans(),
+    weighting=st.sampled_from(["abs", "square", "inverse"]),
+)
+def test_random_networks(seed: int, skips: bool, weighting: str) -> None:
+    """Both backends agree; every walk is a path, through zeros only where there is nothing else."""
+    net = RandomNet(seed)
+    x = torch.ones(1, net.inputs)
+    w = walks_of(net, x, skips=skips)
+    found = []
+    for backend in ("cpu", "reference"):
+        with registry.using(backend):
+            tables = tables_of(w, weighting)
+            found.append(drawn(w, tables, count=24, weighting=weighting))
+    assert torch.equal(*found)
+    shapes = {n: p.shape for n, p in net.named_parameters()}
+    for walk in found[0][:8]:
+        passed = walk[walk >= 0]
+        bits = torch.zeros(8 * w.nbytes, dtype=torch.bool)
+        bits[passed] = True
+        masks = {
+            name: bits[8 * first : 8 * first + shapes[name].numel()].view(shapes[name])
+            for name, (first, _) in w.parts.items()
+        }
+        used = {n for n, m in masks.items() if bool(m.any())}
+        for name in used:
+            ((o, i),) = masks[name].nonzero().tolist()
+            weight = net.get_parameter(name)
+            assert weight[o, i] != 0 or not weight[:, i].any() or not weight[o].any()
+        if used:
+            top = pk.analyze(net, pk.MaskSet.from_bool(masks), example_inputs=x)
+            assert top.effective_params == len(passed)
