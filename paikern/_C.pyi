@@ -164,6 +164,7 @@ def balanced_mask(
     outputs: int,
     positions: int,
     transposed: bool,
+    cover: int,
     seed: int,
     stream: int,
     scores: int,

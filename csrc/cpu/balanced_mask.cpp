@@ -79,25 +79,48 @@ void exchange(int32_t *lap, int64_t needed, const int32_t *held, int64_t count, 
   }
 }
 
-Columns deal(const Source &from, const int64_t *rows, int64_t group) {
+// The rest of a row goes to the first columns of `favourites` that it does not have yet.
+void favour(const std::vector<int32_t> &favourites, int32_t *row, int64_t held, int64_t count, int64_t mark,
+            std::vector<int64_t> *seen) {
+  for (int64_t k = 0; k < held; ++k) (*seen)[static_cast<size_t>(row[k])] = mark;
+  for (size_t next = 0; held < count; ++next) {
+    if ((*seen)[static_cast<size_t>(favourites[next])] != mark) row[held++] = favourites[next];
+  }
+}
+
+Columns deal(const Source &from, const int64_t *rows, int64_t cover, int64_t group) {
   const int64_t outputs = from.grid.outputs, inputs = from.grid.inputs;
   Columns made;
   made.starts.assign(static_cast<size_t>(inputs + 1), 0);
+  int64_t covered = 0;  // by what goes round all columns
   for (int64_t i = 0; i < inputs; ++i) {
     made.starts[static_cast<size_t>(i + 1)] = made.starts[static_cast<size_t>(i)] + rows[i] % outputs;
+    covered += rows[i] / outputs;
   }
-  const int64_t laps = (made.starts.back() + outputs - 1) / outputs;
-  made.order.resize(static_cast<size_t>(laps * outputs));
-#pragma omp parallel for schedule(static) if (laps * outputs > kParallel)
+  const int64_t total = made.starts.back();
+  int64_t laps = (total + outputs - 1) / outputs;
+  if (cover >= 0) laps = std::min(laps, std::max<int64_t>(cover - covered, 0));
+  const int64_t dealt = laps * outputs;
+  made.order.resize(static_cast<size_t>(std::max(total, dealt)));
+#pragma omp parallel for schedule(static) if (dealt > kParallel)
   for (int64_t lap = 0; lap < laps; ++lap) {
     shuffle(made.order.data() + lap * outputs, outputs,
             from.draws(kLaps, static_cast<uint32_t>(lap), static_cast<uint32_t>(group)));
+  }
+  std::vector<int32_t> favourites(static_cast<size_t>(total > dealt ? outputs : 0));
+  if (total > dealt) {
+    shuffle(favourites.data(), outputs, from.draws(kLaps, UINT32_MAX, static_cast<uint32_t>(group)));
   }
   std::vector<int64_t> seen(static_cast<size_t>(outputs), -1);
   for (int64_t i = 0; i < inputs; ++i) {
     const int64_t begin = made.starts[static_cast<size_t>(i)], end = made.starts[static_cast<size_t>(i + 1)];
     const int64_t next = (begin / outputs + 1) * outputs;
-    if (end > next) exchange(made.order.data() + next, end - next, made.order.data() + begin, next - begin, i, &seen);
+    int32_t *row = made.order.data() + begin;
+    if (end > dealt) {
+      favour(favourites, row, std::max<int64_t>(dealt - begin, 0), end - begin, i, &seen);
+    } else if (end > next) {
+      exchange(made.order.data() + next, end - next, row, next - begin, i, &seen);
+    }
   }
   return made;
 }
@@ -182,13 +205,13 @@ bool fill(const Source &from, const int64_t *rows, const uint8_t *extra, const T
 
 }  // namespace
 
-bool balanced_mask(const int64_t *rows, const KernelGrid &grid, uint64_t seed, uint32_t stream, const void *scores,
-                   bool wide, uint8_t *bits) {
+bool balanced_mask(const int64_t *rows, const KernelGrid &grid, int64_t cover, uint64_t seed, uint32_t stream,
+                   const void *scores, bool wide, uint8_t *bits) {
   if (grid.kernels() == 0) return true;
   const Source from{grid, seed, stream};
   std::vector<uint8_t> extra(static_cast<size_t>(grid.kernels()), 0);
   for (int64_t group = 0; group < grid.groups; ++group) {
-    mark(grid, group, deal(from, rows + group * grid.inputs, group), extra.data());
+    mark(grid, group, deal(from, rows + group * grid.inputs, cover, group), extra.data());
   }
   if (wide) return fill(from, rows, extra.data(), static_cast<const double *>(scores), bits);
   return fill(from, rows, extra.data(), static_cast<const float *>(scores), bits);

@@ -36,7 +36,8 @@ Made make(Random &random) {
   return made;
 }
 
-void sums(const Made &made) {
+// With `cover` >= 0 columns are even, or none is below it.
+void sums(const Made &made, int64_t cover = -1) {
   const KernelGrid &grid = made.grid;
   for (int64_t g = 0; g < grid.groups; ++g) {
     std::vector<int64_t> columns(static_cast<size_t>(grid.outputs), 0);
@@ -52,7 +53,7 @@ void sums(const Made &made) {
       CHECK(row == wanted);
     }
     const auto [least, most] = std::minmax_element(columns.begin(), columns.end());
-    CHECK(*most - *least <= 1);
+    CHECK(*most - *least <= 1 || (cover >= 0 && *least >= cover));
   }
   for (int64_t i = grid.kernels() * grid.positions; i < 8 * static_cast<int64_t>(made.bits.size()); ++i) {
     CHECK(!bit(made.bits, i));
@@ -64,7 +65,7 @@ void ranked(Random &random, Made made) {
   std::vector<T> scores(static_cast<size_t>(made.grid.kernels() * made.grid.positions));
   for (T &score : scores) score = static_cast<T>(below(random, 7) - 3);
   const bool wide = sizeof(T) == 8;
-  CHECK(paikern::balanced_mask(made.rows.data(), made.grid, 1, 2, scores.data(), wide, made.bits.data()));
+  CHECK(paikern::balanced_mask(made.rows.data(), made.grid, -1, 1, 2, scores.data(), wide, made.bits.data()));
   sums(made);
   const int64_t positions = made.grid.positions;
   for (int64_t i = 0; i < static_cast<int64_t>(scores.size()); ++i) {
@@ -75,7 +76,7 @@ void ranked(Random &random, Made made) {
     }
   }
   scores[static_cast<size_t>(below(random, static_cast<int64_t>(scores.size())))] = std::numeric_limits<T>::quiet_NaN();
-  CHECK(!paikern::balanced_mask(made.rows.data(), made.grid, 1, 2, scores.data(), wide, made.bits.data()));
+  CHECK(!paikern::balanced_mask(made.rows.data(), made.grid, -1, 1, 2, scores.data(), wide, made.bits.data()));
 }
 
 }  // namespace
@@ -84,15 +85,18 @@ void balanced(Random &random, int rounds) {
   for (int round = 0; round < rounds; ++round) {
     Made made = make(random);
     const uint64_t seed = random();
-    CHECK(paikern::balanced_mask(made.rows.data(), made.grid, seed, 3, nullptr, false, made.bits.data()));
+    CHECK(paikern::balanced_mask(made.rows.data(), made.grid, -1, seed, 3, nullptr, false, made.bits.data()));
     sums(made);
     std::vector<uint8_t> again(made.bits.size(), 0x5a);
-    CHECK(paikern::balanced_mask(made.rows.data(), made.grid, seed, 3, nullptr, false, again.data()));
+    CHECK(paikern::balanced_mask(made.rows.data(), made.grid, -1, seed, 3, nullptr, false, again.data()));
     CHECK(again == made.bits);
+    const int64_t cover = below(random, 4);
+    CHECK(paikern::balanced_mask(made.rows.data(), made.grid, cover, seed, 3, nullptr, false, made.bits.data()));
+    sums(made, cover);
     below(random, 2) == 0 ? ranked<float>(random, made) : ranked<double>(random, made);
   }
   const KernelGrid none{1, 0, 5, 9, false};
-  CHECK(paikern::balanced_mask(nullptr, none, 0, 0, nullptr, false, nullptr));
+  CHECK(paikern::balanced_mask(nullptr, none, -1, 0, 0, nullptr, false, nullptr));
 }
 
 }  // namespace check

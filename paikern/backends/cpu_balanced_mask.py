@@ -13,7 +13,13 @@ from paikern.backends.errors import refuse_nan
 
 
 def balanced_mask(
-    rows: Tensor, scores: Tensor, grid: Sequence[int], transposed: bool, seed: int, stream: int
+    rows: Tensor,
+    scores: Tensor,
+    grid: Sequence[int],
+    transposed: bool,
+    cover: int,
+    seed: int,
+    stream: int,
 ) -> Tensor:
     groups, inputs, outputs, positions = grid
     given = rows.contiguous()
@@ -27,6 +33,7 @@ def balanced_mask(
         outputs,
         positions,
         transposed,
+        cover,
         seed % 2**64,
         stream,
         values.data_ptr() if values.numel() else 0,

@@ -38,7 +38,13 @@ def _draw(number: int, first: Tensor, second: Tensor, tag: int, seed: int) -> Te
 
 
 def balanced_mask(
-    rows: Tensor, scores: Tensor, grid: Sequence[int], transposed: bool, seed: int, stream: int
+    rows: Tensor,
+    scores: Tensor,
+    grid: Sequence[int],
+    transposed: bool,
+    cover: int,
+    seed: int,
+    stream: int,
 ) -> Tensor:
     from paikern.backends import reference
 
@@ -48,9 +54,10 @@ def balanced_mask(
     if outputs:
         counts += (given // outputs)[:, :, None]
         for group in range(groups):
-            for i, columns in enumerate(
-                _deal((given[group] % outputs), outputs, group, seed, stream)
-            ):
+            covered = int((given[group] // outputs).sum())
+            laps = None if cover < 0 else max(cover - covered, 0)
+            rest = given[group] % outputs
+            for i, columns in enumerate(_deal(rest, outputs, laps, group, seed, stream)):
                 counts[group, i, columns] += 1
     stored = counts if transposed else counts.transpose(1, 2)
     per_kernel = stored.flatten()
@@ -61,31 +68,48 @@ def balanced_mask(
     return reference.pack_mask(mask).to(rows.device)
 
 
-def _deal(rest: Tensor, outputs: int, group: int, seed: int, stream: int) -> list[Tensor]:
-    """The columns of each row, from laps of all columns, none twice in a row."""
+def _deal(
+    rest: Tensor, outputs: int, most: int | None, group: int, seed: int, stream: int
+) -> list[Tensor]:
+    """The columns of each row, from laps of all columns, none twice in a row.
+
+    After `most` laps rows take the columns that come first in one last permutation.
+    """
     total = int(rest.sum())
     laps = (total + outputs - 1) // outputs
-    order = torch.arange(outputs).repeat(laps, 1)  # [laps, outputs]
-    every = torch.arange(laps)
+    laps = laps if most is None else min(laps, most)
+    last = torch.tensor([*range(laps), _WORD])
+    order = _permutations(last, outputs, group, seed, stream).tolist()
+    flat, favourites = [column for lap in order[:-1] for column in lap], order[-1]
+    found, begin = [], 0
+    for count in rest.tolist():
+        end, border = begin + count, (begin // outputs + 1) * outputs
+        row = flat[begin:end]
+        if end > len(flat):
+            row += [column for column in favourites if column not in row][: count - len(row)]
+        elif end > border:
+            held, later = set(flat[begin:border]), end
+            for k in range(border, end):
+                if flat[k] in held:
+                    while flat[later] in held:
+                        later += 1
+                    flat[k], flat[later] = flat[later], flat[k]
+            row = flat[begin:end]
+        found.append(torch.tensor(row, dtype=torch.int64))
+        begin = end
+    return found
+
+
+def _permutations(laps: Tensor, outputs: int, group: int, seed: int, stream: int) -> Tensor:
+    order = torch.arange(outputs).repeat(len(laps), 1)  # [laps, outputs]
+    every = torch.arange(len(laps))
     for number, last in enumerate(range(outputs - 1, 0, -1)):
-        word = _draw(number, every, torch.tensor(group), 2 * stream, seed)
+        word = _draw(number, laps, torch.tensor(group), 2 * stream, seed)
         other = (word * (last + 1)) >> 32
         held = order[every, other]
         order[every, other] = order[:, last].clone()
         order[:, last] = held
-    flat = order.flatten().tolist()
-    found, begin = [], 0
-    for count in rest.tolist():
-        end, border = begin + count, (begin // outputs + 1) * outputs
-        held_before, later = set(flat[begin:border]), end
-        for k in range(border, end):
-            if flat[k] in held_before:
-                while flat[later] in held_before:
-                    later += 1
-                flat[k], flat[later] = flat[later], flat[k]
-        found.append(torch.tensor(flat[begin:end], dtype=torch.int64))
-        begin = end
-    return found
+    return order
 
 
 def _random(counts: Tensor, positions: int, seed: int, stream: int) -> Tensor:

@@ -13,14 +13,20 @@ from paikern.ops._library import define, fake, run
 from paikern.ops.topk_mask import check_names, check_scores, named_nan
 
 define(
-    "balanced_mask(Tensor rows, Tensor scores, int[] grid, bool transposed, int seed, int stream) "
-    "-> Tensor"
+    "balanced_mask(Tensor rows, Tensor scores, int[] grid, bool transposed, int cover, int seed, "
+    "int stream) -> Tensor"
 )
 
 
 @fake("balanced_mask")
 def _shape(
-    rows: Tensor, scores: Tensor, grid: Sequence[int], transposed: bool, seed: int, stream: int
+    rows: Tensor,
+    scores: Tensor,
+    grid: Sequence[int],
+    transposed: bool,
+    cover: int,
+    seed: int,
+    stream: int,
 ) -> Tensor:
     return rows.new_empty((math.prod(grid) + 7) // 8, dtype=torch.uint8)
 
@@ -59,6 +65,7 @@ def balanced_mask(
     *,
     groups: int = 1,
     transposed: bool = False,
+    cover: int | None = None,
     seed: int = 0,
     stream: int = 0,
     scores: Tensor | None = None,
@@ -76,6 +83,8 @@ def balanced_mask(
         shape: of the weight, `[out, in / groups, *kernel]`.
         groups: of a grouped convolution.
         transposed: the weight is stored `[in, out / groups, *kernel]`.
+        cover: outputs are even up to so many weights only; what goes beyond is given to the same
+            few of them.
         seed, stream: what is drawn depends on these two alone: 64 and 31 bits.
         scores: positions in a kernel go to the largest magnitudes, the lower index on ties;
             random without. Float, of the weight's shape. Infinities rank by value.
@@ -111,6 +120,8 @@ def balanced_mask(
             f"balanced_mask: rows must be in [0, {most}], the weights of one input; "
             f"got {int(rows.min())} to {int(rows.max())}"
         )
+    if cover is not None and cover < 0:
+        raise ValueError(f"balanced_mask: cover must be >= 0, got {cover}")
     if not 0 <= stream < 2**31 or not -(2**63) <= seed < 2**64:
         raise ValueError(f"balanced_mask: seed {seed} or stream {stream} is out of range")
     if scores is None:
@@ -122,11 +133,20 @@ def balanced_mask(
                 f"balanced_mask: scores must have the shape {tuple(shape)}, "
                 f"got {tuple(values.shape)}"
             )
+    most_even = -1 if cover is None else cover
     names = None if name is None else [name]
     check_names("balanced_mask", names, 1)
     signed = seed - 2**64 if seed >= 2**63 else seed  # the schema knows signed integers only
     with named_nan(names):
         bits: Tensor = run(
-            "balanced_mask", [rows, values], rows, values, list(grid), transposed, signed, stream
+            "balanced_mask",
+            [rows, values],
+            rows,
+            values,
+            list(grid),
+            transposed,
+            most_even,
+            signed,
+            stream,
         )
         return bits

@@ -32,6 +32,7 @@ from paikern.scorers.npb_program import Counts, Floats, LayerProgram, Solution
 from paikern.scorers.npb_published import Published
 from paikern.scorers.npb_repair import Placed, move_dead_weights
 
+OUTPUTS = ("even", "few")
 PLACES = ("random", "score")
 POOLS = ("as_is", "sum")
 
@@ -48,6 +49,9 @@ class NPB(MaskBuilder):
         min_node: weights from which an input or output counts as covered; 1 by default, and never
             more than the budget of a layer gives each kernel on average, rounded up.
         node_constraint: no input and no output gets more than its even share of the budget.
+        outputs: of the many optima take the one with "even" outputs, or with "few" that get all
+            there is beyond `min_node` for each. Those then carry most paths, and later layers
+            leave fewer inputs out.
         place: "random", or "score": the largest |w| of a kernel, ties to the lower index.
         pool: "as_is" takes mean pools as means, "sum" as sums. It matters only where branches with
             and without a pool meet.
@@ -59,6 +63,7 @@ class NPB(MaskBuilder):
     max_kernel: int | Mapping[str, int] | None = None
     min_node: int | None = None
     node_constraint: bool = False
+    outputs: str = "even"
     place: str = "random"
     pool: str = "as_is"
     repair: bool = True
@@ -87,12 +92,15 @@ class NPB(MaskBuilder):
             whole = isinstance(value, Integral) and not isinstance(value, bool)
             if value is not None and (not whole or value < 1):
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-        for name, choices in (("place", PLACES), ("pool", POOLS)):
+        for name, choices in (("outputs", OUTPUTS), ("place", PLACES), ("pool", POOLS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
         for name in ("node_constraint", "repair"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+
+        if self.node_constraint and self.outputs == "few":
+            raise ValueError("outputs='few': node_constraint=True makes them even; use one of both")
 
     def build(
         self, run: Run, kept: int | list[int], report: Report = lambda done, values: None
@@ -153,7 +161,7 @@ class NPB(MaskBuilder):
         share = -(-budget // grid.groups)  # of the groups that get most
         needed = -(-share // (grid.inputs * grid.outputs))
         capacity = max(min(most or grid.positions, grid.positions), needed)
-        return Placed(shape, grid, transposed, capacity)
+        return Placed(shape, grid, transposed, capacity, min(self.min_node or 1, needed))
 
     def solve(self, layer: Placed, paths: Floats, budget: int) -> Solution:
         """The program of a layer; its groups share the budget evenly.
@@ -201,6 +209,7 @@ class NPB(MaskBuilder):
             layer.shape,
             groups=layer.grid.groups,
             transposed=layer.transposed,
+            cover=layer.least if self.outputs == "few" else None,
             seed=run.seed,
             stream=list(run.layers).index(name) + len(run.layers) * piece,
             scores=weight,

@@ -27,12 +27,13 @@ from paikern.scorers.base import Run
 
 @dataclass(frozen=True)
 class Placed:
-    """How a layer is built: shape of the weight, its kernels, and how many weights one may hold."""
+    """How a layer is built: its shape and kernels, K, and t."""
 
     shape: tuple[int, ...]
     grid: KernelGrid
     transposed: bool
     capacity: int
+    least: int
 
 
 @dataclass
@@ -122,7 +123,8 @@ def _each_layer(
 
 
 def _count(packed: Tensor) -> int:
-    return int(ops.unpack_mask(packed, (packed.numel() * 8,)).sum())
+    # One large integer: a tenth of the time of unpacking and adding.
+    return int.from_bytes(packed.cpu().numpy().tobytes(), "little").bit_count()
 
 
 def _free(layer: _Layer, paths: Tensor, placed: Placed) -> Tensor:

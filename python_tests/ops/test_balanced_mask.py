@@ -45,11 +45,17 @@ def kernels_of(bits: Tensor, grid: KernelGrid, transposed: bool) -> Tensor:
     return counts if transposed else counts.transpose(1, 2)
 
 
-def check(bits: Tensor, rows: Tensor, grid: KernelGrid, transposed: bool) -> None:
+def check(
+    bits: Tensor, rows: Tensor, grid: KernelGrid, transposed: bool, cover: int | None = None
+) -> None:
     counts = kernels_of(bits, grid, transposed)
     assert counts.sum(2).flatten().tolist() == rows.tolist()
     columns = counts.sum(1)  # [groups, outputs]
-    assert int((columns.max(1).values - columns.min(1).values).max()) <= 1
+    uneven = columns.max(1).values - columns.min(1).values > 1
+    if cover is None:
+        assert not uneven.any()
+    else:  # no output is above the others before all have `cover`
+        assert bool((columns.min(1).values[uneven] >= cover).all())
     even = rows.view(grid.groups, grid.inputs, 1) // grid.outputs
     assert bool(((counts == even) | (counts == even + 1)).all())
     numel = math.prod(grid)
@@ -85,6 +91,7 @@ def test_sums_and_equal_bits_on_both_backends(
     transposed=st.booleans(),
     seed=st.integers(0, 2**64 - 1),
     stream=st.integers(0, 2**31 - 1),
+    cover=st.none() | st.integers(0, 12),
     data=st.data(),
 )
 @settings(max_examples=150, deadline=None)
@@ -96,6 +103,7 @@ def test_any_rows(
     transposed: bool,
     seed: int,
     stream: int,
+    cover: int | None,
     data: st.DataObject,
 ) -> None:
     first, second = (inputs, outputs) if transposed else (outputs, inputs)
@@ -109,11 +117,28 @@ def test_any_rows(
         with registry.using(backend):
             found.append(
                 ops.balanced_mask(
-                    rows, shape, groups=groups, transposed=transposed, seed=seed, stream=stream
+                    rows,
+                    shape,
+                    groups=groups,
+                    transposed=transposed,
+                    cover=cover,
+                    seed=seed,
+                    stream=stream,
                 )
             )
-    check(found[0], rows, KernelGrid(groups, inputs, outputs, positions), transposed)
+    check(found[0], rows, KernelGrid(groups, inputs, outputs, positions), transposed, cover)
     assert torch.equal(*found)
+
+
+def test_cover_gives_the_rest_to_the_same_outputs() -> None:
+    rows = torch.tensor([3, 2, 3, 1, 3])
+    bits = ops.balanced_mask(rows, (6, 5), cover=1)
+    columns = ops.unpack_mask(bits, (6, 5)).sum(1)
+    # 6 of 12 go once round; of the other 6, three rows give 1, 1 and 3 to the first favourites.
+    assert sorted(columns.tolist(), reverse=True)[0] >= 3
+    assert int(columns.min()) == 1
+    none = ops.unpack_mask(ops.balanced_mask(rows, (6, 5), cover=0), (6, 5)).sum(1)
+    assert sorted(none.tolist(), reverse=True) == [5, 4, 3, 0, 0, 0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -238,6 +263,8 @@ def test_errors() -> None:
         ops.balanced_mask(rows, (3,))
     with pytest.raises(ValueError, match="in 2 groups"):
         ops.balanced_mask(rows, (3, 2), groups=2)
+    with pytest.raises(ValueError, match="cover must be >= 0, got -2"):
+        ops.balanced_mask(rows, (3, 2), cover=-2)
     with pytest.raises(ValueError, match="stream -1 is out of range"):
         ops.balanced_mask(rows, (3, 2), stream=-1)
     with pytest.raises(ValueError, match=r"scores must have the shape \(3, 2\), got \(2, 3\)"):

@@ -25,8 +25,8 @@ def _state() -> tuple[torch.Tensor, torch.Tensor]:
 SAMPLES: dict[str, list[tuple]] = {
     "apply_mask_": [(torch.rand(2, 5), BITS), (torch.rand(5, 2).T.bfloat16(), BITS)],
     "balanced_mask": [
-        (torch.tensor([3, 7, 0, 4]), WEIGHT[:0], [2, 2, 3, 4], False, -5, 1),
-        (torch.tensor([3, 7]), torch.rand(2, 3, 4), [1, 2, 3, 4], True, 0, 0),
+        (torch.tensor([3, 7, 0, 4]), WEIGHT[:0], [2, 2, 3, 4], False, -1, -5, 1),
+        (torch.tensor([3, 7]), torch.rand(2, 3, 4), [1, 2, 3, 4], True, 2, 0, 0),
     ],
     "block_means": [(WEIGHT, [2, 2], True), (CONV, [1, 5], False)],
     "block_means_factored": [(WEIGHT, X[0], G[0], BITS, [1, 5], 2)],

@@ -183,6 +183,50 @@ def test_max_kernel_min_node_and_node_constraint() -> None:
     assert int(mask.sum((1, 2, 3)).min()) >= least
 
 
+@pytest.mark.parametrize("name", ["mlp", "mixed", "resnet20"])
+def test_few_outputs_are_another_optimum(name: str) -> None:
+    """The objective of a layer for its incoming paths stays; here, later layers leave less out."""
+    make, x = NETS[name]
+    net = make()
+    even, few = (prune(net, x, 0.95, outputs=outputs, repair=False) for outputs in ("even", "few"))
+    assert even.kept_by_layer == few.kept_by_layer
+    first = next(iter(even))
+    assert even.metadata["history"][0]["objective"] == few.metadata["history"][0]["objective"]
+    assert all(abs(row["bound"] - row["objective"]) < 1e-9 for row in few.metadata["history"])
+    spread = [masks[first].flatten(1).sum(1) for masks in (even, few)]
+    assert int(spread[0].max() - spread[0].min()) <= 1
+    assert int(spread[1].min()) >= min(1, int(spread[0].min()))
+    nodes = [pk.analyze(net, masks, example_inputs=x).effective_nodes for masks in (even, few)]
+    assert nodes[1] >= nodes[0]
+
+
+@pytest.mark.parametrize("outputs", ["even", "few"])
+def test_objective_of_the_mask_is_that_of_highs(outputs: str) -> None:
+    """Whole networks, every layer: X is counted in the mask, P by float64 autograd."""
+    net = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.Conv2d(6, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(5, 7), nn.Linear(7, 4),
+    )  # fmt: skip
+    x, ratios = torch.ones(1, 3, 8, 8), []
+    for sparsity in (0.5, 0.8, 0.9):
+        for alpha in (0.01, 0.5):
+            masks = prune(net, x, sparsity, alpha=alpha, outputs=outputs, repair=False)
+            flow = path_oracle(net, x, dict(masks), p_net=0)
+            for name, mask in masks.items():
+                maps = flow.layers[name].inputs[0]
+                paths = maps.flatten(2).sum(2)[0] if maps.dim() > 2 else maps[0]
+                entries = (mask.flatten(2).sum(2) if mask.dim() > 2 else mask.long()).T.numpy()
+                positions = mask[0, 0].numel()
+                layer = LayerProgram(
+                    paths.numpy()[None], entries.shape[1], np.array([entries.sum()]),
+                    np.array([positions]), np.array([1]), alpha, 1.0,
+                )  # fmt: skip
+                best = highs(layer)
+                ratios.append((value_of(layer, entries) - best) / max(1.0, abs(best)))
+    assert min(ratios) > -1e-6
+    assert max(ratios) < 1e-6
+
+
 def test_alpha_one_covers_the_most_nodes() -> None:
     make, x = NETS["mlp"]
     masks = prune(make(), x, 0.999, alpha=1.0, beta=0.0, repair=False)
@@ -251,6 +295,8 @@ def test_dead_upstream_names_the_first_dead_layer() -> None:
         ({"min_node": True}, "min_node must be an integer"),
         ({"place": "best"}, r"place must be one of \('random', 'score'\), got 'best'"),
         ({"pool": "max"}, "pool must be one of"),
+        ({"outputs": "one"}, r"outputs must be one of \('even', 'few'\), got 'one'"),
+        ({"outputs": "few", "node_constraint": True}, "node_constraint=True makes them even"),
         ({"repair": 1}, "repair must be True or False, got 1"),
         ({"node_constraint": None}, "node_constraint must be True or False"),
         ({"scope": "global"}, "scope: npb needs a budget in every layer"),
