@@ -194,16 +194,19 @@ def _tell(what: Mapping[str, Any]) -> None:
 
 
 def _warm_up(who: str) -> None:
-    """What a first call loads is not the method's: every method once, on the smallest model."""
+    """What a first call loads is not the method's: every method once, on a small model."""
     import warnings
 
-    from bench.comparison_cases import METHODS
+    import torch
 
-    subject = prepared("lenet300")
+    from bench.comparison_cases import METHODS
+    from paikern import zoo
+
+    subject = Prepared(zoo.create("mlp", sizes=(12, 16, 8), seed=SEED), torch.ones(1, 12), 320)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for method in METHODS:
-            run(who, method, "lenet300", subject, 0.98, Effort(2, 2), lambda *_: None)
+            run(who, method, "mlp", subject, 0.5, Effort(2, 2), lambda *_: None)
 
 
 def main() -> int:
