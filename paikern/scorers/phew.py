@@ -47,7 +47,7 @@ class PHEW(MaskBuilder):
         exact: keep exactly the budget: a walk with more new weights than are missing is skipped,
             and if 1000 walks go by like that, single weights of the next ones fill it up: such as
             join units of kept walks. False keeps the whole walk that reaches the budget.
-        stall: new weights that 1000 walks have to bring; fewer are an error.
+        stall: new weights that 1000 walks have to bring; fewer are an error (0: never).
         weighting: "abs"; "square" takes w**2 for |w|; "inverse" draws units by 1 / n.
         grow_from: masks to extend (a `MaskSet`, or name -> bool tensor); all their weights stay.
     """

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import paikern as pk
+from paikern import ops
 from paikern.errors import PaikernWarning, SparsityError
 from paikern.pathgraph import trace
 from paikern.pathgraph.units import walk_graph
+from paikern.pathgraph.walks import flattened
 from paikern.scorers.phew_published import published_walk_graph
 from paikern.scorers.phew_reach import reachable_weights
 from python_tests.pathgraph.helpers import state_of
@@ -75,6 +77,12 @@ def test_the_seed_alone_decides(resnet20: nn.Module) -> None:
         torch.set_num_threads(threads)
     assert found[0] == found[1] == found[2]
     assert phew(resnet20, 0.9, seed=5) != found[0]
+
+
+@pytest.mark.parametrize("name", ["residual", "attends"])
+def test_the_backends_keep_the_same_weights(name: str) -> None:
+    net, x = make(name)
+    assert phew(net, 0.6, x, backend="reference") == phew(net, 0.6, x, backend="cpu")
 
 
 def test_the_batches_do_not_matter(resnet20: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,9 +279,29 @@ def test_published_jumps_to_the_shortcut_a_layer_too_early(resnet20: nn.Module) 
     assert back == chain | {(6, 9), (13, 16)}
 
 
-def test_published_walks_leave_layers_out_at_the_stated_rate(resnet20: nn.Module) -> None:
-    masks = phew(resnet20, 0.9, variant="published")
-    assert masks.kept >= 27_090
+def test_published_walks_leave_three_layers_out_half_of_the_time(resnet20: nn.Module) -> None:
+    state = state_of(resnet20)
+    shapes = {n: tuple(p.shape) for n, p in resnet20.named_parameters() if p.dim() > 1}
+    w = flattened(published_walk_graph(resnet20, state, shapes), state, shapes)
+    tables = ops.phew_tables(w.weights, w.geometry, w.table_size)
+    walks = ops.phew_walks(
+        w.weights, tables, w.geometry, w.graph, seed=1, first=0, count=20_000, width=w.width
+    )
+    begins = torch.tensor([8 * first for first, _ in w.parts.values()])
+    layers = torch.searchsorted(begins, walks, right=True) - 1
+    forwards, backwards = layers[0::2], layers[1::2]
+    for shortcut in (9, 16):
+        for found, passed in ((forwards, shortcut - 4), (backwards, shortcut + 1)):
+            taken = ((found[:, :-1] == passed) & (found[:, 1:] == shortcut)).any(1).double()
+            arrives = (found == passed).any(1).double()
+            assert float(taken.sum() / arrives.sum()) == pytest.approx(0.5, abs=0.02)
+        left_out = (forwards[:, :, None] == torch.arange(shortcut - 3, shortcut)).any(1)
+        assert torch.equal(left_out[:, 0], left_out.all(1))
+        assert float(left_out[:, 0].double().mean()) == pytest.approx(0.5, abs=0.02)
+
+
+def test_published_keeps_the_last_walk_and_is_ours_on_a_chain(resnet20: nn.Module) -> None:
+    assert phew(resnet20, 0.9, variant="published").kept >= 27_090
     chain = pk.zoo.create("vgg16_bn", num_classes=10, seed=0)
     published = phew(chain, 0.99, variant="published")
     assert published == phew(chain, 0.99, exact=False)  # no shortcut: the same walks
