@@ -167,6 +167,33 @@ bool has_nan(const T *scores, int64_t count) {
   return std::any_of(scores, scores + count, [](T x) { return std::isnan(x); });
 }
 
+// The row of one kernel after the other in stored order: dividing for each took half of the time of a linear layer.
+class RowOf {
+ public:
+  RowOf(const KernelGrid &grid, int64_t kernel)
+      : grid_(grid),
+        across_(grid.transposed ? grid.outputs : grid.inputs),
+        line_(kernel / across_),
+        column_(kernel % across_) {
+    begin_line();
+  }
+
+  int64_t row() const { return grid_.transposed ? line_ : first_ + column_; }
+
+  void next() {
+    if (++column_ < across_) return;
+    column_ = 0;
+    ++line_;
+    begin_line();
+  }
+
+ private:
+  void begin_line() { first_ = line_ / grid_.outputs * grid_.inputs; }
+
+  KernelGrid grid_;
+  int64_t across_, line_, column_, first_ = 0;
+};
+
 // Eight kernels end on a whole byte, so threads never share one.
 template <class T>
 bool fill(const Source &from, const int64_t *rows, const uint8_t *extra, const T *scores, uint8_t *bits) {
@@ -182,11 +209,9 @@ bool fill(const Source &from, const int64_t *rows, const uint8_t *extra, const T
     for (int64_t eight = 0; eight < (kernels + 7) / 8; ++eight) {
       const int64_t stop = std::min(kernels, 8 * eight + 8);
       std::fill(bits + eight * positions, bits + std::min((eight + 1) * positions, (numel + 7) / 8), uint8_t{0});
-      for (int64_t kernel = 8 * eight; kernel < stop; ++kernel) {
-        const int64_t row = grid.transposed
-                                ? kernel / grid.outputs
-                                : kernel / (grid.inputs * grid.outputs) * grid.inputs + kernel % grid.inputs;
-        const int64_t count = rounds[static_cast<size_t>(row)] + extra[kernel], first = kernel * positions;
+      RowOf at(grid, 8 * eight);
+      for (int64_t kernel = 8 * eight; kernel < stop; ++kernel, at.next()) {
+        const int64_t count = rounds[static_cast<size_t>(at.row())] + extra[kernel], first = kernel * positions;
         if (scores != nullptr && has_nan(scores + first, positions)) nan.store(true, std::memory_order_relaxed);
         if (count == positions) {
           for (int64_t k = 0; k < positions; ++k) set(bits, first + k);
