@@ -26,6 +26,7 @@ path. *s* is the time of pruning in a process of one thread while another one wo
 | --- | --- |
 | random | uniform scores under ERK budgets |
 | magnitude, synflow, synflow_l2, px, npb, phew | the methods with their defaults |
+| npb, few | npb with `outputs="few"`: the optimum that leaves more units alive |
 | dpai | ascent, alpha 0.99, beta 0.5, 300 steps |
 | dpai, alpha 0 | ascent on ln paths alone |
 | dpai, adam | variant `published`: Adam, 3,000 steps |

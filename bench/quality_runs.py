@@ -46,6 +46,7 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "synflow_l2": ("synflow_l2", {}),
     "px": ("px", {}),
     "npb": ("npb", {}),
+    "npb, few": ("npb", {"outputs": "few"}),
     "phew": ("phew", {}),
     "dpai": ("dpai", {}),
     "dpai, alpha 0": ("dpai", {"alpha": 0.0}),
