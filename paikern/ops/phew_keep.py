@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from paikern.ops._library import define, run
+from paikern.ops._library import define, fake, run
 
 STATE = ("kept", "walks", "window_new", "window_skipped", "skipped", "status")
 WALKING, FULL, STALLED, TOO_LONG = range(4)
@@ -14,6 +14,11 @@ define(
     "phew_keep_(Tensor(a!) bits, Tensor(b!) state, Tensor walks, int target, int stall, "
     "bool exact) -> ()"
 )
+
+
+@fake("phew_keep_")
+def _shape(*args: object) -> None:
+    return None
 
 
 def phew_keep_(
