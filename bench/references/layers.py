@@ -36,6 +36,10 @@ IDENTITY = (
 _CONV = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
 
+class NotFinishedError(TimeoutError):
+    """The time limit of a run was reached; the message says how far it had come."""
+
+
 def prunable_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return parameter name -> layer, in pre-order; a layer or weight used twice counts once."""
     seen: set[int] = set()

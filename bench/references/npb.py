@@ -31,14 +31,16 @@ from scipy.sparse import coo_array, hstack, identity, kron, vstack
 from torch import Tensor, nn
 
 from bench.references.erk import erk_quotas
-from bench.references.layers import IDENTITY, ones_like_input, prunable_layers, replace_modules
+from bench.references.layers import (
+    IDENTITY,
+    NotFinishedError,
+    ones_like_input,
+    prunable_layers,
+    replace_modules,
+)
 from bench.references.selection import Masks
 
 Array = npt.NDArray[np.float64]
-
-
-class NotFinishedError(TimeoutError):
-    """The time limit was reached; the message says how far the run had come."""
 
 
 class Program(NamedTuple):

@@ -28,16 +28,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from bench.references.layers import prunable_layers
+from bench.references.layers import NotFinishedError, prunable_layers
 from bench.references.selection import Masks
-
-
-class NotFinishedError(RuntimeError):
-    """The time limit passed first; `kept` and `target` say how far it came."""
-
-    def __init__(self, kept: int, target: int, seconds: float) -> None:
-        super().__init__(f"not finished in {seconds:.0f} s: {kept} of {target} weights kept")
-        self.kept, self.target = kept, target
 
 
 @dataclass
@@ -152,7 +144,9 @@ def phew(
     def check() -> None:
         passed = time.perf_counter() - started
         if time_limit is not None and passed > time_limit:
-            raise NotFinishedError(kept, target, time_limit)
+            raise NotFinishedError(
+                f"not finished in {time_limit:.0f} s: {kept} of {target} weights kept"
+            )
 
     for layer in layers:
         layer.prepare(check)
