@@ -58,7 +58,11 @@ class Setting(NamedTuple):
 QUICK = Setting(("lenet300", "resnet20", "vgg19_bn"), {}, Effort(100, 100), 10.0)
 FULL = Setting(
     tuple(MODELS),
-    {"resnet20": (0.68, 0.9, 0.98, 0.99), "vgg19_bn": (0.9, 0.98)},
+    {
+        "resnet20": (0.68, 0.9, 0.98, 0.99),
+        "vgg19_bn": (0.9, 0.98),
+        "resnet50@224": (0.9, 0.98),
+    },
     Effort(300, 100),
     60.0,
 )
