@@ -21,14 +21,15 @@ masked layers, autograd, a sort or kthvalue a round, HiGHS for the programs of N
 the other for PHEW). Each side has a process of its own, warmed up on a small network; they run in
 turn, and each gets the median of its times (runs above ten seconds once). *Memory* is the peak
 beyond the model. *> s* is a run that was stopped at its limit, with how far it came; its ratio is
-then a lower bound. DPaI runs in variant `published` for the steps given, SynFlow likewise for the
-rounds given; the published programs take 3,000 steps. A reference that cannot run a network is
-listed with its error.
+then a lower bound, and there is none where paikern was stopped. *A step* is a DPaI step or a round
+of SynFlow, tracing included. DPaI runs in variant `published` for the steps given, SynFlow likewise
+for the rounds given; the published programs take 3,000 steps. The plain loops know linear layers
+and convolutions, not attention and embeddings: ViT and GPT-2 have no reference.
 """
 
 HEADER = (
-    "method", "network", "sparsity", "paikern", "reference", "ratio", "memory", "its memory",
-    "kept", "its kept", "log paths", "its log paths",
+    "method", "network", "sparsity", "paikern", "reference", "ratio", "a step", "its step",
+    "memory", "its memory", "kept", "its kept", "log paths", "its log paths",
 )  # fmt: skip
 
 
@@ -95,6 +96,8 @@ def cells(row: Row) -> list[str]:
         _seconds(row, ""),
         _seconds(row, "reference_"),
         "" if ratio is None else bound + ratio_text(ratio),
+        _step(row, ""),
+        _step(row, "reference_"),
         _bytes(row["peak_bytes"]),
         _bytes(row["reference_peak_bytes"]),
         _count(row["kept"]),
@@ -121,7 +124,15 @@ def _seconds(row: Row, prefix: str) -> str:
     if status == "finished":
         return seconds_text(seconds)
     done, total = row[f"{prefix}done"], row[f"{prefix}total"]
-    return f"> {seconds:.0f} s" + (f" ({done:,} of {total:,})" if total else "")
+    return f"> {seconds:g} s" + (f" ({done:,} of {total:,})" if total else "")
+
+
+def _step(row: Row, prefix: str) -> str:
+    """Time of a step or round, from those that were made."""
+    made = row["effort"] if row[f"{prefix}status"] == "finished" else row.get(f"{prefix}done")
+    if not row["effort"] or not made or row[f"{prefix}seconds"] is None:
+        return ""
+    return seconds_text(row[f"{prefix}seconds"] / made)
 
 
 def _bytes(count: int | None) -> str:

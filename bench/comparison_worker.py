@@ -177,7 +177,7 @@ def _carry_out(order: Order, subject: Prepared) -> dict[str, Any]:
         "status": "finished",
         "seconds": held["seconds"],
         "peak_bytes": peak,
-        "weights": subject.weights,
+        "weights": sum(mask.numel() for mask in held["masks"].values()),
     }
     if order.judge:
         _tell({"judging": True})

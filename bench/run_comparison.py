@@ -1,6 +1,6 @@
 """DPaI, NPB, PHEW and SynFlow: paikern against plain PyTorch, whole runs, time and memory.
 
-    python -m bench                          three networks, at most five minutes
+    python -m bench                          three networks, about five minutes
     python -m bench --full --publish         seven networks and the sparsities of the plots
     python -m bench --only phew --model vgg19_bn --sparsity 0.98 --limit 300
     python -m bench compare OLD.json NEW.json
@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,21 +82,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     rows: list[Row] = []
     stopped = False
-    out = RESULTS if given.publish else given.out
+    out = RESULTS if given.publish else given.out.absolute()
+    pages = (ROOT / "bench", ROOT / "docs" / "images") if given.publish else (out, out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"bench: --out {out}: {error.strerror}", file=sys.stderr)
+        return 2
     try:
         for row in measured(cells, setting, given.threads, given.repeats):
             rows.append(row)
-            write_results("comparison", rows, threads=given.threads, seeds=[SEED], folder=out)
+            path = write_results(
+                "comparison", rows, threads=given.threads, seeds=[SEED], folder=out
+            )
+            comparison_report.write(path, *pages)
     except KeyboardInterrupt:
         stopped = True
     if not rows:
-        console.print("bench: stopped before the first row")
         return 130
-    pages = (ROOT / "bench", ROOT / "docs" / "images") if given.publish else (out, out)
-    path = out / "comparison.json"
-    comparison_report.write(path, *pages)
     console.print(comparison_report.terminal_table(rows, given.threads))
-    console.print(f"{path}, {pages[0] / 'comparison.md'}, {pages[1] / 'comparison.png'}")
+    console.print(
+        f"{out / 'comparison.json'}, {pages[0] / 'comparison.md'}, {pages[1] / 'comparison.png'}"
+    )
     return 130 if stopped else 0
 
 
@@ -130,14 +137,27 @@ def _row(cell: Cell, setting: Setting, workers: tuple[Worker, Worker], repeats: 
     row["limit"] = setting.limit
     for who, found in outcomes.items():
         row |= _columns("" if who == OURS else "reference_", found)
-    both = row["seconds"], row["reference_seconds"]
-    row["ratio"] = both[1] / both[0] if all(both) else None
+    row["ratio"] = ratio_of(row)
     return row
+
+
+def ratio_of(row: Row) -> float | None:
+    """The reference's time over paikern's; a lower bound where only the reference was stopped.
+
+    None where paikern did not finish, where either failed, and where they kept masks of different
+    weights.
+    """
+    if row["status"] != "finished" or row["reference_status"] == "failed":
+        return None
+    theirs = row.get("reference_weights")
+    if theirs is not None and theirs != row["weights"]:
+        return None
+    return float(row["reference_seconds"] / row["seconds"])
 
 
 def _columns(prefix: str, found: list[Outcome]) -> Row:
     """The columns of one side. Seconds of an unfinished run are its limit, of a failed one None."""
-    first = found[0]
+    first = next((o for o in found if o.status == "failed"), found[0])
     seconds = None if first.status == "failed" else statistics.median(o.seconds for o in found)
     columns: dict[str, Any] = {
         "seconds": seconds,
@@ -163,7 +183,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="at most five minutes (default)")
+    size.add_argument("--quick", action="store_true", help="about five minutes (default)")
     size.add_argument("--full", action="store_true", help="everything, as long as it takes")
     parser.add_argument("--only", nargs="+", choices=METHODS, help="these methods")
     parser.add_argument("--model", nargs="+", choices=MODELS, help="these networks")
@@ -181,23 +201,24 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _fraction(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"must be in (0, 1), got {text}")
-    return value
+    return _number(text, float, lambda value: 0 < value < 1, "in (0, 1)")
 
 
 def _positive(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"must be > 0, got {text}")
-    return value
+    return _number(text, float, lambda value: value > 0, "> 0")
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be >= 1, got {text}")
+    return _number(text, int, lambda value: value >= 1, ">= 1")
+
+
+def _number(text: str, kind: Callable[[str], Any], fits: Callable[[Any], bool], rule: str) -> Any:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not fits(value):
+        raise argparse.ArgumentTypeError(f"must be a number {rule}, got {text!r}")
     return value
 
 
