@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bench.comparison_cases import prepared
 from bench.mnist import Split, load
 from bench.timing import Row
 
@@ -57,6 +58,14 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 DENSE = "dense"
 
+#: Networks of the comparison that are pruned and counted, but not trained: name -> sparsities.
+COUNTED = {
+    "vgg19_bn": (0.9, 0.98, 0.99),
+    "resnet18@64": (0.9, 0.98, 0.99),
+    "resnet50@224": (0.98,),
+}
+COUNTED_WAYS = tuple(way for way in WAYS if way not in ("px", "dpai, adam"))
+
 #: The sweep of the node-path plane: name -> options, on ResNet-20 at 98 %.
 SWEEP_SPARSITY = 0.98
 SWEEP: dict[str, dict[str, Any]] = {
@@ -82,6 +91,9 @@ def model_of(name: str, seed: int) -> tuple[nn.Module, Tensor]:
     """The network at its initial weights, and one input of ones."""
     from paikern import zoo
 
+    if name in COUNTED:
+        subject = prepared(name)
+        return subject.model, torch.ones_like(subject.example)
     net = NETS[name]
     model = zoo.create(name, seed=seed, **net.options)
     size = net.image_size
@@ -138,6 +150,16 @@ def quality_row(name: str, way: str, sparsity: float, seed: int, epochs: int | N
     row["accuracy"] = trained(name, masks, seed, epochs)
     row["train_seconds"] = time.perf_counter() - start
     return {"seconds": None, "reference_seconds": None, "ratio": None, **row}
+
+
+def counted_row(name: str, way: str, sparsity: float) -> Row:
+    """A network that is not trained."""
+    masks, seconds = pruned(name, way, sparsity, 0)
+    return {
+        "op": "topology", "method": way, "model": name, "sparsity": sparsity, "seed": 0,
+        "seconds": seconds, "reference_seconds": None, "ratio": None,
+        **topology_row(name, masks, 0),
+    }  # fmt: skip
 
 
 def sweep_row(label: str) -> Row:

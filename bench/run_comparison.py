@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from tqdm import tqdm
 from bench import comparison_report
 from bench.comparison_cases import METHODS, MODELS, OURS, REFERENCE, SEED, Effort
 from bench.comparison_worker import Order, Outcome, Worker
+from bench.options import count, fraction, positive
 from bench.timing import RESULTS, Row, write_results
 
 ROOT = Path(__file__).parents[1]
@@ -187,39 +188,17 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     size.add_argument("--full", action="store_true", help="everything, as long as it takes")
     parser.add_argument("--only", nargs="+", choices=METHODS, help="these methods")
     parser.add_argument("--model", nargs="+", choices=MODELS, help="these networks")
-    parser.add_argument("--sparsity", nargs="+", type=_fraction, help="in (0, 1)")
+    parser.add_argument("--sparsity", nargs="+", type=fraction, help="in (0, 1)")
     parser.add_argument(
-        "--limit", type=_positive, metavar="S", help="stop a reference after so many seconds"
+        "--limit", type=positive, metavar="S", help="stop a reference after so many seconds"
     )
-    parser.add_argument("--repeats", type=_count, default=REPEATS, help="of short runs")
-    parser.add_argument("--threads", type=_count, default=THREADS)
+    parser.add_argument("--repeats", type=count, default=REPEATS, help="of short runs")
+    parser.add_argument("--threads", type=count, default=THREADS)
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "bench", help="a folder")
     parser.add_argument(
         "--publish", action="store_true", help="into bench/ and docs/images/ instead of OUT"
     )
     return parser.parse_args(arguments)
-
-
-def _fraction(text: str) -> float:
-    return _number(text, float, lambda value: 0 < value < 1, "in (0, 1)")
-
-
-def _positive(text: str) -> float:
-    return _number(text, float, lambda value: value > 0, "> 0")
-
-
-def _count(text: str) -> int:
-    return _number(text, int, lambda value: value >= 1, ">= 1")
-
-
-def _number(text: str, kind: Callable[[str], Any], fits: Callable[[Any], bool], rule: str) -> Any:
-    try:
-        value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not fits(value):
-        raise argparse.ArgumentTypeError(f"must be a number {rule}, got {text!r}")
-    return value
 
 
 if __name__ == "__main__":
