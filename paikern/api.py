@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from numbers import Integral
 from typing import Any, TypeVar
 
 import torch
@@ -23,7 +24,7 @@ from paikern.pathgraph import trace
 from paikern.pattern import parse_pattern
 from paikern.progress import ProgressFunction
 from paikern.prunable import prunable_parameters, unwrap
-from paikern.rounds import Plan, layer_counts, ranked, run_rounds
+from paikern.rounds import Plan, check_single_weights, layer_counts, ranked, run_rounds
 from paikern.scorers import (
     MaskBuilder,
     Run,
@@ -132,6 +133,7 @@ def prune(
     scorer = _scorer(method, method_options)
     _check_choices(scorer, variant, selection, on_collapse, rounds)
     shape = parse_pattern(pattern)
+    check_single_weights(scorer, shape)
     run = _run(model, scorer, example_inputs, ignore, include, seed, variant, data)
     fraction = target_sparsity(
         shape,
@@ -402,6 +404,8 @@ def _run(
     variant: str,
     data: Any = None,
 ) -> Run:
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must be an integer from -2**63 to 2**63 - 1, got {seed!r}")
     inner = unwrap(model)
     layers = prunable_parameters(inner, ignore=ignore or (), include=include)
     state = _state(inner)
@@ -415,7 +419,7 @@ def _run(
         )
     if scorer.needs_inputs and example_inputs is None and batches is not None:
         example_inputs = next(iter(batches))[0][:1]
-    run = Run(inner, state, layers, example_inputs, seed, variant, batches)
+    run = Run(inner, state, layers, example_inputs, int(seed), variant, batches)
     if scorer.needs_inputs and example_inputs is None:
         raise ValueError(
             f"example_inputs: method {scorer.name!r} traces the model and needs one input, for "

@@ -27,9 +27,9 @@ def incoming(step: Weight, x: Tensor, grid: KernelGrid, flow: Flow) -> Floats:
         maps = x.movedim(-1 - len(step.stride), 0).flatten(1)
     paths: Floats = maps.cpu().numpy().sum(1, dtype=np.float64).reshape(grid.groups, grid.inputs)
     if not paths.max() > 0:
+        why = flow.where_dead or " (the layers before it leave out the units that it reads)"
         raise PaikernError(
-            f"npb: no path reaches {step.parameter}{flow.where_dead}; lower the sparsity, or take "
-            "another seed"
+            f"npb: no path reaches {step.parameter}{why}; lower the sparsity, or take another seed"
         )
     found: Floats = paths / paths.max()
     return found

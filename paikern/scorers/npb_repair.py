@@ -21,6 +21,7 @@ from torch import Tensor
 
 from paikern import ops
 from paikern.ops.balanced_mask import KernelGrid
+from paikern.ops.unpack_mask import count_kept
 from paikern.pathgraph import Flow, Visit, weights
 from paikern.scorers.base import Run
 
@@ -55,7 +56,7 @@ def move_dead_weights(
     def take(name: str, paths: Tensor) -> None:
         reached = ops.pack_mask(paths > 0)
         dead = masks[name] & ~reached
-        found[name] = _Layer(masks[name] & reached, dead, _count(dead))
+        found[name] = _Layer(masks[name] & reached, dead, count_kept(dead))
 
     _each_layer(flow, masks, take)
     layers = {name: found[name] for name in masks if name in found}  # in network order
@@ -65,7 +66,7 @@ def move_dead_weights(
     def fill(name: str, paths: Tensor) -> None:
         layer = layers[name]
         free = _free(layer, paths, placed[name])
-        layer.room = _count(free)
+        layer.room = count_kept(free)
         adding = min(layer.count, layer.room)
         if adding:
             layer.kept = layer.kept | _best(layer, free, paths, adding, placed[name])
@@ -120,11 +121,6 @@ def _each_layer(
     flow.backward(visit)
     for name, paths in several.items():  # some of their uses lead to no output
         act(name, paths)
-
-
-def _count(packed: Tensor) -> int:
-    # One large integer: a tenth of the time of unpacking and adding.
-    return int.from_bytes(packed.cpu().numpy().tobytes(), "little").bit_count()
 
 
 def _free(layer: _Layer, paths: Tensor, placed: Placed) -> Tensor:

@@ -12,6 +12,7 @@ fast and generalize well without training data".
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Integral
 from typing import ClassVar
 
 import torch
@@ -22,7 +23,8 @@ from paikern.backends.walk_blocks import table_blocks
 from paikern.errors import SparsityError
 from paikern.masks import MaskSet
 from paikern.ops.phew_keep import STALLED, STATE, WALKING
-from paikern.ops.phew_tables import which
+from paikern.ops.phew_tables import WEIGHTINGS
+from paikern.ops.unpack_mask import count_kept
 from paikern.pathgraph.units import WalkGraph, walk_graph
 from paikern.pathgraph.walks import Walks, flattened
 from paikern.scorers.base import MaskBuilder, Report, Run, register_scorer
@@ -65,6 +67,27 @@ class PHEW(MaskBuilder):
     variants = ("paper", "published")
     unit: ClassVar[str] = "weight"
 
+    def __post_init__(self) -> None:
+        for name in ("kernel_conserved", "identity_skips", "exact"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        whole = isinstance(self.stall, Integral) and not isinstance(self.stall, bool)
+        if not whole or not 0 <= self.stall < 2**31:
+            raise ValueError(f"stall must be an integer of 0 or more, got {self.stall!r}")
+        if self.weighting not in WEIGHTINGS:
+            raise ValueError(
+                f"weighting must be one of {', '.join(WEIGHTINGS)}, got {self.weighting!r}"
+            )
+        grown = self.grow_from
+        if grown is not None and not (
+            isinstance(grown, MaskSet)
+            or (isinstance(grown, Mapping) and all(map(_is_mask, grown.values())))
+        ):
+            raise ValueError(
+                "grow_from must be a MaskSet, or a dict of parameter names and bool tensors, got "
+                f"{type(grown).__name__}"
+            )
+
     def planned_units(self, run: Run, kept: int | list[int]) -> int:
         return _budget(kept)
 
@@ -72,9 +95,8 @@ class PHEW(MaskBuilder):
         self, run: Run, kept: int | list[int], report: Report = lambda done, values: None
     ) -> dict[str, Tensor]:
         target = _budget(kept)
-        which(self.weighting)
-        if self.stall < 0:
-            raise ValueError(f"stall must be 0 or more, got {self.stall}")
+        if run.variant == "published" and self.identity_skips:
+            raise ValueError("identity_skips: the published program has none; use variant='paper'")
         graph = self._graph(run)
         walks = flattened(graph, run.state, run.shapes, whole=self.kernel_conserved)
         tables = ops.phew_tables(
@@ -83,7 +105,7 @@ class PHEW(MaskBuilder):
         _note_zeros(run, graph, walks, tables)
         bits = self._start(run, walks)
         state = torch.zeros(len(STATE), dtype=torch.int64)
-        begin = 0 if self.grow_from is None else _count(bits)
+        begin = 0 if self.grow_from is None else count_kept(bits)
         state[0] = begin
         if begin > target:
             raise SparsityError(
@@ -151,7 +173,7 @@ class PHEW(MaskBuilder):
             bits[first : first + size] = (
                 self.grow_from.packed(name)
                 if isinstance(self.grow_from, MaskSet)
-                else ops.pack_mask(mask.to("cpu", torch.bool))
+                else ops.pack_mask(mask.cpu())
             )
         return bits
 
@@ -175,6 +197,10 @@ def _budget(kept: int | list[int]) -> int:
     )
 
 
+def _is_mask(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.bool
+
+
 def _total(run: Run) -> int:
     return sum(torch.Size(shape).numel() for shape in run.shapes.values())
 
@@ -185,10 +211,6 @@ def _batch(state: list[int], begin: int, target: int, width: int) -> int:
     gain = max(1e-3, (kept - begin) / walked) if walked else float(width)
     wanted = int(1.1 * (target - kept) / gain)
     return max(1, min(max(wanted, _FEWEST), _MOST, _ENTRIES // width))
-
-
-def _count(bits: Tensor) -> int:
-    return int(ops.unpack_mask(bits, (8 * len(bits),)).sum())
 
 
 def _note_zeros(run: Run, graph: WalkGraph, walks: Walks, tables: Tensor) -> None:
