@@ -14,6 +14,7 @@ nothing that was measured.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -27,7 +28,7 @@ from bench import comparison_report
 from bench.comparison_cases import METHODS, MODELS, OURS, REFERENCE, SEED, Effort
 from bench.comparison_worker import Order, Outcome, Worker
 from bench.options import count, fraction, positive
-from bench.timing import RESULTS, Row, write_results
+from bench.timing import RESULTS, Row, machine, versions, write_results
 
 ROOT = Path(__file__).parents[1]
 THREADS = 2
@@ -81,7 +82,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         setting = setting._replace(limit=given.limit)
     cells = [cell for cell in setting.cells() if cell[0] in (given.only or METHODS)]
     console = Console()
-    rows: list[Row] = []
     stopped = False
     out = RESULTS if given.publish else given.out.absolute()
     pages = (ROOT / "bench", ROOT / "docs" / "images") if given.publish else (out, out)
@@ -90,6 +90,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"bench: --out {out}: {error.strerror}", file=sys.stderr)
         return 2
+    rows = earlier(out / "comparison.json", setting, given.threads) if given.resume else []
+    have = {(row["method"], row["model"], row["sparsity"]) for row in rows}
+    cells = [cell for cell in cells if cell not in have]
     try:
         for row in measured(cells, setting, given.threads, given.repeats):
             rows.append(row)
@@ -195,6 +198,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--repeats", type=count, default=REPEATS, help="of short runs")
     parser.add_argument("--threads", type=count, default=THREADS)
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "bench", help="a folder")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the results that OUT holds"
+    )
     parser.add_argument(
         "--publish", action="store_true", help="into bench/ and docs/images/ instead of OUT"
     )

@@ -59,6 +59,11 @@ def test_results_page_and_picture(tmp_path: Path) -> None:
     if row["reference_status"] == "not finished":
         assert row["reference_seconds"] == 0.7
         assert row["reference_done"] < row["reference_total"] == 100
+    # A resumed run measures what is missing and keeps what is there.
+    assert (
+        main([*given, "--repeats", "1", "--threads", "1", "--out", str(tmp_path), "--resume"]) == 0
+    )
+    assert json.loads((tmp_path / "comparison.json").read_text())["rows"] == [row]
     page = (tmp_path / "comparison.md").read_text()
     assert "| synflow (100) | lenet300 | 90.0% |" in page
     assert "comparison.png" in page
