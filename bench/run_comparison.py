@@ -111,6 +111,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 130 if stopped else 0
 
 
+def earlier(path: Path, setting: Setting, threads: int) -> list[Row]:
+    """The rows of a run that was stopped, as far as they were measured under the same settings."""
+    if not path.exists():
+        return []
+    held = json.loads(path.read_text())
+    if (held["machine"], held["versions"], held["threads"]) != (machine(), versions(), threads):
+        return []
+    return [
+        row
+        for row in held["rows"]
+        if (row["limit"], row["effort"]) == (setting.limit, setting.effort.of(row["method"]))
+    ]
+
+
 def measured(cells: Sequence[Cell], setting: Setting, threads: int, repeats: int) -> Iterator[Row]:
     """The rows of the cells, one after the other."""
     with (
