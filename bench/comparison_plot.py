@@ -117,7 +117,7 @@ def _draw_bars(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set(
         yscale="log",
         ylabel="reference / paikern",
-        title="Speed-up; where the loop was stopped, of a step, or at least (hatched)",
+        title="Speed-up (hatched: at least)",
     )
     axes.set_xticks(range(len(models)), models, rotation=20, fontsize=8)
     axes.legend(unique.values(), unique.keys(), frameon=False, fontsize=7)

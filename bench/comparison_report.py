@@ -23,9 +23,10 @@ the other for PHEW). Each side has a process of its own, warmed up on a small ne
 turn, and each gets the median of its times (runs above ten seconds once). *Memory* is the peak
 beyond the model. *> s* is a run that was stopped at its limit, with how far it came; its ratio is
 then that of a step, or a lower bound, and there is none where paikern was stopped. *A step* is a
-DPaI step or a round of SynFlow, everything before the first included. DPaI runs in variant `published` for the steps given, SynFlow likewise
-for the rounds given; the published programs take 3,000 steps. The plain loops know linear layers
-and convolutions, not attention and embeddings: ViT and GPT-2 have no reference.
+DPaI step or a round of SynFlow, everything before the first included. DPaI runs in variant
+`published` for the steps given, SynFlow likewise for the rounds given; the published programs take
+3,000 steps. The plain loops know linear layers and convolutions, not attention and embeddings: ViT
+and GPT-2 have no reference.
 """
 
 HEADER = (
