@@ -62,7 +62,6 @@ DENSE = "dense"
 COUNTED = {
     "vgg19_bn": (0.9, 0.98, 0.99),
     "resnet18@64": (0.9, 0.98, 0.99),
-    "resnet50@224": (0.98,),
 }
 COUNTED_WAYS = tuple(way for way in WAYS if way not in ("px", "dpai, adam"))
 

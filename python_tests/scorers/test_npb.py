@@ -301,7 +301,7 @@ def test_dead_upstream_names_the_first_dead_layer() -> None:
         ({"node_constraint": None}, "node_constraint must be True or False"),
         ({"scope": "global"}, "scope: npb needs a budget in every layer"),
         ({"rounds": 3}, "rounds=3: npb builds its mask without scores"),
-        ({"pattern": "2:4"}, "npb builds its mask without scores"),
+        ({"pattern": "2:4"}, "pattern='2:4': npb builds its mask of single weights"),
     ],
 )
 def test_wrong_options(options: dict[str, Any], message: str) -> None:
