@@ -4,13 +4,14 @@
     python -m bench compare OLD.json NEW.json --tolerance 0.2
 
 Rows are matched by everything that says what was run. Ends with 1 where a row is slower than before
-by more than the tolerance, keeps another number of weights, or is missing.
+by more than the tolerance, found something else (weights, paths, accuracy, ...), or is missing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,11 +26,16 @@ from bench.timing import SCHEMA_VERSION, Row
 #: What a row was, as opposed to what was found out.
 IDENTITY = (
     "section", "op", "method", "model", "size", "shape", "numel", "sparsity", "density", "keep",
-    "variant", "threads", "effort", "rounds", "reference", "dtype", "layout", "distribution",
-    "pattern", "scope", "kind",
+    "seed", "variant", "threads", "effort", "rounds", "reference", "dtype", "layout",
+    "distribution", "pattern", "scope", "kind",
 )  # fmt: skip
 TOLERANCE = 0.1
-FACTS = ("status", "kept", "reference_kept")
+#: What a row found out besides its time. Rounding may move the last digits of a sum.
+FACTS = (
+    "status", "reference_status", "kept", "reference_kept", "log_paths", "reference_log_paths",
+    "accuracy", "nodes", "kernels", "params", "empty_layers", "mask_agreement",
+)  # fmt: skip
+ROUNDING = 1e-6
 
 Key = tuple[tuple[str, Any], ...]
 
@@ -54,6 +60,10 @@ def load(path: Path) -> Mapping[str, Any]:
         raise ValueError(f"{path}: not JSON ({error})") from error
     if not isinstance(content, dict) or not isinstance(content.get("rows"), list):
         raise ValueError(f"{path}: no results file; it must hold a list of rows")
+    for number, row in enumerate(content["rows"]):
+        seconds = row.get("seconds") if isinstance(row, dict) else "no object"
+        if seconds is not None and not isinstance(seconds, int | float):
+            raise ValueError(f"{path}: row {number} is no row of results ({seconds!r})")
     if content.get("schema") != SCHEMA_VERSION:
         raise ValueError(
             f"{path}: schema {content.get('schema')!r}, this program reads {SCHEMA_VERSION}"
@@ -86,12 +96,17 @@ def changes(old: Sequence[Row], new: Sequence[Row], tolerance: float) -> list[Ch
 def _change(key: Key, a: Row, b: Row, tolerance: float) -> Change:
     before, after = a.get("seconds"), b.get("seconds")
     words = [
-        f"{name} {a[name]} -> {b[name]}"
+        f"{name} {_fact(a, name)} -> {_fact(b, name)}"
         for name in FACTS
-        if name in a and name in b and a[name] != b[name]
+        if not _same(a.get(name), b.get(name)) or (name in a) != (name in b)
     ]
     bad = bool(words)
-    if before and after:
+    # The time of a run that was stopped is its limit.
+    whole = all(row.get("status", "finished") == "finished" for row in (a, b))
+    if whole and (before is None) != (after is None):
+        words.append("no time" if after is None else "a time at last")
+        bad |= after is None
+    elif whole and before and after:
         ratio = before / after
         if ratio < 1 / (1 + tolerance):
             words.append(f"slower, {ratio_text(1 / ratio)} the time")
@@ -99,6 +114,17 @@ def _change(key: Key, a: Row, b: Row, tolerance: float) -> Change:
         elif ratio > 1 + tolerance:
             words.append(f"faster, {ratio_text(ratio)}")
     return Change(key, before, after, "; ".join(words) or "same", bad)
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=ROUNDING)
+    return bool(a == b)
+
+
+def _fact(row: Row, name: str) -> str:
+    value = row.get(name, "missing")
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _numbered(rows: Sequence[Row]) -> dict[Key, Row]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 OURS, REFERENCE = "paikern", "reference"
 WHO = (OURS, REFERENCE)
-METHODS = ("dpai", "synflow")
+METHODS = ("dpai", "npb", "phew", "synflow")
 SEED = 0
 
 #: name in the table -> (name in the zoo, its arguments)
@@ -137,7 +137,27 @@ def _synflow(
     )  # fmt: skip
 
 
+def _npb(
+    name: str, subject: Prepared, sparsity: float, effort: Effort, tick: Tick
+) -> Mapping[str, Tensor]:
+    from bench.references.npb import npb
+
+    # The sizes above which programs are cut into pieces, as they are commonly run.
+    above = 64 * 32 if name == "resnet20" else 128 * 128
+    return npb(subject.model, subject.example, sparsity, chunk_above=above, seed=SEED, report=tick)
+
+
+def _phew(
+    name: str, subject: Prepared, sparsity: float, effort: Effort, tick: Tick
+) -> Mapping[str, Tensor]:
+    from bench.references.phew import phew
+
+    return phew(subject.model, sparsity, seed=SEED, report=tick)
+
+
 _REFERENCES: dict[str, Callable[..., Mapping[str, Tensor]]] = {
     "dpai": _dpai,
+    "npb": _npb,
+    "phew": _phew,
     "synflow": _synflow,
 }

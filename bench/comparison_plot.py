@@ -9,6 +9,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bench.comparison_rows import shown_ratio
 from bench.timing import Row
 
 COLORS = {"dpai": "#2f7fc1", "npb": "#3a9d6e", "phew": "#c15a8c", "synflow": "#e0841c"}
@@ -101,18 +102,23 @@ def _draw_bars(axes: Axes, rows: Sequence[Row]) -> None:
     for index, method in enumerate(methods):
         for at, model in enumerate(models):
             found = [r for r in rows if (r["method"], r["model"]) == (method, model)]
-            if not found or found[0]["ratio"] is None:
+            shown = shown_ratio(found[0]) if found else None
+            if shown is None:
                 continue
-            stopped = found[0]["reference_status"] != "finished"
+            stopped = shown[1] == ">"
             axes.bar(
-                at + (index - (len(methods) - 1) / 2) * width, found[0]["ratio"], width,
+                at + (index - (len(methods) - 1) / 2) * width, shown[0], width,
                 color=COLORS[method], alpha=0.5 if stopped else 1.0,
                 hatch="//" if stopped else None, label=NAMES[method],
             )  # fmt: skip
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     axes.axhline(1, color="#7d8a99", linewidth=1)
-    axes.set(yscale="log", ylabel="reference / paikern", title="Speed-up (hatched: at least)")
+    axes.set(
+        yscale="log",
+        ylabel="reference / paikern",
+        title="Speed-up (hatched: at least)",
+    )
     axes.set_xticks(range(len(models)), models, rotation=20, fontsize=8)
     axes.legend(unique.values(), unique.keys(), frameon=False, fontsize=7)
 

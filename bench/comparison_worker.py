@@ -24,6 +24,7 @@ from bench.comparison_cases import SEED, Effort, Prepared, prepared, quality, ru
 
 ROOT = Path(__file__).parents[1]
 _TELL_EVERY = 0.2  # seconds
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux
 # Starting Python, torch and the model is not the method's time: 86 M normal values take 2 s.
 _PREPARATION_LIMIT = 300.0
 
@@ -176,7 +177,7 @@ def _carry_out(order: Order, subject: Prepared) -> dict[str, Any]:
         "status": "finished",
         "seconds": held["seconds"],
         "peak_bytes": peak,
-        "weights": subject.weights,
+        "weights": sum(mask.numel() for mask in held["masks"].values()),
     }
     if order.judge:
         _tell({"judging": True})
@@ -193,19 +194,24 @@ def _tell(what: Mapping[str, Any]) -> None:
 
 
 def _warm_up(who: str) -> None:
-    """What a first call loads is not the method's: every method once, on the smallest model."""
+    """What a first call loads is not the method's: every method once, on a small model."""
     import warnings
 
-    from bench.comparison_cases import METHODS
+    import torch
 
-    subject = prepared("lenet300")
+    from bench.comparison_cases import METHODS
+    from paikern import zoo
+
+    subject = Prepared(zoo.create("mlp", sizes=(12, 16, 8), seed=SEED), torch.ones(1, 12), 320)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for method in METHODS:
-            run(who, method, "lenet300", subject, 0.98, Effort(2, 2), lambda *_: None)
+            run(who, method, "mlp", subject, 0.5, Effort(2, 2), lambda *_: None)
 
 
 def main() -> int:
+    # A comparison that was killed takes its workers with it: a reference may run for hours.
+    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     os.dup2(2, 1)  # whatever prints goes to stderr; answers have their own descriptor
     held: dict[str, Prepared] = {}
     warm: set[str] = set()

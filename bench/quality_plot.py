@@ -11,7 +11,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.quality_runs import DENSE, NETS, SPARSITIES, WAYS
+from bench.quality_runs import DENSE, NETS, WAYS
 from bench.timing import Row
 
 _MARKERS = "osD^v<>Ph*Xpd"
@@ -26,16 +26,24 @@ def write_plots(rows: Sequence[Row], folder: Path) -> None:
     nets = [name for name in NETS if any(row.get("model") == name for row in rows)]
     figure = Figure(figsize=(6.4 * max(1, len(nets)), 4.8), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(nets), squeeze=False)[0], nets, strict=True):
-        _accuracy(axes, [r for r in rows if r.get("model") == name and "method" in r], name)
+        _accuracy(axes, _trained(rows, name), name)
     _save(figure, folder / "quality.png")
     sweep = [row for row in rows if row.get("op") == "sweep"]
     if not sweep:
         return
     figure = Figure(figsize=(12.8, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2)
-    _plane(left, [r for r in rows if r.get("model") == "resnet20" and "method" in r])
+    _plane(left, _trained(rows, "resnet20"))
     _sweep(right, sweep)
     _save(figure, folder / "node_paths.png")
+
+
+def _trained(rows: Sequence[Row], name: str) -> list[Row]:
+    return [row for row in rows if row.get("model") == name and "op" not in row]
+
+
+def _sparsities(rows: Sequence[Row]) -> list[float]:
+    return sorted({row["sparsity"] for row in rows} - {0.0})
 
 
 def _style(way: str) -> dict[str, object]:
@@ -46,7 +54,7 @@ def _style(way: str) -> dict[str, object]:
 def _accuracy(axes: Axes, rows: Sequence[Row], name: str) -> None:
     for way in WAYS:
         points = []
-        for sparsity in SPARSITIES:
+        for sparsity in _sparsities(rows):
             found = [r["accuracy"] for r in rows if (r["method"], r["sparsity"]) == (way, sparsity)]
             if found:
                 spread = statistics.stdev(found) if len(found) > 1 else 0.0
@@ -69,11 +77,13 @@ def _plane(axes: Axes, rows: Sequence[Row]) -> None:
     """Every way at every sparsity, joined in the order of the sparsity."""
     for way in WAYS:
         points = []
-        for sparsity in SPARSITIES:
+        for sparsity in _sparsities(rows):
             found = [r for r in rows if (r["method"], r["sparsity"]) == (way, sparsity)]
             if found:
                 nodes = statistics.mean(r["nodes"] for r in found)
-                points.append((nodes, statistics.mean(r["log_paths"] or 0.0 for r in found)))
+                paths = [r["log_paths"] for r in found if r["log_paths"] is not None]
+                if paths:
+                    points.append((nodes, statistics.mean(paths)))
         if points:
             axes.plot(*zip(*points, strict=True), label=way, linewidth=1, markersize=4,
                       **_style(way))  # type: ignore[arg-type]  # fmt: skip

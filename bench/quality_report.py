@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.quality_plot import write_plots
-from bench.quality_runs import DENSE, NETS, SPARSITIES, WAYS
+from bench.quality_runs import COUNTED, DENSE, NETS, WAYS
 from bench.selection_report import table
 from bench.timing import Row
 
@@ -26,6 +26,7 @@ path. *s* is the time of pruning in a process of one thread while another one wo
 | --- | --- |
 | random | uniform scores under ERK budgets |
 | magnitude, synflow, synflow_l2, px, npb, phew | the methods with their defaults |
+| npb, few | npb with `outputs="few"`: the optimum that leaves more units alive |
 | dpai | ascent, alpha 0.99, beta 0.5, 300 steps |
 | dpai, alpha 0 | ascent on ln paths alone |
 | dpai, adam | variant `published`: Adam, 3,000 steps |
@@ -62,7 +63,7 @@ def page(content: Mapping[str, Any], images: str) -> str:
         f"{', '.join(map(str, content['seeds']))}. `make quality` makes this page.", "",
     ]  # fmt: skip
     for name in NETS:
-        of_net = [row for row in rows if row.get("model") == name and "method" in row]
+        of_net = [row for row in rows if row.get("model") == name and "op" not in row]
         if not of_net:
             continue
         net = NETS[name]
@@ -70,12 +71,14 @@ def page(content: Mapping[str, Any], images: str) -> str:
         lines += [f"## {name}, {net.image_size} px, {epochs} epochs", ""]
         dense = [row["accuracy"] for row in of_net if row["method"] == DENSE]
         if dense:
-            lines += [f"Dense: {_percent(dense)} % (std {_spread(dense)}).", ""]
-        for sparsity in SPARSITIES:
+            spread = f" (std {_spread(dense)})" if len(dense) > 1 else ""
+            lines += [f"Dense: {_percent(dense)} %{spread}.", ""]
+        for sparsity in sorted({row["sparsity"] for row in of_net} - {0.0}):
             at = [row for row in of_net if row["sparsity"] == sparsity and row["method"] != DENSE]
             if at:
                 lines += [f"### {sparsity:.1%}", "", *table(COLUMNS, _lines(at)), ""]
         lines += [*_ranking(of_net, name), ""]
+    lines += _counted([row for row in rows if row.get("op") == "topology"])
     sweep = [row for row in rows if row.get("op") == "sweep"]
     lines += ["## Pictures", "", f"![accuracy against sparsity]({images}/quality.png)", ""]
     if sweep:
@@ -95,6 +98,37 @@ def page(content: Mapping[str, Any], images: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _counted(rows: Sequence[Row]) -> list[str]:
+    """The networks that are not trained: all ways, one line each."""
+    lines: list[str] = []
+    for name in COUNTED:
+        for sparsity in sorted({row["sparsity"] for row in rows if row["model"] == name}):
+            found = {
+                row["method"]: row
+                for row in rows
+                if (row["model"], row["sparsity"]) == (name, sparsity)
+            }
+            lines += [
+                f"## {name}, {sparsity:.1%}, not trained", "",
+                *table(
+                    ("method", "ln paths", "nodes", "kernels", "kept", "on a path", "empty layers",
+                     "s"),
+                    [
+                        (
+                            way, _number(row["log_paths"]),
+                            *(f"{row[c]:,}" for c in ("nodes", "kernels", "kept", "params",
+                                                      "empty_layers")),
+                            f"{row['seconds']:.2f}",
+                        )
+                        for way in WAYS
+                        if (row := found.get(way)) is not None
+                    ],
+                ),
+                "",
+            ]  # fmt: skip
+    return lines
+
+
 def _lines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     found = []
     best = max(
@@ -109,12 +143,16 @@ def _lines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
         mark = "**" if statistics.mean(accuracies) == best else ""
 
         def mean(column: str, of_way: Sequence[Row] = of_way) -> float:
-            return statistics.mean(row[column] or 0.0 for row in of_way)
+            return statistics.mean(row[column] for row in of_way)
 
+        alive = [row["log_paths"] for row in of_way if row["log_paths"] is not None]
+        paths = f"{statistics.mean(alive):.1f}" if alive else ""
+        if len(alive) < len(of_way):
+            paths += f" (none: {len(of_way) - len(alive)} of {len(of_way)})"
         found.append(
             (
                 way, f"{mark}{_percent(accuracies)}{mark}", _spread(accuracies),
-                f"{mean('log_paths'):.1f}", f"{mean('nodes'):,.0f}", f"{mean('kernels'):,.0f}",
+                paths, f"{mean('nodes'):,.0f}", f"{mean('kernels'):,.0f}",
                 f"{mean('kept'):,.0f}", f"{mean('params'):,.0f}", f"{mean('empty_layers'):.1f}",
                 f"{mean('seconds'):.2f}",
             )
@@ -125,7 +163,7 @@ def _lines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 def _ranking(rows: Sequence[Row], name: str) -> list[str]:
     """The average place of each way over all sparsities."""
     places: dict[str, list[int]] = {}
-    for sparsity in SPARSITIES:
+    for sparsity in sorted({row["sparsity"] for row in rows} - {0.0}):
         means = {}
         for way in WAYS:
             found = [r["accuracy"] for r in rows if (r["method"], r["sparsity"]) == (way, sparsity)]

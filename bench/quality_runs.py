@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bench.comparison_cases import prepared
 from bench.mnist import Split, load
 from bench.timing import Row
 
@@ -46,6 +47,7 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "synflow_l2": ("synflow_l2", {}),
     "px": ("px", {}),
     "npb": ("npb", {}),
+    "npb, few": ("npb", {"outputs": "few"}),
     "phew": ("phew", {}),
     "dpai": ("dpai", {}),
     "dpai, alpha 0": ("dpai", {"alpha": 0.0}),
@@ -55,6 +57,13 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpai, keep_nodes, alpha 0": ("dpai", {"keep_nodes": True, "alpha": 0.0}),
 }
 DENSE = "dense"
+
+#: Networks of the comparison that are pruned and counted, but not trained: name -> sparsities.
+COUNTED = {
+    "vgg19_bn": (0.9, 0.98, 0.99),
+    "resnet18@64": (0.9, 0.98, 0.99),
+}
+COUNTED_WAYS = tuple(way for way in WAYS if way not in ("px", "dpai, adam"))
 
 #: The sweep of the node-path plane: name -> options, on ResNet-20 at 98 %.
 SWEEP_SPARSITY = 0.98
@@ -81,6 +90,9 @@ def model_of(name: str, seed: int) -> tuple[nn.Module, Tensor]:
     """The network at its initial weights, and one input of ones."""
     from paikern import zoo
 
+    if name in COUNTED:
+        subject = prepared(name)
+        return subject.model, torch.ones_like(subject.example)
     net = NETS[name]
     model = zoo.create(name, seed=seed, **net.options)
     size = net.image_size
@@ -137,6 +149,16 @@ def quality_row(name: str, way: str, sparsity: float, seed: int, epochs: int | N
     row["accuracy"] = trained(name, masks, seed, epochs)
     row["train_seconds"] = time.perf_counter() - start
     return {"seconds": None, "reference_seconds": None, "ratio": None, **row}
+
+
+def counted_row(name: str, way: str, sparsity: float) -> Row:
+    """A network that is not trained."""
+    masks, seconds = pruned(name, way, sparsity, 0)
+    return {
+        "op": "topology", "method": way, "model": name, "sparsity": sparsity, "seed": 0,
+        "seconds": seconds, "reference_seconds": None, "ratio": None,
+        **topology_row(name, masks, 0),
+    }  # fmt: skip
 
 
 def sweep_row(label: str) -> Row:

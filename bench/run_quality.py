@@ -21,7 +21,20 @@ from typing import Any
 from tqdm import tqdm
 
 from bench import quality_report
-from bench.quality_runs import DENSE, NETS, SEEDS, SPARSITIES, SWEEP, WAYS, quality_row, sweep_row
+from bench.options import count, fraction
+from bench.quality_runs import (
+    COUNTED,
+    COUNTED_WAYS,
+    DENSE,
+    NETS,
+    SEEDS,
+    SPARSITIES,
+    SWEEP,
+    WAYS,
+    counted_row,
+    quality_row,
+    sweep_row,
+)
 from bench.timing import RESULTS, Row, machine, versions, write_results
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +42,7 @@ Task = tuple[str, str, float, int, int | None]
 
 
 def tasks_of(given: argparse.Namespace) -> list[Task]:
-    """Everything that is asked for; the sweep is a task of network "sweep"."""
+    """Everything that is asked for; the sweep is a task of a network "sweep"."""
     found: list[Task] = []
     for seed in given.seeds:
         for net in given.nets:
@@ -41,6 +54,14 @@ def tasks_of(given: argparse.Namespace) -> list[Task]:
             ]
     if not given.no_sweep:
         found += [("sweep", label, 0.0, 0, None) for label in SWEEP]
+    if not given.no_counts:
+        found += [
+            (net, way, sparsity, 0, None)
+            for net, sparsities in COUNTED.items()
+            for sparsity in sparsities
+            for way in COUNTED_WAYS
+            if way in given.ways
+        ]
     return found
 
 
@@ -49,6 +70,8 @@ def carry_out(task: Task) -> Row:
     net, way, sparsity, seed, epochs = task
     if net == "sweep":
         return sweep_row(way)
+    if net in COUNTED:
+        return counted_row(net, way, sparsity)
     return quality_row(net, way, sparsity, seed, epochs)
 
 
@@ -80,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def save() -> None:
         write_results(
-            "quality", rows, threads=1, seeds=given.seeds, folder=folder,
+            "quality", rows, threads=1, seeds=sorted({r["seed"] for r in rows}), folder=folder,
             more={"epochs": given.epochs},
         )  # fmt: skip
 
@@ -111,13 +134,14 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
+    parser.add_argument("--nets", nargs="*", choices=NETS, default=list(NETS), help="to train")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY")
-    parser.add_argument("--sparsity", nargs="+", type=float, default=list(SPARSITIES))
+    parser.add_argument("--sparsity", nargs="+", type=fraction, default=list(SPARSITIES))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--epochs", type=int, help="for a trial; each network has its own")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--epochs", type=count, help="for a trial; each network has its own")
+    parser.add_argument("--jobs", type=count, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--no-sweep", action="store_true", help="leave the alpha-beta sweep out")
+    parser.add_argument("--no-counts", action="store_true", help="leave the larger networks out")
     parser.add_argument("--fresh", action="store_true", help="forget the rows of an earlier run")
     parser.add_argument(
         "--out", type=Path, help="folder; default bench/results, bench/ and docs/images/"

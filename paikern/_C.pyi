@@ -157,3 +157,44 @@ def block_means(row: _Scores, columns: int, high: int, wide: int, means: int) ->
 def expand_blocks(
     blocks: int, rows: int, columns: int, high: int, wide: int, bits: int
 ) -> None: ...
+def balanced_mask(
+    rows: int,
+    groups: int,
+    inputs: int,
+    outputs: int,
+    positions: int,
+    transposed: bool,
+    cover: int,
+    seed: int,
+    stream: int,
+    scores: int,
+    wide: bool,
+    bits: int,
+) -> bool: ...
+
+# data, type, rows, cols, taps, groups, transposed, first bit, row tables, column tables
+_WalkRows = Sequence[tuple[int, ...]]
+
+def phew_tables(rows: _WalkRows, weighting: int, tables: int) -> None: ...
+def phew_walks(
+    rows: _WalkRows,
+    tables: int,
+    graph: tuple[int, ...],
+    seed: int,
+    first: int,
+    count: int,
+    width: int,
+    weighting: int,
+    whole: bool,
+    out: int,
+) -> None: ...
+def phew_keep(
+    bits: int,
+    state: int,
+    walks: int,
+    count: int,
+    width: int,
+    target: int,
+    stall: int,
+    exact: bool,
+) -> None: ...

@@ -10,6 +10,9 @@ ones. With incoming counts `Z`, outgoing counts `G` and `q = d log R / d M`:
   at least one effective weight; for a linear layer that is the single weight.
 - effective node: an output unit of a layer with at least one path through it, shortcuts and the
   output layer included.
+- input node: the other definition in use (NPB's program): an input unit of a layer, 1x1 shortcuts
+  left out, or an output unit of the last linear layer, with at least one path through it. The two
+  counts must not be compared with each other.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from torch import Tensor
 from paikern import ops
 from paikern.backends import registry
 from paikern.pathgraph import Flow, PathGraph, Semantics, Visit, weights
-from paikern.pathgraph.steps import Weight
+from paikern.pathgraph.steps import Add, Step, Weight
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,8 @@ class Topology:
     """What `pk.analyze` returns: totals, and the same for each layer.
 
     `log_paths` is the natural logarithm of the number of effective paths, -inf where none is left.
-    `layers` are in the order of the model.
+    `layers` are in the order of the model. `input_nodes` counts live inputs of layers instead of
+    live outputs, see the definitions of this module.
 
     Example:
         >>> import torch, paikern as pk
@@ -83,6 +87,7 @@ class Topology:
 
     log_paths: float
     layers: tuple[LayerTopology, ...]
+    input_nodes: int = 0
 
     @property
     def effective_nodes(self) -> int:
@@ -153,7 +158,7 @@ def topology(
     for name, kind in layers.items():
         steps = uses.get(name, [])
         found.append(_layer(name, kind, reached[name], masks.get(name), steps))
-    return Topology(log_paths, tuple(found))
+    return Topology(log_paths, tuple(found), _input_nodes(graph, reached))
 
 
 def _layer(
@@ -177,6 +182,47 @@ def _layer(
         effective_params=int(on_path.sum()),
         dead_channels=dead,
     )
+
+
+def _input_nodes(graph: PathGraph, reached: Mapping[str, Tensor]) -> int:
+    skipped, uses = shortcuts(graph), graph.uses()
+    linear = [step.parameter for step in graph.weights if step.kind == "linear"]
+    count = 0
+    for name, on_path in reached.items():
+        if name in skipped or name not in uses:
+            continue
+        units = on_path.flatten(2).any(-1) if on_path.dim() > 2 else on_path
+        step = uses[name][0]
+        if step.transposed:
+            count += int(units.any(1).sum())
+        else:  # [out, in / groups]
+            count += int(units.unflatten(0, (step.groups, -1)).any(1).sum())
+        if linear and name == linear[-1]:
+            count += int(_by_output(units, uses[name])[0].sum())
+    return count
+
+
+def shortcuts(graph: PathGraph) -> frozenset[str]:
+    """The 1x1 convolutions of residual shortcuts.
+
+    Such a convolution reads a value that another step reads too, and between it and an addition
+    there are only steps of one input without weights.
+    """
+    readers: dict[int, list[Step]] = {}
+    for step in graph.steps:
+        for value in step.inputs:
+            readers.setdefault(value, []).append(step)
+    found = set()
+    for weight in graph.weights:
+        if weight.kind != "conv" or any(size != 1 for size in weight.kernel):
+            continue
+        after = readers.get(weight.output, [])
+        while len(after) == 1 and len(after[0].inputs) == 1 and not isinstance(after[0], Weight):
+            after = readers.get(after[0].output, [])
+        joins = len(after) == 1 and isinstance(after[0], Add)
+        if joins and len(readers[weight.inputs[0]]) > 1:
+            found.add(weight.parameter)
+    return frozenset(found)
 
 
 def _by_output(units: Tensor, steps: list[Weight]) -> tuple[Tensor, int]:

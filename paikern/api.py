@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from numbers import Integral
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +24,38 @@ from paikern.pathgraph import trace
 from paikern.pattern import parse_pattern
 from paikern.progress import ProgressFunction
 from paikern.prunable import prunable_parameters, unwrap
-from paikern.rounds import Plan, layer_counts, ranked, run_rounds
-from paikern.scorers import Run, Scorer, Scores, TrainedScorer, make_scorer, scorer_names
+from paikern.rounds import Plan, check_single_weights, layer_counts, ranked, run_rounds
+from paikern.scorers import (
+    MaskBuilder,
+    Run,
+    Scorer,
+    Scores,
+    TrainedScorer,
+    make_scorer,
+    scorer_names,
+)
 from paikern.scorers.base import VARIANTS, scorer_class
 from paikern.selection import ON_COLLAPSE, RULES, apply_collapse_rule, listed, select_packed
 from paikern.structured import check_pattern, left_dense, target_sparsity
 
 Filter = Sequence[Any] | None
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
+def _on_its_own_device(function: _Function) -> _Function:
+    """Whatever a surrounding `with torch.device("meta")` says, buffers of a run have memory."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if torch.get_default_device().type == "cpu":
+            return function(*args, **kwargs)
+        with torch.device("cpu"):
+            return function(*args, **kwargs)
+
+    return run  # type: ignore[return-value]
+
+
+@_on_its_own_device
 def prune(
     model: nn.Module,
     method: str | Scorer,
@@ -108,6 +133,7 @@ def prune(
     scorer = _scorer(method, method_options)
     _check_choices(scorer, variant, selection, on_collapse, rounds)
     shape = parse_pattern(pattern)
+    check_single_weights(scorer, shape)
     run = _run(model, scorer, example_inputs, ignore, include, seed, variant, data)
     fraction = target_sparsity(
         shape,
@@ -152,12 +178,13 @@ def prune(
         },
     )
     found.metadata["achieved_sparsity"] = found.sparsity
-    _tell(run, found, on_collapse)
+    _tell(run, found, on_collapse, isinstance(scorer, MaskBuilder))
     if apply:
         found.apply(model)
     return found
 
 
+@_on_its_own_device
 def score(
     model: nn.Module,
     method: str | Scorer,
@@ -202,6 +229,7 @@ def score(
         return scorer.score(run).with_layouts(run.layouts)
 
 
+@_on_its_own_device
 def select(
     scores: Scores,
     *,
@@ -249,11 +277,12 @@ def select(
     found = MaskSet(packed, scores.shapes, metadata={"sparsity": fraction, "pattern": pattern})
     found.metadata["achieved_sparsity"] = found.sparsity
     if (note := left_dense(shape, scores.shapes, scores.layouts)) is not None:
-        warnings.warn(note, PaikernWarning, stacklevel=2)
-    _warn_empty(found, on_collapse, stacklevel=3)
+        warnings.warn(note, PaikernWarning, stacklevel=3)
+    _warn_empty(found, on_collapse, stacklevel=4)
     return found
 
 
+@_on_its_own_device
 def analyze(
     model: nn.Module,
     masks: MaskSet | None = None,
@@ -375,6 +404,8 @@ def _run(
     variant: str,
     data: Any = None,
 ) -> Run:
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must be an integer from -2**63 to 2**63 - 1, got {seed!r}")
     inner = unwrap(model)
     layers = prunable_parameters(inner, ignore=ignore or (), include=include)
     state = _state(inner)
@@ -388,7 +419,7 @@ def _run(
         )
     if scorer.needs_inputs and example_inputs is None and batches is not None:
         example_inputs = next(iter(batches))[0][:1]
-    run = Run(inner, state, layers, example_inputs, seed, variant, batches)
+    run = Run(inner, state, layers, example_inputs, int(seed), variant, batches)
     if scorer.needs_inputs and example_inputs is None:
         raise ValueError(
             f"example_inputs: method {scorer.name!r} traces the model and needs one input, for "
@@ -430,18 +461,22 @@ def _options(scorer: Scorer) -> dict[str, Any]:
     return found
 
 
-def _tell(run: Run, masks: MaskSet, on_collapse: str) -> None:
+def _tell(run: Run, masks: MaskSet, on_collapse: str, built: bool) -> None:
     for note in dict.fromkeys(run.notes):
-        warnings.warn(note, PaikernWarning, stacklevel=3)
-    _warn_empty(masks, on_collapse)
+        warnings.warn(note, PaikernWarning, stacklevel=4)
+    # What a method that ranks nothing can be asked for instead.
+    _warn_empty(masks, on_collapse, cure="use a lower sparsity" if built else _CURES)
 
 
-def _warn_empty(masks: MaskSet, on_collapse: str, stacklevel: int = 4) -> None:
+_CURES = "use more rounds, a lower sparsity, scope='erk', or on_collapse='floor'"
+
+
+def _warn_empty(masks: MaskSet, on_collapse: str, stacklevel: int = 5, cure: str = _CURES) -> None:
     empty = [n for n, kept in masks.kept_by_layer.items() if kept == 0 and masks.packed(n).numel()]
     if empty and on_collapse == "warn":
         warnings.warn(
             f"layer collapse: {listed(empty)} {'keeps' if len(empty) == 1 else 'keep'} no weight; "
-            "use more rounds, a lower sparsity, scope='erk', or on_collapse='floor'",
+            f"{cure}",
             PaikernWarning,
             stacklevel=stacklevel,
         )

@@ -16,6 +16,7 @@ from paikern import _maskfile, ops
 from paikern._attach import AttachedMasks
 from paikern._names import Slot, find, slots, storage_key, strip_wrappers
 from paikern.errors import MaskFormatError, PaikernError
+from paikern.ops.unpack_mask import count_kept
 from paikern.prunable import Filter, prunable_parameters
 
 __all__ = ["AttachedMasks", "MaskSet", "load_masks"]
@@ -171,7 +172,7 @@ class MaskSet(Mapping[str, Tensor]):
     def kept_by_layer(self) -> dict[str, int]:
         """Name -> number of kept weights."""
         if self._kept is None:
-            self._kept = {name: _popcount(bits) for name, bits in self._packed.items()}
+            self._kept = {name: count_kept(bits) for name, bits in self._packed.items()}
         return dict(self._kept)
 
     @property
@@ -386,10 +387,6 @@ def _check_packed(name: str, bits: Tensor, numel: int) -> None:
     spare = -numel % 8
     if spare and int(bits[-1]) >> (8 - spare):
         raise ValueError(f"packed: '{name}' has bits beyond its last weight; use ops.pack_mask")
-
-
-def _popcount(bits: Tensor) -> int:
-    return int.from_bytes(_maskfile.raw_bytes(bits), "little").bit_count()
 
 
 def _refuse_meta(operation: str, slot: Slot) -> None:

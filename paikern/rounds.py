@@ -55,11 +55,7 @@ def run_rounds(
     run: Run, scorer: Scorer, plan: Plan, progress: bool | ProgressFunction | None
 ) -> tuple[dict[str, Tensor], History]:
     """The packed masks at the end of a run, and what each round or step found."""
-    if isinstance(scorer, TrainedScorer) and plan.pattern is not None:
-        raise ValueError(
-            f"pattern='{plan.pattern}': {scorer.name} trains its scores for single weights; use "
-            "pattern='unstructured', or pk.select(pk.score(...), pattern=...)"
-        )
+    check_single_weights(scorer, plan.pattern)
     if isinstance(scorer, MaskBuilder):
         _check_builder(scorer, plan)
     check_pattern(plan.pattern, run.shapes, plan.scope, plan.rule)
@@ -73,6 +69,22 @@ def run_rounds(
     if isinstance(scorer, MaskBuilder):
         return _built(run, scorer, plan, progress)
     return _iterated(run, scorer, plan, progress)
+
+
+def check_single_weights(scorer: Scorer, pattern: Pattern | None) -> None:
+    """Refuse a pattern with a method that finds single weights."""
+    if pattern is None:
+        return
+    if isinstance(scorer, MaskBuilder):
+        raise ValueError(
+            f"pattern='{pattern}': {scorer.name} builds its mask of single weights; use "
+            "pattern='unstructured'"
+        )
+    if isinstance(scorer, TrainedScorer):
+        raise ValueError(
+            f"pattern='{pattern}': {scorer.name} trains its scores for single weights; use "
+            "pattern='unstructured', or pk.select(pk.score(...), pattern=...)"
+        )
 
 
 def layer_counts(
@@ -120,7 +132,6 @@ def _trained(
 def _check_builder(scorer: MaskBuilder, plan: Plan) -> None:
     """Refuse what needs scores to rank."""
     for given, name, use in (
-        (plan.pattern is not None, f"pattern='{plan.pattern}'", "pattern='unstructured'"),
         (plan.rounds != 1, f"rounds={plan.rounds}", "rounds=1"),
         (plan.scope == "lamp", "scope='lamp'", f"scope={scorer.default_scope!r}"),
         (plan.rule != "exact", f"selection={plan.rule!r}", "selection='exact'"),

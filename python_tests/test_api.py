@@ -346,3 +346,19 @@ def test_methods_and_backends_tables() -> None:
     rows = {row["name"]: row for row in pk.backends()}
     assert rows["reference"]["usable"]
     assert rows["cpu"]["usable"]
+
+
+@pytest.mark.parametrize("method", ["magnitude", "synflow", "dpai", "npb", "phew"])
+def test_another_default_device_changes_nothing(method: str) -> None:
+    options = {"steps": 3} if method == "dpai" else {"rounds": 3} if method == "synflow" else {}
+    model, x = net(), X
+    here = pk.prune(
+        model, method, sparsity=0.5, example_inputs=x, apply=False, progress=False, **options
+    )
+    with torch.device("meta"):
+        there = pk.prune(
+            model, method, sparsity=0.5, example_inputs=x, apply=False, progress=False, **options
+        )
+        assert pk.analyze(model, there, example_inputs=x).kept == here.kept
+        assert pk.select(pk.score(model, "magnitude"), sparsity=0.5).kept == here.kept
+    assert here == there

@@ -36,8 +36,21 @@ IDENTITY = (
 _CONV = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
 
+class NotFinishedError(TimeoutError):
+    """The time limit of a run was reached; the message says how far it had come."""
+
+
 def prunable_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return parameter name -> layer, in pre-order; a layer or weight used twice counts once."""
+    """Return parameter name -> layer, in pre-order; a layer or weight used twice counts once.
+
+    ValueError names a module whose weights the loops would silently leave dense, or feed with ones
+    where it wants token ids.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention | nn.Embedding):
+            raise ValueError(
+                f"the plain loops cover Linear and Conv layers; {name} is a {type(module).__name__}"
+            )
     seen: set[int] = set()
     layers: dict[str, nn.Module] = {}
     for name, module in model.named_modules():

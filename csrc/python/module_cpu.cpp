@@ -12,6 +12,8 @@ void bind_path(py::module_ &m);
 void bind_gated(py::module_ &m);
 void bind_patterns(py::module_ &m);
 void bind_flow(py::module_ &m);
+void bind_balanced_mask(py::module_ &m);
+void bind_phew(py::module_ &m);
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of paikern";
@@ -23,4 +25,6 @@ PYBIND11_MODULE(_C, m) {
   bind_gated(m);
   bind_patterns(m);
   bind_flow(m);
+  bind_balanced_mask(m);
+  bind_phew(m);
 }

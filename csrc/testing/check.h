@@ -49,5 +49,7 @@ void gated(Random &random, int rounds);
 void forecast(Random &random, int rounds);
 void maps(Random &random);
 void patterns(Random &random, int rounds);
+void phew(Random &random, int rounds);
+void balanced(Random &random, int rounds);
 
 }  // namespace check

@@ -20,6 +20,8 @@ void run_all(uint32_t seed, int rounds) {
   check::forecast(random, rounds);
   check::maps(random);
   check::patterns(random, rounds);
+  check::phew(random, rounds);
+  check::balanced(random, rounds);
 }
 
 }  // namespace

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from paikern import _C
+from paikern.backends.cpu_balanced_mask import balanced_mask
 from paikern.backends.cpu_flow import (
     dpai_loop,
     path_flow,
@@ -42,10 +43,12 @@ from paikern.backends.cpu_patterns import (
     nm_mask,
     nm_mask_factored,
 )
+from paikern.backends.cpu_phew import phew_keep_, phew_tables, phew_walks
 from paikern.backends.errors import refuse_nan
 
 __all__ = [
     "apply_mask_",
+    "balanced_mask",
     "block_means",
     "block_means_factored",
     "dpai_loop",
@@ -71,6 +74,9 @@ __all__ = [
     "path_rounds",
     "path_score",
     "path_sweep",
+    "phew_keep_",
+    "phew_tables",
+    "phew_walks",
     "takes",
     "through_maximum_",
     "topk_mask",
@@ -82,6 +88,7 @@ __all__ = [
 
 _FLOAT64 = (
     "apply_mask_",
+    "balanced_mask",
     "block_means",
     "block_means_factored",
     "expand_blocks",
@@ -89,6 +96,9 @@ _FLOAT64 = (
     "nm_mask",
     "nm_mask_factored",
     "pack_mask",
+    "phew_keep_",
+    "phew_tables",
+    "phew_walks",
     "topk_mask",
     "topk_mask_factored",
     "topk_mask_product",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from paikern.backends.errors import refuse_nan
+from paikern.backends.reference_balanced_mask import balanced_mask
 from paikern.backends.reference_maps import (
     live_nodes,
     map_maximum,
@@ -38,9 +39,11 @@ from paikern.backends.reference_patterns import (
     nm_mask,
     nm_mask_factored,
 )
+from paikern.backends.reference_phew import phew_keep_, phew_tables, phew_walks
 
 __all__ = [
     "apply_mask_",
+    "balanced_mask",
     "block_means",
     "block_means_factored",
     "dpai_step_",
@@ -60,6 +63,9 @@ __all__ = [
     "path_forward",
     "path_score",
     "path_sweep",
+    "phew_keep_",
+    "phew_tables",
+    "phew_walks",
     "through_maximum_",
     "topk_mask",
     "topk_mask_factored",

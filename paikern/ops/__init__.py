@@ -1,6 +1,7 @@
 """The operations: one file each with docstring, schema, shape function and derivative."""
 
 from paikern.ops.apply_mask import apply_mask_
+from paikern.ops.balanced_mask import balanced_mask
 from paikern.ops.block_means import block_means, block_means_factored
 from paikern.ops.dpai_step import dpai_step_, dpai_update_
 from paikern.ops.expand_blocks import expand_blocks
@@ -16,6 +17,9 @@ from paikern.ops.path_conv_score import path_conv_score
 from paikern.ops.path_forward import path_forward
 from paikern.ops.path_score import path_score
 from paikern.ops.path_sweep import path_sweep
+from paikern.ops.phew_keep import phew_keep_
+from paikern.ops.phew_tables import phew_tables
+from paikern.ops.phew_walks import phew_walks
 from paikern.ops.topk_mask import topk_mask
 from paikern.ops.topk_mask_factored import topk_mask_factored
 from paikern.ops.topk_mask_product import topk_mask_product
@@ -23,6 +27,7 @@ from paikern.ops.unpack_mask import unpack_mask
 
 __all__ = [
     "apply_mask_",
+    "balanced_mask",
     "block_means",
     "block_means_factored",
     "dpai_step_",
@@ -42,6 +47,9 @@ __all__ = [
     "path_forward",
     "path_score",
     "path_sweep",
+    "phew_keep_",
+    "phew_tables",
+    "phew_walks",
     "through_maximum",
     "topk_mask",
     "topk_mask_factored",

@@ -60,7 +60,7 @@ class Run:
                 self.notes.append(
                     "no path from the input to the output uses "
                     + ", ".join(unreached)
-                    + "; these layers score 0 (use ignore= to leave them dense)"
+                    + "; nothing tells their weights apart (use ignore= to leave them dense)"
                 )
         return self._graph
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from paikern import ops
+from paikern.ops.unpack_mask import count_kept
 from paikern.torch_prune.amounts import (
     _validate_pruning_dim,
     _validate_structured_pruning,
@@ -28,9 +29,7 @@ def count(bits: Tensor | None, numel: int) -> int:
     >>> count(torch.tensor([5], dtype=torch.uint8), 3), count(None, 3)
     (2, 3)
     """
-    if bits is None:
-        return numel
-    return int.from_bytes(bits.cpu().numpy().tobytes(), "little").bit_count()
+    return numel if bits is None else count_kept(bits)
 
 
 def all_ones(numel: int, device: torch.device) -> Tensor:

@@ -58,6 +58,38 @@ def test_another_mask_is_seen() -> None:
     assert "finished -> not finished" in change.verdict
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        ({"accuracy": 0.97}, {"accuracy": 0.1}, "accuracy 0.97 -> 0.1"),
+        ({"log_paths": 15.0}, {"log_paths": None}, "log_paths 15 -> None"),
+        ({"nodes": 400}, {"nodes": 3}, "nodes 400 -> 3"),
+        ({"reference_status": "finished"}, {"reference_status": "failed"}, "finished -> failed"),
+        ({"kept": 5}, {}, "kept 5 -> missing"),
+        ({}, {"seconds": None}, "no time"),
+    ],
+)
+def test_whatever_a_row_found_out_is_compared(
+    before: dict[str, Any], after: dict[str, Any], words: str
+) -> None:
+    (change,) = changes([row() | before], [row() | after], 0.1)
+    assert change.bad
+    assert words in change.verdict
+
+
+def test_rounding_and_limits_are_no_change() -> None:
+    (change,) = changes([row(log_paths=15.0)], [row(log_paths=15.0 + 1e-9)], 0.1)
+    assert not change.bad
+    stopped = row(status="not finished")
+    (change,) = changes([stopped | {"seconds": 10.0}], [stopped | {"seconds": 60.0}], 0.1)
+    assert not change.bad
+
+
+def test_seeds_are_told_apart_whatever_their_order() -> None:
+    rows = [row(seed=0, accuracy=0.9), row(seed=1, accuracy=0.8)]
+    assert not any(c.bad for c in changes(rows, rows[::-1], 0.1))
+
+
 def test_missing_and_new_rows() -> None:
     found = changes([row(), row("phew")], [row(), row("dpai")], 0.1)
     assert [(c.verdict, c.bad) for c in found] == [
@@ -91,6 +123,8 @@ def test_committed_results_compare_with_themselves(path: Path) -> None:
         ("{", "not JSON"),
         ("[]", "no results file"),
         (json.dumps({"rows": [], "schema": 99}), "schema 99"),
+        (json.dumps({"rows": [1, 2], "schema": 1}), "row 0 is no row"),
+        (json.dumps({"rows": [{"seconds": "fast"}], "schema": 1}), "row 0 is no row"),
     ],
 )
 def test_unreadable_files(

@@ -9,8 +9,9 @@ import pytest
 
 from bench import comparison_report
 from bench.comparison_cases import OURS, REFERENCE, Effort
+from bench.comparison_rows import shown_ratio
 from bench.comparison_worker import Order, Worker
-from bench.run_comparison import FULL, QUICK, main
+from bench.run_comparison import FULL, QUICK, main, ratio_of
 
 EFFORT = Effort(2, 2)
 
@@ -59,6 +60,11 @@ def test_results_page_and_picture(tmp_path: Path) -> None:
     if row["reference_status"] == "not finished":
         assert row["reference_seconds"] == 0.7
         assert row["reference_done"] < row["reference_total"] == 100
+    # A resumed run measures what is missing and keeps what is there.
+    assert (
+        main([*given, "--repeats", "1", "--threads", "1", "--out", str(tmp_path), "--resume"]) == 0
+    )
+    assert json.loads((tmp_path / "comparison.json").read_text())["rows"] == [row]
     page = (tmp_path / "comparison.md").read_text()
     assert "| synflow (100) | lenet300 | 90.0% |" in page
     assert "comparison.png" in page
@@ -82,6 +88,29 @@ def test_the_page_names_losses_and_failures() -> None:
     text = comparison_report.page(content, "x.png")
     assert "- npb, gpt2, 98.0%: 0.50x" in text
     assert "reference, npb, gpt2: TypeError: no" in text
+
+
+def test_a_stopped_loop_is_compared_step_by_step() -> None:
+    row = {
+        "method": "dpai", "effort": 300, "ratio": 0.7, "seconds": 45.0, "status": "finished",
+        "reference_seconds": 30.0, "reference_status": "not finished", "reference_done": 10,
+        "reference_total": 300,
+    }  # fmt: skip
+    assert shown_ratio(row) == (pytest.approx(3.0 / 0.15), "a step")
+    assert shown_ratio(row | {"effort": None}) == (0.7, ">")
+    assert shown_ratio(row | {"reference_status": "finished"}) == (0.7, "")
+    assert shown_ratio(row | {"ratio": None}) is None
+
+
+def test_only_like_is_set_against_like() -> None:
+    row = {
+        "status": "finished", "seconds": 2.0, "weights": 100, "reference_status": "finished",
+        "reference_seconds": 6.0, "reference_weights": 100,
+    }  # fmt: skip
+    assert ratio_of(row) == 3.0
+    assert ratio_of(row | {"reference_weights": 90}) is None
+    assert ratio_of(row | {"status": "not finished"}) is None
+    assert ratio_of(row | {"reference_status": "failed", "reference_seconds": None}) is None
 
 
 def test_the_full_comparison_covers_what_it_promises() -> None:

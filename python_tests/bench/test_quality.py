@@ -30,7 +30,7 @@ def test_a_row(way: str) -> None:
 def test_run_page_and_resumption(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = [
         "--nets", "lenet300", "--sparsity", "0.98", "--seeds", "0", "--epochs", "1", "--no-sweep",
-        "--jobs", "1", "--out", str(tmp_path),
+        "--no-counts", "--jobs", "1", "--out", str(tmp_path),
     ]  # fmt: skip
     assert main([*given, "--ways", "magnitude"]) == 0
     first = json.loads((tmp_path / "quality.json").read_text())
@@ -63,6 +63,33 @@ def test_the_best_accuracy_is_marked_and_means_are_means() -> None:
     assert "| npb | **85.00** | 7.07 | 1.0 | 15 |" in text
     assert "| phew | 70.00 |  | 1.0 | 30 |" in text
     assert "npb 1.0, phew 2.0" in text
+
+
+def test_masks_without_paths_and_larger_networks_are_told() -> None:
+    row = {
+        "method": "npb", "model": "lenet300", "sparsity": 0.5, "seed": 0, "log_paths": 2.0,
+        "accuracy": 0.9, "nodes": 1, "kernels": 1, "params": 1, "kept": 1, "empty_layers": 0,
+        "seconds": 1.0,
+    }  # fmt: skip
+    counted = row | {"op": "topology", "model": "vgg19_bn", "sparsity": 0.98, "nodes": 5604}
+    content = {
+        "rows": [row, row | {"seed": 1, "log_paths": None}, counted],
+        "machine": {"cpu": "x"}, "versions": {"torch": "1", "paikern": "0"},
+        "seeds": [0, 1], "epochs": None,
+    }  # fmt: skip
+    text = quality_report.page(content, "images")
+    assert "### 50.0%" in text
+    assert "| 2.0 (none: 1 of 2) |" in text
+    assert "## vgg19_bn, 98.0%, not trained" in text
+    assert "| npb | 2.0 | 5,604 |" in text
+
+
+@pytest.mark.parametrize("wrong", [["--sparsity", "2"], ["--jobs", "0"], ["--epochs", "-1"]])
+def test_wrong_options(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(wrong)
+    assert ended.value.code == 2
+    assert wrong[0] in capsys.readouterr().err
 
 
 def test_every_way_is_a_method() -> None:

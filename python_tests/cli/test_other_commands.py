@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -31,16 +32,35 @@ def test_methods_and_backends(capsys: Capture) -> None:
     assert json.loads(capsys.readouterr().out) == pk.backends()
 
 
-def test_bench_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_passes_its_options_on_and_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def run(command: list[str], cwd: Path, check: bool) -> subprocess.CompletedProcess[str]:
-        seen.append((command[1:], cwd))
-        return subprocess.CompletedProcess(command, 3)
+    class Process:
+        waits = 0
 
-    monkeypatch.setattr(subprocess, "run", run)
-    assert main(["bench", "--only", "resnet20", "--help"]) == 3
-    assert seen == [(["-m", "bench", "--only", "resnet20", "--help"], ROOT)]
+        def __init__(self, command: list[str], env: dict[str, str]) -> None:
+            seen.append((command[1:], env["PYTHONPATH"].split(os.pathsep)[0]))
+
+        def wait(self) -> int:
+            Process.waits += 1
+            if Process.waits == 1:  # Ctrl-C reaches both; the benchmark still writes its page
+                raise KeyboardInterrupt
+            return 3
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    assert main(["bench", "--only", "phew", "--help"]) == 3
+    assert seen == [(["-m", "bench", "--only", "phew", "--help"], str(ROOT))]
+    assert Process.waits == 2
+
+
+def test_bench_reads_and_writes_where_the_user_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: Capture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    results = ROOT / "bench" / "results" / "dpai_step.json"
+    (tmp_path / "mine.json").write_text(results.read_text())
+    assert main(["bench", "compare", "mine.json", "mine.json"]) == 0
+    assert "0 worse" in capfd.readouterr().out
 
 
 def test_bench_outside_the_source_tree(

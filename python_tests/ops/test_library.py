@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from paikern import ops
+from paikern.pathgraph import trace
+from paikern.pathgraph.units import walk_graph
+from paikern.pathgraph.walks import flattened
 
 BITS = torch.tensor([0b10110101, 0b01], dtype=torch.uint8)
 WEIGHT, X, G = torch.linspace(-1, 1, 10).reshape(2, 5), torch.rand(3, 5), torch.rand(3, 2)
@@ -21,9 +24,38 @@ def _state() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.rand(2, 5), torch.rand(2, 5)
 
 
+def _walks() -> dict[str, list[tuple]]:
+    """Samples of what PHEW needs, on one linear layer."""
+    net = torch.nn.Linear(2, 2, bias=False)
+    state = {"weight": net.weight.detach()}
+    w = flattened(walk_graph(trace(net, torch.ones(1, 2)), state), state, {"weight": (2, 2)})
+    tables = ops.phew_tables(w.weights, w.geometry, w.table_size)
+    walks = torch.tensor([[0], [3], [-1]])
+    return {
+        "phew_tables": [(list(w.weights), w.geometry, w.table_size, 0)],
+        "phew_walks": [
+            (list(w.weights), tables, w.geometry, list(w.graph), 0, 0, 5, w.width, 0, False)
+        ],
+        "phew_keep_": [
+            (
+                torch.zeros(1, dtype=torch.uint8),
+                torch.zeros(6, dtype=torch.int64),
+                walks,
+                2,
+                1,
+                True,
+            )
+        ],
+    }
+
+
 # One sample or more of every operation. A new operation without one fails the test below.
 SAMPLES: dict[str, list[tuple]] = {
     "apply_mask_": [(torch.rand(2, 5), BITS), (torch.rand(5, 2).T.bfloat16(), BITS)],
+    "balanced_mask": [
+        (torch.tensor([3, 7, 0, 4]), WEIGHT[:0], [2, 2, 3, 4], False, -1, -5, 1),
+        (torch.tensor([3, 7]), torch.rand(2, 3, 4), [1, 2, 3, 4], True, 2, 0, 0),
+    ],
     "block_means": [(WEIGHT, [2, 2], True), (CONV, [1, 5], False)],
     "block_means_factored": [(WEIGHT, X[0], G[0], BITS, [1, 5], 2)],
     "dpai_step_": [
@@ -59,6 +91,7 @@ SAMPLES: dict[str, list[tuple]] = {
         ([WEIGHT], [X], [G], [], [0], [4], 1, []),
     ],
     "unpack_mask": [(BITS, [2, 5]), (BITS, [])],
+    **_walks(),
 }
 
 
