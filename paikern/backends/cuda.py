@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from paikern.backends.cuda_launch import current as kernel_provider
 from paikern.backends.cuda_launch import elementwise, run
 from paikern.backends.cuda_patterns import (
     block_means,
@@ -32,6 +33,7 @@ __all__ = [
     "block_means",
     "block_means_factored",
     "expand_blocks",
+    "kernel_provider",
     "kth_largest",
     "nm_mask",
     "nm_mask_factored",

@@ -152,8 +152,12 @@ class SelectionPlan:
 
     def check(self, operation: str) -> None:
         """Raise if any launch has met NaN; waits for the stream, so once at the end."""
+        refuse_nan(operation, self.nan_layer())
+
+    def nan_layer(self) -> int:
+        """The first layer in which any launch has met NaN, or -1; waits for the stream."""
         found = int(self._states[-1])
-        refuse_nan(operation, -1 if found == _NO_NAN else found)
+        return -1 if found == _NO_NAN else found
 
     def kth(self) -> float:
         """The k-th score of the first ranking; only where exponents do not matter."""
