@@ -175,7 +175,7 @@ PK_DEVICE void pk_flow_step(const PaikernFlowStep &step, long long block, long l
 // Waits until all blocks of the grid have come here; `arrived` only ever grows.
 PK_DEVICE void pk_grid_barrier(unsigned long long *arrived) {
 #ifdef PAIKERN_CUDA_ON_CPU
-  if (gridDim.x > 1) paikern::on_cpu::fail("a grid barrier: blocks run one after the other here");
+  if (gridDim.x > 1) paikern::on_cpu::complain("a grid barrier: blocks run one after the other here");
 #endif
   __threadfence();
   __syncthreads();
