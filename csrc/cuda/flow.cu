@@ -1,5 +1,4 @@
 #include "flow.cuh"
-
 #include "launch.h"
 
 namespace paikern::cuda {

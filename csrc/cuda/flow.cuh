@@ -19,7 +19,7 @@
 
 // What a sweep writes for the host, one row a round.
 struct PaikernFlowRecord {
-  double mantissa;   // R = mantissa * 2**top
+  double mantissa;  // R = mantissa * 2**top
   long long top;
   long long dead;    // first weight step that no path gets past, or -1
   long long broken;  // first weight step, forwards and then backwards, whose values are not finite, or -1
@@ -189,8 +189,8 @@ PK_DEVICE void pk_grid_barrier(unsigned long long *arrived) {
   __threadfence();  // by every thread: lines that its multiprocessor holds from before are read again
 }
 
-extern "C" __global__ void __launch_bounds__(256, 2) paikern_flow(const PaikernFlowStep *steps, long long from,
-                                                                 long long to, unsigned long long *arrived) {
+extern "C" __global__ void __launch_bounds__(256, 2)
+    paikern_flow(const PaikernFlowStep *steps, long long from, long long to, unsigned long long *arrived) {
   for (long long i = from; i < to; ++i) {
     if (i > from) pk_grid_barrier(arrived);
     pk_flow_step(steps[i], blockIdx.x, gridDim.x);

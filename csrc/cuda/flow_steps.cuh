@@ -30,28 +30,26 @@ struct PaikernTerm {
 struct PaikernFlowStep {
   long long kind;
   float *out;
-  long long numel;            // of out
-  PaikernScale *scale;        // of out
-  const PaikernScale *from;   // whose exponent out gets, or null
+  long long numel;           // of out
+  PaikernScale *scale;       // of out
+  const PaikernScale *from;  // whose exponent out gets, or null
   const PaikernTerm *terms;
   long long term_count, first_term, last_term;  // join adds the terms from the first up to before the last
   long long outer, channels, inner;
-  const float *factor;        // of each channel, null for 1
-  const long long *pool;      // planes, then size, out, kernel, stride, padding, dilation, two each
-  int *places;                // of maxima
+  const float *factor;    // of each channel, null for 1
+  const long long *pool;  // planes, then size, out, kernel, stride, padding, dilation, two each
+  int *places;            // of maxima
   void *data;
   long long *round;
-  long long counts;           // 1: whole numbers, whose being 0 or not must not depend on rounding
+  long long counts;  // 1: whole numbers, whose being 0 or not must not depend on rounding
   long long average;
   PaikernProduct product;
 };
 
-PK_DEVICE double pk_double_power(long long by) {
-  return by < -1000 ? 0.0 : __longlong_as_double((by + 1023) << 52);
-}
+PK_DEVICE double pk_double_power(long long by) { return by < -1000 ? 0.0 : __longlong_as_double((by + 1023) << 52); }
 
 // Elements of an instruction that fall to a thread.
-#define PK_EACH(i, count)                                                                                       \
+#define PK_EACH(i, count) \
   for (long long i = block * kPkThreads + static_cast<long long>(threadIdx.x); i < (count); i += blocks * kPkThreads)
 
 PK_DEVICE void pk_flow_fill(const PaikernFlowStep &step, long long block, long long blocks) {

@@ -29,6 +29,7 @@ class Layer(NamedTuple):
     power: int = 1
     columns: int = 1
     geometry: tuple[int, ...] = ()
+    inside: Tensor | None = None
 
     def row(self, first: int, tile: int, geometry: int) -> tuple[int, ...]:
         """The fields of PaikernLayer, in its order; `geometry` is the address of the numbers."""
@@ -48,6 +49,7 @@ class Layer(NamedTuple):
             self.power,
             self.columns,
             geometry,
+            _address(self.inside),
         )
 
 
