@@ -26,6 +26,7 @@ struct KernelList {
   int64_t count;
 };
 
+KernelList balanced_kernels();
 KernelList bits_kernels();
 KernelList pattern_kernels();
 KernelList phew_kernels();

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from paikern.backends.cuda_balanced_mask import balanced_mask
 from paikern.backends.cuda_launch import elementwise, run
 from paikern.backends.cuda_patterns import (
     block_means,
@@ -30,6 +31,7 @@ from paikern.backends.cuda_select import (
 
 __all__ = [
     "apply_mask_",
+    "balanced_mask",
     "block_means",
     "block_means_factored",
     "expand_blocks",
