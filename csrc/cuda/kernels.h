@@ -28,6 +28,7 @@ struct KernelList {
 
 KernelList bits_kernels();
 KernelList pattern_kernels();
+KernelList phew_kernels();
 KernelList select_kernels();
 
 // Usable devices; 0 with `*why` set where there is no driver, or one that is too old.

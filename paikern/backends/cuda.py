@@ -20,6 +20,7 @@ from paikern.backends.cuda_patterns import (
     nm_mask,
     nm_mask_factored,
 )
+from paikern.backends.cuda_phew import phew_keep_, phew_tables, phew_walks
 from paikern.backends.cuda_select import (
     kth_largest,
     topk_mask,
@@ -36,6 +37,9 @@ __all__ = [
     "nm_mask",
     "nm_mask_factored",
     "pack_mask",
+    "phew_keep_",
+    "phew_tables",
+    "phew_walks",
     "takes",
     "topk_mask",
     "topk_mask_factored",
