@@ -27,6 +27,7 @@ struct KernelList {
 };
 
 KernelList bits_kernels();
+KernelList path_kernels();
 KernelList pattern_kernels();
 KernelList select_kernels();
 

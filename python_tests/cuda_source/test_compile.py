@@ -65,7 +65,7 @@ def test_every_kernel_is_listed_with_its_parameters(on_cpu: shim.OnCpu) -> None:
         text = path.read_text().replace("\\\n", " ")
         macros = dict(re.findall(r"#define (PK_\w+) +(.+)", text))
         for name, parameters in re.findall(
-            r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(([^)]*)\)', text
+            r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(([^)]*)\)', text
         ):
             words = [macros.get(word.strip(), word) for word in parameters.split(",")]
             declared[name] = len(",".join(words).split(","))
