@@ -51,8 +51,21 @@ format: setup-dev  ## format everything in place
 	$(BIN)/ruff format .
 	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format -i
 
-sanitize:  ## the native cores without Python under ASan, UBSan and TSan
+# What every CUDA kernel touches, seen on the CPU; without barriers kernels are wrong on purpose.
+SHIM_ASAN := PAIKERN_SHIM_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0
+
+sanitize: setup-dev  ## the native cores under ASan, UBSan and TSan, the CUDA sources under ASan
 	bash csrc/testing/run_sanitizers.sh
+	$(SHIM_ASAN) LD_PRELOAD=$$(g++ -print-file-name=libasan.so) $(BIN)/python -m pytest -q \
+		-m "cuda_source and not slow" --ignore=python_tests/cuda_source/test_barriers.py \
+		python_tests/cuda_source
+	$(BIN)/python -m pytest -q -m slow python_tests/cuda_source/test_shim.py
+
+kernels-check: setup-dev  ## every GPU kernel through triton, nvcc and NVRTC: spills, budgets
+	$(BIN)/python csrc/testing/kernels_check.py
+
+gpu-check:  ## on a machine with a GPU, no network: build, tests, memcheck, benchmark into OUT
+	$(PYTHON) -m bench.gpu_check --out $(OUT)
 
 bench: setup-dev  ## four methods against plain PyTorch, three networks, five minutes; out/bench
 	$(BIN)/python -m bench --quick --out $(OUT)/bench

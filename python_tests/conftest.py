@@ -1,4 +1,4 @@
-"""Shared set-up: a stub that lets timm import beside a CPU build of torch, and seeds."""
+"""Shared set-up: Triton's interpreter, a stub that lets timm import beside a CPU torch, seeds."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Read when triton is imported, by the first test that needs it; a GPU runs the kernels themselves.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # The torchvision wheel of the same release wants operators from a library that the CPU build of
 # torch does not have; their schemas are all that an import needs. Kept alive for the whole run.

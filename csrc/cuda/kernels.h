@@ -26,9 +26,11 @@ struct KernelList {
   int64_t count;
 };
 
+KernelList balanced_kernels();
 KernelList bits_kernels();
 KernelList path_kernels();
 KernelList pattern_kernels();
+KernelList phew_kernels();
 KernelList select_kernels();
 
 // Usable devices; 0 with `*why` set where there is no driver, or one that is too old.

@@ -1,8 +1,8 @@
 """Compiles every Triton kernel for every target, without a GPU.
 
-Asserts that each fits the shared memory of its target and, where the compiler says so, that no
-register is spilled; prints a table of the largest needs of each kernel. Runs in processes of its
-own, outside of Triton's interpreter.
+Asserts that each fits the registers and the shared memory of its target and that nothing is
+spilled; prints a table of the largest needs of each kernel. Runs in processes of its own, outside
+of Triton's interpreter. What was compiled is kept in build/triton, by content.
 """
 
 from __future__ import annotations
@@ -16,48 +16,44 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+ROOT = Path(__file__).parents[2]
 os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported
+os.environ.setdefault("TRITON_CACHE_DIR", str(ROOT / "build/triton"))
+sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: F401, torch's libraries come first
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+import budgets  # noqa: E402, beside this file
+import torch  # noqa: E402, F401, torch's libraries come first
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
 
-from paikern.backends.triton import builds
+from paikern.backends.triton import builds  # noqa: E402
 
-# Bytes of shared memory that a program may use on each target.
 TARGETS = {
-    "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
-    "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024),
-    "sm_100": (GPUTarget("cuda", 100, 32), 227 * 1024),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
 _AROUND_CALLS = 16  # bytes: a long division and a rounded quotient call a routine on rare inputs
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
-class Need(NamedTuple):
-    kernel: str
-    target: str
-    name: str
-    seconds: float
-    shared: int
-    registers: int
-    spilled: int
-    error: str = ""
-
-
-def compiled(target: str, index: int) -> Need:
+def compiled(target: str, index: int) -> budgets.Need:
     """Compiles entry `index` of the list of builds for a target."""
-    gpu, _ = TARGETS[target]
+    gpu = TARGETS[target]
     build = builds.builds("hip" if gpu.backend == "hip" else "cuda")[index]
     pointers = [i for i, kind in enumerate(build.signature.values()) if kind.startswith("*")]
     began = time.perf_counter()
-    name = build.kernel.fn.__name__
+    need = budgets.Need(
+        build.kernel.fn.__name__, "triton", target, build.warps * gpu.warp_size, 0, 0, 0,
+        build.name, _AROUND_CALLS,
+    )  # fmt: skip
     try:
         source = ASTSource(
             fn=build.kernel,
@@ -69,9 +65,11 @@ def compiled(target: str, index: int) -> Need:
         made = triton.compile(source, target=gpu, options=options)
         registers, spilled = _amd(made.asm) if gpu.backend == "hip" else _nvidia(made.asm)
     except Exception as error:  # every kernel is tried; the table says what failed
-        return Need(name, target, build.name, 0.0, 0, 0, 0, f"{type(error).__name__}: {error}")
+        return need._replace(error=f"{type(error).__name__}: {error}")
     seconds = time.perf_counter() - began
-    return Need(name, target, build.name, seconds, made.metadata.shared, registers, spilled)
+    return need._replace(
+        registers=registers, shared=made.metadata.shared, spilled=spilled, seconds=seconds
+    )
 
 
 def _nvidia(asm: dict[str, Any]) -> tuple[int, int]:
@@ -108,9 +106,15 @@ def _amd(asm: dict[str, Any]) -> tuple[int, int]:
     return number["vgpr_count"], number["vgpr_spill_count"]
 
 
-def _too_much(need: Need) -> bool:
-    limit = TARGETS[need.target][1]
-    return bool(need.error) or need.spilled > _AROUND_CALLS or need.shared > limit
+def needs(targets: Sequence[str], kernels: str = "", jobs: int | None = None) -> list[budgets.Need]:
+    """Every build of every kernel with `kernels` in its name, for every target."""
+    work = []
+    for target in targets:
+        listed = builds.builds("hip" if TARGETS[target].backend == "hip" else "cuda")
+        work += [(target, i) for i, b in enumerate(listed) if kernels in b.name]
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        return list(pool.map(compiled, *zip(*work, strict=True), chunksize=4)) if work else []
 
 
 def main() -> int:
@@ -119,28 +123,11 @@ def main() -> int:
     parser.add_argument("--kernels", default="", help="only those with this in their name")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     asked = parser.parse_args()
-    jobs = []
-    for target in asked.targets:
-        listed = builds.builds("hip" if TARGETS[target][0].backend == "hip" else "cuda")
-        jobs += [(target, i) for i, b in enumerate(listed) if asked.kernels in b.name]
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(asked.jobs, mp_context=context) as pool:
-        needs = list(pool.map(compiled, *zip(*jobs, strict=True)))
-    wrong = [need for need in needs if _too_much(need)]
-    print(
-        f"{'kernel':28}{'target':8}{'builds':>7}{'registers':>10}{'shared':>9}{'spilled':>8}{'s':>7}"
-    )
-    for kernel, target in dict.fromkeys((n.kernel, n.target) for n in needs):
-        same = [n for n in needs if (n.kernel, n.target) == (kernel, target)]
-        print(
-            f"{kernel:28}{target:8}{len(same):7}{max(n.registers for n in same):10}"
-            f"{max(n.shared for n in same):9}{max(n.spilled for n in same):8}"
-            f"{sum(n.seconds for n in same):7.1f}"
-        )
-    for need in wrong:
-        what = need.error or f"{need.shared} bytes of shared memory, {need.spilled} spilled"
-        print(f"{need.target}: {need.name}: {what}", file=sys.stderr)
-    print(f"{len(needs)} builds, {len(wrong)} of them wrong")
+    found = needs(asked.targets, asked.kernels, asked.jobs)
+    print(*budgets.table(found), sep="\n")
+    wrong = budgets.verdict(found)
+    print(*wrong, sep="\n", file=sys.stderr)
+    print(f"{len(found)} builds, {len(wrong)} of them wrong")
     return 1 if wrong else 0
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from paikern.backends.cuda_balanced_mask import balanced_mask
 from paikern.backends.cuda_launch import elementwise, run
 from paikern.backends.cuda_path import (
     path_backward,
@@ -29,6 +30,7 @@ from paikern.backends.cuda_patterns import (
     nm_mask,
     nm_mask_factored,
 )
+from paikern.backends.cuda_phew import phew_keep_, phew_tables, phew_walks
 from paikern.backends.cuda_select import (
     kth_largest,
     topk_mask,
@@ -38,6 +40,7 @@ from paikern.backends.cuda_select import (
 
 __all__ = [
     "apply_mask_",
+    "balanced_mask",
     "block_means",
     "block_means_factored",
     "expand_blocks",
@@ -52,6 +55,9 @@ __all__ = [
     "path_forward",
     "path_score",
     "path_sweep",
+    "phew_keep_",
+    "phew_tables",
+    "phew_walks",
     "takes",
     "topk_mask",
     "topk_mask_factored",

@@ -1,7 +1,9 @@
 """Builds the module `_cuda` from the very CUDA sources with g++ and csrc/testing/cuda_on_cpu.h.
 
 The result lies in build/cuda_on_cpu, named after the content of what it was made from, so that a
-second run finds it. `python -m python_tests.cuda_source.shim` builds and prints the path.
+second run finds it. `python -m python_tests.cuda_source.shim` builds and prints the path. With
+PAIKERN_SHIM_SANITIZE=1 it is built with AddressSanitizer, whose library has to be loaded first, see
+`make sanitize`.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ FOLDERS = ("csrc/cuda", "csrc/include/paikern")
 FLAGS = ("-std=c++20", "-O2", "-g", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden")
 WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-function")
 SANITIZE = ("-fsanitize=address", "-fno-omit-frame-pointer")
+SANITIZED = os.environ.get("PAIKERN_SHIM_SANITIZE") == "1"
 
 
 def sources() -> list[Path]:
@@ -36,7 +39,7 @@ def sources() -> list[Path]:
     return sorted([*inside, *(ROOT / name for name in others)])
 
 
-def build(sanitize: bool = False) -> Path:
+def build(sanitize: bool = SANITIZED) -> Path:
     """The module, built unless it is there."""
     import pybind11
 
@@ -117,4 +120,4 @@ def missing() -> str:
 
 
 if __name__ == "__main__":
-    print(build("--sanitize" in sys.argv))
+    print(build())
