@@ -128,45 +128,45 @@ PK_DEVICE void pk_flow_exponents(const PaikernFlowStep &step) {
 
 PK_DEVICE void pk_flow_step(const PaikernFlowStep &step, long long block, long long blocks) {
   switch (step.kind) {
-    case kPkForward:
+    case kPkFlowForward:
       pk_path_forward(step.product, block, blocks);
       break;
-    case kPkAdjoint:
+    case kPkFlowAdjoint:
       pk_path_adjoint(step.product, block, blocks);
       break;
-    case kPkFill:
+    case kPkFlowFill:
       pk_flow_fill(step, block, blocks);
       break;
-    case kPkJoin:
+    case kPkFlowJoin:
       pk_flow_join(step, block, blocks);
       break;
-    case kPkNormalise:
+    case kPkFlowNormalise:
       pk_flow_normalise(step, block, blocks);
       break;
-    case kPkScale:
+    case kPkFlowScale:
       pk_flow_scale(step, block, blocks);
       break;
-    case kPkMean:
+    case kPkFlowMean:
       pk_flow_mean(step, block, blocks);
       break;
-    case kPkSpread:
+    case kPkFlowSpread:
       pk_flow_spread(step, block, blocks);
       break;
-    case kPkPool:
+    case kPkFlowPool:
       pk_flow_pool(step, block, blocks);
       break;
-    case kPkUnpool:
+    case kPkFlowUnpool:
       pk_flow_unpool(step, block, blocks);
       break;
-    case kPkBits:
+    case kPkFlowBits:
       pk_flow_bits(step, block, blocks);
       break;
     default:
       if (block != 0) return;
-      if (step.kind == kPkReset) pk_flow_reset(step);
-      if (step.kind == kPkTotal) pk_flow_total(step);
-      if (step.kind == kPkRecord) pk_flow_record(step);
-      if (step.kind == kPkExponents) pk_flow_exponents(step);
+      if (step.kind == kPkFlowReset) pk_flow_reset(step);
+      if (step.kind == kPkFlowTotal) pk_flow_total(step);
+      if (step.kind == kPkFlowRecord) pk_flow_record(step);
+      if (step.kind == kPkFlowExponents) pk_flow_exponents(step);
   }
   // The exponent of what was written: that of what was read. Where terms are joined, pk_flow_join says it.
   if (block == 0 && threadIdx.x == 0 && step.from != nullptr) step.scale->exponent = pk_exponent_of(*step.from);

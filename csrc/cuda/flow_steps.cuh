@@ -12,12 +12,12 @@
 // Device code without standard headers: nvcc, NVRTC and csrc/testing/cuda_on_cpu.h compile the same text.
 #pragma once
 
-#include "path_naive_tmp.cuh"
+#include "path_maps.cuh"
 #include "select.cuh"
 
-constexpr long long kPkReset = 0, kPkFill = 1, kPkForward = 2, kPkAdjoint = 3, kPkJoin = 4, kPkNormalise = 5,
-                    kPkScale = 6, kPkMean = 7, kPkSpread = 8, kPkPool = 9, kPkUnpool = 10, kPkTotal = 11,
-                    kPkRecord = 12, kPkExponents = 13, kPkBits = 14;
+constexpr long long kPkFlowReset = 0, kPkFlowFill = 1, kPkFlowForward = 2, kPkFlowAdjoint = 3, kPkFlowJoin = 4,
+                    kPkFlowNormalise = 5, kPkFlowScale = 6, kPkFlowMean = 7, kPkFlowSpread = 8, kPkFlowPool = 9,
+                    kPkFlowUnpool = 10, kPkFlowTotal = 11, kPkFlowRecord = 12, kPkFlowExponents = 13, kPkFlowBits = 14;
 
 struct PaikernTerm {
   const float *values;

@@ -29,6 +29,7 @@ struct KernelList {
 KernelList balanced_kernels();
 KernelList bits_kernels();
 KernelList flow_kernels();
+KernelList path_kernels();
 KernelList pattern_kernels();
 KernelList phew_kernels();
 KernelList select_kernels();

@@ -83,12 +83,18 @@ class Instruction:
     product: Product | None = None
     held: list[Tensor] = field(default_factory=list)
 
+    def need(self) -> cuda_path.Workspace:
+        """What the product of this instruction takes."""
+        p = self.product
+        assert p is not None
+        direction = {FORWARD: "forward", ADJOINT: "adjoint"}[self.kind]
+        dtype = torch.float32 if p.weight is None else p.weight.dtype
+        return cuda_path.workspace(direction, p.geometry, dtype, p.power)
+
     def blocks(self) -> int:
         """How many blocks have something to do."""
         if self.kind in (FORWARD, ADJOINT):
-            assert self.product is not None
-            direction = "forward" if self.kind == FORWARD else "adjoint"
-            return cuda_path.blocks_for(direction, self.product.geometry)
+            return max(1, self.need().blocks)
         if self.kind == BITS:
             return max(1, len(self.terms))
         if self.kind in (RESET, TOTAL, RECORD, EXPONENTS):
@@ -152,9 +158,8 @@ class FlowTable:
         floats, counters = 0, 0
         for step in self.instructions:
             if step.product is not None:
-                direction = "forward" if step.kind == FORWARD else "adjoint"
-                need = cuda_path.workspace(direction, step.product.geometry)
-                floats, counters = max(floats, need[0]), max(counters, need[1])
+                need = step.need()
+                floats, counters = max(floats, need.floats), max(counters, need.counters)
         partial = self.like.new_empty(max(1, floats), dtype=torch.float32)
         arrived = self.like.new_zeros(max(1, counters), dtype=torch.int32)
         self._held += [slots, partial, arrived]
