@@ -4,7 +4,8 @@
 namespace paikern::cuda {
 namespace {
 
-const Kernel kKernels[] = {PK_KERNEL(paikern_flow)};
+const Kernel kKernels[] = {PK_KERNEL(paikern_flow), PK_KERNEL(paikern_flow_forward), PK_KERNEL(paikern_flow_adjoint),
+                           PK_KERNEL(paikern_flow_small)};
 
 }  // namespace
 

@@ -7,9 +7,10 @@
 // rewrites it. Numbers as in paikern/pathgraph/flow.py: after every weight step the largest value is brought into
 // [1, 2), here when it is read (map_scale.cuh).
 //
-// `paikern_flow` runs instructions [from, to) of the table. One instruction: any number of blocks. Several: a grid
-// whose blocks are all on the device at the same time, with a barrier between two instructions; a network of many small
-// layers is then one launch a sweep. Results have the same bits either way, since no instruction depends on the grid.
+// `paikern_flow` runs instructions [from, to) of the table on a grid whose blocks are all on the device at the same
+// time, with a barrier between two instructions: a network of many small layers is one launch a sweep. Large layers are
+// launched one by one (`paikern_flow_forward`, `_adjoint`, `_small`), on as many blocks as they can use. Results have
+// the same bits either way, since no instruction depends on the grid.
 //
 // Bytes moved: those of the products (path_*.cuh), and each map once or twice. Limit: for small layers the barriers,
 // one a layer. Not yet measured on a GPU.
@@ -126,14 +127,8 @@ PK_DEVICE void pk_flow_exponents(const PaikernFlowStep &step) {
 
 // --- the table -----------------------------------------------------------------------------------------------------
 
-PK_DEVICE void pk_flow_step(const PaikernFlowStep &step, long long block, long long blocks) {
+PK_DEVICE void pk_flow_small(const PaikernFlowStep &step, long long block, long long blocks) {
   switch (step.kind) {
-    case kPkFlowForward:
-      pk_path_forward(step.product, block, blocks);
-      break;
-    case kPkFlowAdjoint:
-      pk_path_adjoint(step.product, block, blocks);
-      break;
     case kPkFlowFill:
       pk_flow_fill(step, block, blocks);
       break;
@@ -168,8 +163,22 @@ PK_DEVICE void pk_flow_step(const PaikernFlowStep &step, long long block, long l
       if (step.kind == kPkFlowRecord) pk_flow_record(step);
       if (step.kind == kPkFlowExponents) pk_flow_exponents(step);
   }
-  // The exponent of what was written: that of what was read. Where terms are joined, pk_flow_join says it.
+}
+
+// The exponent of what is written: that of what was read. Where terms are joined, pk_flow_join says it.
+PK_DEVICE void pk_flow_exponent(const PaikernFlowStep &step, long long block) {
   if (block == 0 && threadIdx.x == 0 && step.from != nullptr) step.scale->exponent = pk_exponent_of(*step.from);
+}
+
+PK_DEVICE void pk_flow_step(const PaikernFlowStep &step, long long block, long long blocks) {
+  if (step.kind == kPkFlowForward) {
+    pk_path_forward(step.product, block, blocks);
+  } else if (step.kind == kPkFlowAdjoint) {
+    pk_path_adjoint(step.product, block, blocks);
+  } else {
+    pk_flow_small(step, block, blocks);
+  }
+  pk_flow_exponent(step, block);
 }
 
 // Waits until all blocks of the grid have come here; `arrived` only ever grows.
@@ -189,10 +198,27 @@ PK_DEVICE void pk_grid_barrier(unsigned long long *arrived) {
   __threadfence();  // by every thread: lines that its multiprocessor holds from before are read again
 }
 
-extern "C" __global__ void __launch_bounds__(256, 2)
+// Several instructions. The registers of all of them: one block a multiprocessor.
+extern "C" __global__ void __launch_bounds__(256, 1)
     paikern_flow(const PaikernFlowStep *steps, long long from, long long to, unsigned long long *arrived) {
   for (long long i = from; i < to; ++i) {
     if (i > from) pk_grid_barrier(arrived);
     pk_flow_step(steps[i], blockIdx.x, gridDim.x);
   }
+}
+
+// One instruction.
+extern "C" __global__ void __launch_bounds__(256, 2) paikern_flow_forward(const PaikernFlowStep *steps, long long at) {
+  pk_path_forward(steps[at].product, blockIdx.x, gridDim.x);
+  pk_flow_exponent(steps[at], blockIdx.x);
+}
+
+extern "C" __global__ void __launch_bounds__(256, 2) paikern_flow_adjoint(const PaikernFlowStep *steps, long long at) {
+  pk_path_adjoint(steps[at].product, blockIdx.x, gridDim.x);
+  pk_flow_exponent(steps[at], blockIdx.x);
+}
+
+extern "C" __global__ void __launch_bounds__(256, 4) paikern_flow_small(const PaikernFlowStep *steps, long long at) {
+  pk_flow_small(steps[at], blockIdx.x, gridDim.x);
+  pk_flow_exponent(steps[at], blockIdx.x);
 }

@@ -25,9 +25,11 @@ __all__ = ["FlowTable", "Instruction", "Product", "Record", "Term", "weight_type
 _ROW, _TERM, _SLOT = 19 + 14, 4, 2  # numbers in a PaikernFlowStep, a PaikernTerm, a PaikernScale
 _FIELDS = 8  # of a PaikernFlowRecord
 _EACH = 4  # elements of a map that a thread takes
-# A launch costs about as much as a barrier of the grid and can use more blocks; instructions that
-# fill the device are started one by one. Not yet measured.
-_BLOCKS_TOGETHER = 2  # blocks of 256 threads that a multiprocessor holds of `paikern_flow`
+_ALONE = {FORWARD: "paikern_flow_forward", ADJOINT: "paikern_flow_adjoint"}
+# A multiprocessor holds one block of `paikern_flow`, which has the registers of every instruction.
+# Instructions that would keep it busy for more than two turns are launched by themselves, on as
+# many blocks as they want. Not yet measured.
+_BLOCKS_TOGETHER, _TURNS = 1, 2
 
 
 def weight_type(dtype: torch.dtype) -> int | None:
@@ -253,14 +255,15 @@ class FlowTable:
         at = first
         while at < last:
             end = at
-            while end < last and wanted[end - first] <= together:
+            while end < last and wanted[end - first] <= _TURNS * together:
                 end += 1
             if end > at + 1:
-                blocks = max(wanted[at - first : end - first])
+                blocks = min(together, max(wanted[at - first : end - first]))
                 made.append(Step("paikern_flow", blocks, (table, at, end, arrived)))
             else:
                 end = at + 1
-                made.append(Step("paikern_flow", wanted[at - first], (table, at, end, arrived)))
+                kernel = _ALONE.get(self.instructions[at].kind, "paikern_flow_small")
+                made.append(Step(kernel, wanted[at - first], (table, at)))
             at = end
         return made
 
