@@ -18,16 +18,6 @@
 
 #include "flow_steps.cuh"
 
-// What a sweep writes for the host, one row a round.
-struct PaikernFlowRecord {
-  double mantissa;  // R = mantissa * 2**top
-  long long top;
-  long long dead;    // first weight step that no path gets past, or -1
-  long long broken;  // first weight step, forwards and then backwards, whose values are not finite, or -1
-  long long empty;   // first layer without a weight, or -1
-  long long nodes, kernels, weights;  // of a training step
-};
-
 // --- instructions of one block -----------------------------------------------------------------------------------
 
 // The lowest of what the threads of a block hold, in all of them.
@@ -39,19 +29,6 @@ PK_DEVICE long long pk_lowest_of_block(long long value) {
   atomicMin(&lowest, value);
   __syncthreads();
   return lowest;
-}
-
-// A sum with one order: of each thread's values, then of the threads.
-PK_DEVICE double pk_sum_of_block(double value) {
-  __shared__ double sums[kPkThreads];
-  __syncthreads();
-  sums[threadIdx.x] = value;
-  for (unsigned half = kPkThreads / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
-  }
-  __syncthreads();
-  return sums[0];
 }
 
 // R, the sum of the outputs (times the cotangent, if there is one).
@@ -72,7 +49,7 @@ PK_DEVICE void pk_flow_total(const PaikernFlowStep &step) {
     mantissa += pk_sum_of_block(sum) * pk_double_power(pk_exponent_of(*term.scale) - top);
   }
   if (threadIdx.x == 0) {
-    PaikernFlowRecord &now = *static_cast<PaikernFlowRecord *>(step.data);
+    PaikernFlowRecord &now = *step.record;
     now.mantissa = mantissa;
     now.top = top;
   }
@@ -91,20 +68,19 @@ PK_DEVICE void pk_flow_record(const PaikernFlowStep &step) {
   broken = pk_lowest_of_block(broken);
   if (threadIdx.x != 0) return;
   const auto number = [&](long long t) { return t < step.term_count ? step.terms[t].numel : -1ll; };
-  PaikernFlowRecord *rows = static_cast<PaikernFlowRecord *>(step.data);
-  PaikernFlowRecord &now = rows[0];
+  PaikernFlowRecord &now = *step.record;
   now.dead = number(dead);
   now.broken = number(broken);
-  rows[1 + *step.round] = now;
+  step.record[1 + *step.round] = now;
 }
 
 // A new round: slots, counters and the record are put back, and the numbers of this round brought to where kernels
 // look for them. `pool` points to the round's number of pairs (from, to, count a round, of eight bytes each).
 PK_DEVICE void pk_flow_reset(const PaikernFlowStep &step) {
-  PaikernFlowRecord &now = *static_cast<PaikernFlowRecord *>(step.data);
+  PaikernFlowRecord &now = *step.record;
   if (threadIdx.x == 0) {
     *step.round += 1;
-    now = {0.0, 0, -1, -1, -1, 0, 0, 0};
+    now = {0.0, 0, -1, -1, -1, 0, 0, 0, 0};
   }
   __syncthreads();
   const long long round = *step.round;
@@ -123,6 +99,23 @@ PK_DEVICE void pk_flow_exponents(const PaikernFlowStep &step) {
   for (long long l = threadIdx.x; 2 * l < step.term_count; l += kPkThreads) {
     exponents[l] = pk_exponent_of(*step.terms[2 * l].scale) + pk_exponent_of(*step.terms[2 * l + 1].scale);
   }
+}
+
+// --- updates of scores in training -----------------------------------------------------------------------------------
+
+// Which nodes are alive, terms being what arrives (y), what leaves (g) and the x of the layer; and what makes g^T x the
+// gradient of log R, 2**exponent / R, into *out.
+PK_DEVICE void pk_flow_live(const PaikernFlowStep &step, long long block, long long blocks) {
+  const PaikernTerm &y = step.terms[0], &g = step.terms[1], &x = step.terms[2];
+  pk_live_nodes(y.values, y.scale, g.values, g.scale, step.counts != 0, step.outer, step.channels, step.inner,
+                reinterpret_cast<unsigned char *>(step.places), static_cast<unsigned long long *>(step.data), block,
+                blocks);
+  if (block != 0 || threadIdx.x != 0) return;
+  const PaikernFlowRecord &now = *step.record;
+  long long by = pk_exponent_of(*x.scale) + pk_exponent_of(*g.scale) - now.top;
+  by = by < -2000 ? -2000 : by > 2000 ? 2000 : by;
+  const long long half = by / 2;
+  *step.out = static_cast<float>(1.0 / now.mantissa * pk_double_power(half) * pk_double_power(by - half));
 }
 
 // --- the table -----------------------------------------------------------------------------------------------------
@@ -156,6 +149,9 @@ PK_DEVICE void pk_flow_small(const PaikernFlowStep &step, long long block, long 
     case kPkFlowBits:
       pk_flow_bits(step, block, blocks);
       break;
+    case kPkFlowLive:
+      pk_flow_live(step, block, blocks);
+      break;
     default:
       if (block != 0) return;
       if (step.kind == kPkFlowReset) pk_flow_reset(step);
@@ -175,6 +171,10 @@ PK_DEVICE void pk_flow_step(const PaikernFlowStep &step, long long block, long l
     pk_path_forward(step.product, block, blocks);
   } else if (step.kind == kPkFlowAdjoint) {
     pk_path_adjoint(step.product, block, blocks);
+  } else if (step.kind == kPkFlowScore) {
+    pk_path_score(step.product, 0.0f, step.out, block, blocks);
+  } else if (step.kind == kPkFlowDpai) {
+    pk_dpai_update(*static_cast<const PaikernDpai *>(step.data), block, blocks);
   } else {
     pk_flow_small(step, block, blocks);
   }
@@ -216,6 +216,14 @@ extern "C" __global__ void __launch_bounds__(256, 2) paikern_flow_forward(const 
 extern "C" __global__ void __launch_bounds__(256, 2) paikern_flow_adjoint(const PaikernFlowStep *steps, long long at) {
   pk_path_adjoint(steps[at].product, blockIdx.x, gridDim.x);
   pk_flow_exponent(steps[at], blockIdx.x);
+}
+
+extern "C" __global__ void __launch_bounds__(256, 2) paikern_flow_score(const PaikernFlowStep *steps, long long at) {
+  pk_path_score(steps[at].product, 0.0f, steps[at].out, blockIdx.x, gridDim.x);
+}
+
+extern "C" __global__ void __launch_bounds__(256) paikern_flow_dpai(const PaikernFlowStep *steps, long long at) {
+  pk_dpai_update(*static_cast<const PaikernDpai *>(steps[at].data), blockIdx.x, gridDim.x);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 4) paikern_flow_small(const PaikernFlowStep *steps, long long at) {
