@@ -25,10 +25,10 @@ constexpr long long kPkFlowReset = 0, kPkFlowFill = 1, kPkFlowForward = 2, kPkFl
 struct PaikernFlowRecord {
   double mantissa;  // R = mantissa * 2**top
   long long top;
-  long long dead;    // first weight step that no path gets past, or -1
-  long long broken;  // first weight step, forwards and then backwards, whose values are not finite, or -1
-  long long empty;   // first layer without a weight, or -1
-  unsigned long long nodes;   // of a training step: that live, and as pk_dpai_update counts
+  long long dead;            // first weight step that no path gets past, or -1
+  long long broken;          // first weight step, forwards and then backwards, whose values are not finite, or -1
+  long long empty;           // first layer without a weight, or -1
+  unsigned long long nodes;  // of a training step: that live, and as pk_dpai_update counts
   unsigned long long weights, kernels, faults;
 };
 
@@ -55,7 +55,7 @@ struct PaikernFlowStep {
   void *data;
   long long *round;
   PaikernFlowRecord *record;  // of the round at hand, and behind it one for each round
-  long long counts;  // 1: whole numbers, whose being 0 or not must not depend on rounding
+  long long counts;           // 1: whole numbers, whose being 0 or not must not depend on rounding
   long long average;
   PaikernProduct product;
 };

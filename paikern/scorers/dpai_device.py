@@ -6,6 +6,7 @@ found is read from there every now and then. Only `patience` looks at the mask a
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -237,4 +238,4 @@ def _apart(uses: Sequence[Weight]) -> bool:
     if any(step.rows is None or step.transposed for step in uses):
         return False
     rows = sorted(step.rows for step in uses if step.rows is not None)
-    return all(stop <= start for (_, stop), (start, _) in zip(rows, rows[1:], strict=False))
+    return all(stop <= start for (_, stop), (start, _) in itertools.pairwise(rows))
