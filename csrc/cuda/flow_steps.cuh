@@ -19,7 +19,8 @@
 
 constexpr long long kPkFlowReset = 0, kPkFlowFill = 1, kPkFlowForward = 2, kPkFlowAdjoint = 3, kPkFlowJoin = 4,
                     kPkFlowNormalise = 5, kPkFlowScale = 6, kPkFlowMean = 7, kPkFlowSpread = 8, kPkFlowPool = 9,
-                    kPkFlowUnpool = 10, kPkFlowTotal = 11, kPkFlowRecord = 12, kPkFlowExponents = 13, kPkFlowBits = 14;
+                    kPkFlowUnpool = 10, kPkFlowTotal = 11, kPkFlowRecord = 12, kPkFlowExponents = 13, kPkFlowBits = 14,
+                    kPkFlowScore = 15, kPkFlowLive = 16, kPkFlowDpai = 17;
 
 // What a sweep writes for the host, one row a round.
 struct PaikernFlowRecord {

@@ -35,6 +35,7 @@ __all__ = [
 # Numbers in a PaikernFlowStep, a PaikernTerm, a PaikernScale, a PaikernDpai.
 _ROW, _TERM, _SLOT, _DPAI = 20 + 14, 4, 2, 20
 _FIELDS = 9  # of a PaikernFlowRecord
+_FLAT = 1024  # scores that a block updates at a time
 _EACH = 4  # elements of a map that a thread takes
 _ALONE = {
     FORWARD: "paikern_flow_forward",
@@ -143,7 +144,7 @@ class Instruction:
         if self.product is not None:
             return max(1, self.need().blocks)
         if self.dpai is not None:
-            return max(1, -(-self.dpai.s.numel() // cuda_path.FLAT))
+            return max(1, -(-self.dpai.s.numel() // _FLAT))
         if self.kind == LIVE:
             return max(1, -(-self.channels // 8))
         if self.kind == BITS:
@@ -335,8 +336,7 @@ class FlowTable:
                 made.append(Step("paikern_flow", blocks, (table, at, end, arrived)))
             else:
                 end = at + 1
-                kernel = _ALONE.get(self.instructions[at].kind, "paikern_flow_small")
-                made.append(Step(kernel, wanted[at - first], (table, at)))
+                made.append(Step(_alone(self.instructions[at]), wanted[at - first], (table, at)))
             at = end
         return made
 
@@ -353,6 +353,13 @@ class FlowTable:
         rows = self.records[1 + first : 1 + last].cpu()
         mantissa = rows[:, 0].contiguous().view(torch.float64).tolist()
         return [Record(m, *row[1:]) for m, row in zip(mantissa, rows.tolist(), strict=True)]
+
+
+def _alone(step: Instruction) -> str:
+    """The kernel of one instruction."""
+    kernel = _ALONE.get(step.kind, "paikern_flow_small")
+    vector = step.kind in (FORWARD, ADJOINT) and step.product and one_vector(step.product.geometry)
+    return f"{kernel}_vector" if vector else kernel
 
 
 def _address(place: Tensor | int) -> int:

@@ -11,7 +11,7 @@ torch's own, on maps that are brought to one power of two first.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -57,7 +57,7 @@ class DeviceProgram:
         self,
         flow: Flow,
         state: State,
-        masks: dict[str, tuple[Tensor, ...]],
+        masks: Mapping[str, tuple[Tensor, ...]],
         keep: str,
         rounds: int,
         visit: Callable[[DeviceProgram, Visit], None] | None = None,
@@ -350,7 +350,7 @@ class DeviceProgram:
         slot = self.table.slot()
         (copy,) = self._aligned([g], slot)
         # Each part has a place of its own: they come at once.
-        parts = []
+        parts: list[Term | None] = []
         first: dict[int, Term] = {}
         for i in inputs:
             v = self._values[i]
@@ -359,9 +359,9 @@ class DeviceProgram:
                 continue
             seen = arrived if v.root in arrived else first
             scratch = torch.empty(v.g.numel, device=self.device) if v.root in seen else None
-            to = self._target(seen, i, scratch)._replace(slot=slot)
-            first.setdefault(v.root, to)
-            parts.append(to)
+            place = self._target(seen, i, scratch)._replace(slot=slot)
+            first.setdefault(v.root, place)
+            parts.append(place)
 
         def call() -> None:
             with torch.no_grad():

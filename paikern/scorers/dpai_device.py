@@ -132,12 +132,12 @@ class DeviceSteps:
         if taps > 1 or not table.one_vector(product.geometry):
             q = self._q[: rows.numel()]
             add(Instruction(table.SCORE, q, product=product.of_masks()))
-        moments = [held[name].view(-1)[part] if held else None for held in (t.m, t.v)]
+        m, v_ = (held[name].view(-1)[part] if held else None for held in (t.m, t.v))
         add(
             Instruction(
                 table.DPAI,
                 dpai=Dpai(
-                    s.view(-1)[part], *moments, t.masks[name], product.first_bit, q, v.x, v.g, live,
+                    s.view(-1)[part], m, v_, t.masks[name], product.first_bit, q, v.x, v.g, live,
                     self._rule[self._index[name]], scale, program.table.record_field("weights"),
                     rows.shape[0], rows.shape[1], taps, v.step.groups, v.step.transposed,
                 ),
@@ -188,8 +188,10 @@ class DeviceSteps:
     def _refuse(self, wrong: bool) -> None:
         if not wrong:
             return
-        for name, s in self.trainer.s.items():
-            if not bool(torch.isfinite(s).all()):
+        scores = self.trainer.s
+        updated = [v.step.parameter for v in self.program.visits]  # in the order of the sweep back
+        for name in dict.fromkeys((*updated, *scores)):
+            if name in scores and not bool(torch.isfinite(scores[name]).all()):
                 raise self.trainer.not_finite(name)
 
 
