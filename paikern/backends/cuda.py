@@ -14,6 +14,7 @@ from torch import Tensor
 
 from paikern.backends.cuda_balanced_mask import balanced_mask
 from paikern.backends.cuda_dpai import dpai_step_, dpai_update_
+from paikern.backends.cuda_launch import current as kernel_provider
 from paikern.backends.cuda_launch import elementwise, run
 from paikern.backends.cuda_maps import live_nodes, map_maximum, map_scale_, through_maximum_
 from paikern.backends.cuda_path import (
@@ -48,6 +49,7 @@ __all__ = [
     "dpai_step_",
     "dpai_update_",
     "expand_blocks",
+    "kernel_provider",
     "kth_largest",
     "live_nodes",
     "map_maximum",
