@@ -73,7 +73,7 @@ PK_DEVICE void pk_map_scale(float *values, long long count, float factor, float 
 constexpr long long kPkShare = 8192;  // values of a part
 
 // What the threads of a block add up, in every thread: lanes pairwise, then warp after warp.
-PK_DEVICE double pk_sum_of_block(double value) {
+PK_DEVICE double pk_block_sum(double value) {
   PaikernScratch &scratch = pk_scratch();
   for (int by = 16; by > 0; by /= 2) value = __dadd_rn(value, __shfl_xor_sync(0xffffffffu, value, by));
   __syncthreads();
@@ -98,12 +98,12 @@ PK_DEVICE void pk_map_share(const float *g, const float *x, long long count, dou
     }
     for (int by = 16; by > 0; by /= 2) ones += __shfl_xor_sync(0xffffffffu, ones, by);
     if (threadIdx.x % 32 == 0 && ones != 0) atomicAdd(ties, ones);
-    sum = pk_sum_of_block(sum);
+    sum = pk_block_sum(sum);
     if (threadIdx.x == 0) dots[part] = sum;
     if (!pk_last_of(arrived, parts)) continue;
     double total = 0.0;
     for (long long i = threadIdx.x; i < parts; i += kPkBlock) total = __dadd_rn(total, dots[i]);
-    total = pk_sum_of_block(total);
+    total = pk_block_sum(total);
     if (threadIdx.x == 0) {
       const double shared = *ties == 0 ? 1.0 : static_cast<double>(*ties);
       *share = static_cast<float>(__ddiv_rn(__dadd_rn(1.0, -total), shared));
