@@ -46,7 +46,7 @@ PK_DEVICE void pk_flow_total(const PaikernFlowStep &step) {
     for (long long i = threadIdx.x; i < term.numel; i += kPkThreads) {
       sum += static_cast<double>(pk_read(reader, term.values[i]));
     }
-    mantissa += pk_sum_of_block(sum) * pk_double_power(pk_exponent_of(*term.scale) - top);
+    mantissa += pk_block_sum(sum) * pk_double_power(pk_exponent_of(*term.scale) - top);
   }
   if (threadIdx.x == 0) {
     PaikernFlowRecord &now = *step.record;
