@@ -11,7 +11,7 @@
 #define PK_PRODUCT \
   {weight, type, power, mask, first_bit, geometry, x, g, x_scale, g_scale, top, partial, arrived, counts}
 
-extern "C" __global__ void __launch_bounds__(256, 2) paikern_path_forward(PK_PRODUCT_PARAMETERS) {
+extern "C" __global__ void __launch_bounds__(256, 3) paikern_path_forward(PK_PRODUCT_PARAMETERS) {
   pk_forward_vector(PK_PRODUCT, blockIdx.x, gridDim.x);
 }
 
