@@ -42,6 +42,12 @@ def usable(name: str) -> Any:
     return registry.load("triton").module
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With PAIKERN_GPU_TESTS_EVERY=n one test of n, so that slow tools come to all modules."""
+    every = int(os.environ.get("PAIKERN_GPU_TESTS_EVERY", "1"))
+    items[:] = items[::every]
+
+
 @pytest.fixture(scope="session")
 def device() -> str:
     return ON
