@@ -12,6 +12,7 @@ from paikern.masks import MaskSet
 from paikern.pattern import Pattern
 from paikern.progress import Progress, ProgressFunction
 from paikern.scorers import MaskBuilder, Run, Scorer, Scores, TrainedScorer
+from paikern.scorers.device_loop import DeviceLoop
 from paikern.scorers.path_loop import PathLoop
 from paikern.selection import apply_collapse_rule, collapsed, empty_layers, select_packed
 from paikern.structured import check_pattern, left_dense
@@ -168,7 +169,7 @@ def _iterated(
     total = sum(torch.Size(shape).numel() for shape in run.shapes.values())
     densities = budget.schedule_densities(1 - plan.fraction, plan.rounds, plan.schedule)
     loop = scorer.loop(run) if plan.is_plain else None
-    if loop is not None:
+    if loop is not None and (plan.scope == "global" or not loop.one_budget):
         return _looped(run, scorer, plan, loop, densities, progress)
     with Progress(scorer.name, plan.rounds, "round", progress) as bar:
         for done, density in enumerate(densities, 1):
@@ -194,7 +195,7 @@ def _looped(
     run: Run,
     scorer: Scorer,
     plan: Plan,
-    loop: PathLoop,
+    loop: PathLoop | DeviceLoop,
     densities: list[float],
     progress: bool | ProgressFunction | None,
 ) -> tuple[dict[str, Tensor], History]:

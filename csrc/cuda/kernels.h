@@ -26,7 +26,10 @@ struct KernelList {
   int64_t count;
 };
 
+KernelList balanced_kernels();
 KernelList bits_kernels();
+KernelList flow_kernels();
+KernelList path_kernels();
 KernelList pattern_kernels();
 KernelList phew_kernels();
 KernelList select_kernels();

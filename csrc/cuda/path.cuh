@@ -5,12 +5,16 @@
 //
 // A linear layer is a convolution of one position, kernel 1. The device functions take the number of a block and of all
 // blocks, and give the same bits whatever these are: they run as kernels of their own (one operation), and one after
-// the other inside a kernel that goes through a table of layers (a whole sweep).
+// the other inside a kernel that goes through a table of layers (a whole sweep). Blocks have 256 threads. How a product
+// is cut, and the order of its sums, follow from its shape and the type of its weight alone; how much room that takes
+// is said in paikern/backends/cuda_path.py.
 //
 // Device code without standard headers: nvcc, NVRTC and csrc/testing/cuda_on_cpu.h compile the same text.
 #pragma once
 
 #include "map_scale.cuh"
+
+constexpr int kPkBlock = 256;  // of every block that takes part in a product
 
 // A row of eight-byte numbers, or made from the arguments of a kernel.
 struct PaikernProduct {
@@ -20,12 +24,115 @@ struct PaikernProduct {
   const unsigned char *mask;  // packed, or null
   long long first_bit;        // where the bits of this weight begin (a step that uses some rows of a parameter)
   const long long *geometry;  // 22 numbers: batch, rows, channels, groups, size, kernel, stride, padding, dilation, out
-  const float *x;             // the map of the columns, [batch, channels, *size]; forward reads, adjoint writes it
-  const float *g;             // the map of the rows, [batch, rows, *out]; adjoint reads, forward writes it
+  float *x;                   // the map of the columns, [batch, channels, *size]; forward reads, adjoint writes it
+  float *g;                   // the map of the rows, [batch, rows, *out]; adjoint reads, forward writes it
   const PaikernScale *x_scale;  // how x is read, null for as it is
   const PaikernScale *g_scale;
   PaikernScale *top;  // raised to the maximum of what is written, or null
-  float *partial;     // of sums that several blocks share; its size is said by paikern/backends/cuda_path.py
+  float *partial;     // of sums that several blocks share, 16-byte aligned as x and g are
   unsigned *arrived;  // counters of those, zero between launches
   long long counts;   // 1: see pk_reader
 };
+
+// Where an element lies, see path_maps.cuh.
+struct PaikernEntry {
+  long long a, b;          // offsets that it adds
+  int c0, c1, c2, unused;  // coordinates that it adds
+};
+
+// The numbers of a product as 32 bits have them.
+struct PaikernMaps {
+  int batch, rows, channels, groups;  // rows and channels of a group
+  int size[3], kernel[3], stride[3], padding[3], dilation[3], out[3];
+  int pixels, positions, taps;
+};
+
+// The taps that reach the positions of one phase of the strides: first, first + step, ... of each axis.
+struct PaikernPhase {
+  int at[3], first[3], step[3], count[3];
+};
+
+// Shared memory of all device functions of this family: a kernel that calls several pays once. Whoever uses it begins
+// with a barrier.
+struct alignas(16) PaikernScratch {
+  float a[2][16 * 68], b[2][16 * 68];
+  PaikernEntry entries[2][16];
+  PaikernMaps maps;
+  PaikernPhase phase;
+  int last;
+};
+
+PK_DEVICE PaikernScratch &pk_scratch() {
+  __shared__ PaikernScratch scratch;
+  return scratch;
+}
+
+PK_DEVICE long long pk_ceil(long long count, long long size) { return (count + size - 1) / size; }
+PK_DEVICE long long pk_least(long long a, long long b) { return a < b ? a : b; }
+
+// Called by all threads of a block once it has written its part of what `count` blocks share: true in the last of them,
+// which then sees what the others wrote.
+PK_DEVICE bool pk_last_of(unsigned *arrived, long long count) {
+  PaikernScratch &scratch = pk_scratch();
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    scratch.last = atomicAdd(arrived, 1u) + 1u == static_cast<unsigned>(count);
+    if (scratch.last) *arrived = 0;  // by the last: from any other it could be counted before it is put back
+  }
+  __syncthreads();
+  const bool mine = scratch.last != 0;
+  if (mine) __threadfence();
+  return mine;
+}
+
+// A running maximum, NaN above infinity.
+PK_DEVICE void pk_note(unsigned *top, float value) {
+  const unsigned bits = __float_as_uint(value) & 0x7fffffffu;
+  *top = bits > *top ? bits : *top;
+}
+
+// |w| of the bits of a stored weight.
+template <int kType>
+PK_DEVICE float pk_magnitude(unsigned raw) {
+  if (kType == 0) return __uint_as_float(raw & 0x7fffffffu);
+  if (kType == 1) return __uint_as_float((raw & 0x7fffu) << 16);
+  // fp16 with its exponent in the place of that of fp32, which is 112 more: exact, subnormals too.
+  const unsigned magnitude = raw & 0x7fffu;
+  const float finite = __fmul_rn(__uint_as_float(magnitude << 13), 5.192296858534828e33f);
+  return magnitude < 0x7c00u ? finite : __uint_as_float(0x7f800000u | magnitude << 13);
+}
+
+PK_DEVICE bool pk_kept_bit(const PaikernProduct &p, long long i) {
+  const long long bit = p.first_bit + i;
+  return p.mask == nullptr || ((p.mask[bit >> 3] >> (bit & 7)) & 1) != 0;
+}
+
+// What is loaded of element i, to be made a value once other loads are on their way.
+struct PaikernStored {
+  unsigned raw;
+  bool kept;
+};
+
+PK_DEVICE PaikernStored pk_stored(const PaikernProduct &p, long long i) {
+  return {p.power == 0 ? 0 : pk_raw(p.weight, p.type, i), pk_kept_bit(p, i)};
+}
+
+PK_DEVICE float pk_made(const PaikernProduct &p, const PaikernStored &stored) {
+  if (!stored.kept) return 0.0f;  // a NaN under the mask too
+  if (p.power == 0) return 1.0f;
+  const float w = p.type == 0   ? pk_magnitude<0>(stored.raw)
+                  : p.type == 1 ? pk_magnitude<1>(stored.raw)
+                                : pk_magnitude<2>(stored.raw);
+  return p.power == 2 ? __fmul_rn(w, w) : w;
+}
+
+// Whether the product is one of a matrix with one vector.
+PK_DEVICE bool pk_one_vector(const long long *geometry) {
+  bool one = geometry[0] == 1 && geometry[3] == 1;
+#pragma unroll
+  for (int d = 0; d < 3; ++d) {
+    one = one && geometry[4 + d] == 1 && geometry[7 + d] == 1 && geometry[13 + d] == 0 && geometry[19 + d] == 1;
+  }
+  return one;
+}

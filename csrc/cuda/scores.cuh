@@ -33,6 +33,7 @@ struct PaikernLayer {
   long long power;            // 1 or 2
   long long columns;          // scores in a row of the weight
   const long long *geometry;  // maps: batch, rows, channels, groups, then size, kernel, stride, padding, dilation, out
+  unsigned char *inside;      // packed: scores in the band that a sweep met (select_stream.cuh); null: read them
 };
 
 constexpr unsigned kPkMinusInfinity = 0xff800000u;

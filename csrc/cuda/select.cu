@@ -4,6 +4,7 @@
 #include "select_filter.cuh"
 #include "select_radix.cuh"
 #include "select_sample.cuh"
+#include "select_stream.cuh"
 
 namespace paikern::cuda {
 namespace {
@@ -13,6 +14,8 @@ const Kernel kKernels[] = {
     PK_KERNEL(paikern_select_filter),      PK_KERNEL(paikern_select_filter_factored),
     PK_KERNEL(paikern_select_filter_maps), PK_KERNEL(paikern_select_digit),
     PK_KERNEL(paikern_select_ties),        PK_KERNEL(paikern_select_emit),
+    PK_KERNEL(paikern_select_forecast),    PK_KERNEL(paikern_select_collect),
+    PK_KERNEL(paikern_select_observe),
 };
 
 }  // namespace

@@ -29,8 +29,8 @@ constexpr int kPkWarpSpan = 32 * kPkEach;            // neighbours that a warp t
 constexpr long long kPkTile = kPkThreads * kPkEach;  // 8,192
 constexpr int kPkDigit = 11, kPkBins = 1 << kPkDigit;
 
-// How a ranking stands.
-constexpr long long kPkCollected = 0, kPkAll = 1, kPkDone = 2;
+// How a ranking stands. With forecasts (select_stream.cuh): the sweeps meet a band; nothing is known; it was sampled.
+constexpr long long kPkCollected = 0, kPkAll = 1, kPkDone = 2, kPkStreamed = 3, kPkMissed = 4, kPkSampled = 5;
 
 struct PaikernRanking {
   long long first_layer, last_layer;
@@ -56,6 +56,17 @@ struct PaikernState {
   long long unused[3];
 };
 
+// Where the k-th score of the next round is looked for, from the last two; see select_stream.cuh.
+struct PaikernStream {
+  double odds[2], log2_kth[2];  // the latest first; log2 of k / (total - k) and of the k-th score
+  long long points;             // how many of them there are
+  double guess, error;          // of the round at hand, NaN for none; how far off they were of late
+  long long lowest;             // exponent, of the last round's layers and some below
+  long long failed;             // 1: a layer could not be met by the band
+  long long settled;            // 1: the band held
+  long long rounds;             // in which it did
+};
+
 struct PaikernSelect {
   const PaikernLayer *layers;
   const PaikernRanking *rankings;
@@ -71,8 +82,9 @@ struct PaikernSelect {
   long long *parts;            // [blocks + rankings] ties before a block's part of a ranking
   long long *nan;              // lowest layer with NaN, or as it was
   long long layer_count, ranking_count, tile_count_all;
-  long long width;  // bits of a key
-  long long emit;   // whether bits are written
+  long long width;        // bits of a key
+  long long emit;         // whether bits are written
+  PaikernStream *stream;  // or null
 };
 
 // --- tiles and blocks ---------------------------------------------------------------------------------------------
@@ -289,12 +301,12 @@ PK_DEVICE void pk_store_word(const PaikernLayer &layer, int tile, unsigned word)
   }
 }
 
-PK_DEVICE unsigned pk_load_word(const PaikernLayer &layer, int tile) {
+PK_DEVICE unsigned pk_load_word(const PaikernLayer &layer, const unsigned char *bits, int tile) {
   const long long at = (tile - layer.tile) * kPkTile + threadIdx.x * 32ll;
-  if (at + 32 <= layer.count) return *reinterpret_cast<const unsigned *>(layer.bits + at / 8);
+  if (at + 32 <= layer.count) return *reinterpret_cast<const unsigned *>(bits + at / 8);
   unsigned word = 0;
   for (int byte = 0; byte < 4 && at + byte * 8 < layer.count; ++byte) {
-    word |= static_cast<unsigned>(layer.bits[at / 8 + byte]) << (8 * byte);
+    word |= static_cast<unsigned>(bits[at / 8 + byte]) << (8 * byte);
   }
   return word;
 }

@@ -118,7 +118,7 @@ extern "C" __global__ void __launch_bounds__(256) paikern_select_emit(const Paik
           pk_emit_scores(plan, layer, tile, kth - 1, exponent, 0);
         }
       } else if (plan.tile_count[tile] > 0) {
-        words[threadIdx.x] = pk_load_word(layer, tile);
+        words[threadIdx.x] = pk_load_word(layer, layer.bits, tile);
         __syncthreads();
         const long long from = room + plan.tile_from[tile];
         for (long long i = threadIdx.x; i < plan.tile_count[tile]; i += kPkThreads) {

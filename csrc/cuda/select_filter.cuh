@@ -12,12 +12,14 @@
 #include "select.cuh"
 
 // What is known after the pass: the ranking is settled, or its k-th key lies among the collected, or it is anywhere.
+template <bool kStreamed>
 PK_DEVICE void pk_check_band(const PaikernSelect &plan, int ranking) {
   volatile PaikernState &state = plan.states[ranking];
   const unsigned long long k = static_cast<unsigned long long>(plan.k[ranking]), above = state.above;
   const unsigned long long inside = state.inside;
-  const bool complete = inside <= static_cast<unsigned long long>(plan.rankings[ranking].capacity);
-  if (k == above && plan.emit) {
+  bool complete = inside <= static_cast<unsigned long long>(plan.rankings[ranking].capacity);
+  if (kStreamed && plan.stream->failed != 0) complete = false;
+  if (complete && k == above && plan.emit) {
     state.stage = kPkDone;  // everything above the band and nothing else
   } else if (k > above && k - above <= inside && complete) {
     const unsigned long long range = state.high - state.low;
@@ -28,15 +30,20 @@ PK_DEVICE void pk_check_band(const PaikernSelect &plan, int ranking) {
     state.all = k - above == inside;
     state.kth = state.low;
     if (state.all && plan.emit) state.left = 0;
+  } else if (kStreamed) {
+    state.stage = kPkMissed;
+    return;
   } else {
     state.stage = kPkAll;
     state.need = static_cast<long long>(k);
     state.low = 0;
     state.left = plan.width;
   }
+  if (kStreamed) plan.stream->settled = 1;
 }
 
-template <int kSources>
+// kStreamed: a sweep has written the bits above the band and those inside it, of layers that have room for the latter.
+template <int kSources, bool kStreamed = false>
 PK_DEVICE void pk_filter(const PaikernSelect &plan) {
   __shared__ unsigned long long reserved;
   __shared__ unsigned keys[kPkThreads / 32][kPkEach][32 + 1];  // those in the band; the odd pitch spreads the banks
@@ -59,6 +66,7 @@ PK_DEVICE void pk_filter(const PaikernSelect &plan) {
       }
       const PaikernLayer &layer = plan.layers[l];
       unsigned word = 0, within = 0;
+      const bool swept = kStreamed && layer.inside != nullptr;
       const auto filter = [&](int i, unsigned key) {
         const bool in_band = key >= low && key < beyond && key != 0;
         const unsigned kept = __ballot_sync(0xffffffffu, key >= beyond && key != 0);
@@ -69,9 +77,14 @@ PK_DEVICE void pk_filter(const PaikernSelect &plan) {
           within = inside;
         }
       };
-      if (pk_each_key<kSources>(layer, tile, filter)) atomicMin(plan.nan, static_cast<long long>(l));
+      if (swept) {
+        word = pk_load_word(layer, layer.bits, tile);
+        within = pk_load_word(layer, layer.inside, tile);
+      } else if (pk_each_key<kSources>(layer, tile, filter)) {
+        atomicMin(plan.nan, static_cast<long long>(l));
+      }
       above += static_cast<unsigned>(__popc(word));
-      if (plan.emit) pk_store_word(layer, tile, word);
+      if (plan.emit && !swept) pk_store_word(layer, tile, word);
       unsigned long long total;
       unsigned long long place = pk_sum_before(static_cast<unsigned>(__popc(within)), &total);
       if (threadIdx.x == 0) {
@@ -85,26 +98,32 @@ PK_DEVICE void pk_filter(const PaikernSelect &plan) {
       long long to = own.room + static_cast<long long>(place);
       for (; within != 0; within &= within - 1, ++to) {
         const int i = __ffs(static_cast<int>(within)) - 1;
-        plan.keys[to] = keys[threadIdx.x / 32][lane][i];
+        const long long at = (tile - layer.tile) * kPkTile + threadIdx.x * 32ll + i;
+        plan.keys[to] = swept ? pk_key(layer, at) : keys[threadIdx.x / 32][lane][i];
         plan.places[to] = static_cast<unsigned short>(threadIdx.x * 32 + i);
       }
     }
     unsigned long long sum;
     pk_sum_before(above, &sum);
     if (threadIdx.x == 0) atomicAdd(&state.above, sum);
-    if (pk_last_block(plan, part.ranking) && threadIdx.x == 0) pk_check_band(plan, part.ranking);
+    if (pk_last_block(plan, part.ranking) && threadIdx.x == 0) pk_check_band<kStreamed>(plan, part.ranking);
   }
+}
+
+// Nothing to do where a sweep has settled it.
+PK_DEVICE bool pk_is_settled(const PaikernSelect &plan) {
+  return plan.stream != nullptr && plan.states[0].stage != kPkSampled;
 }
 
 // For plans with dense scores and products alone, with vectors among them, and with maps.
 extern "C" __global__ void __launch_bounds__(256, 3) paikern_select_filter(const PaikernSelect *plan) {
-  pk_filter<1>(*plan);
+  if (!pk_is_settled(*plan)) pk_filter<1>(*plan);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 3) paikern_select_filter_factored(const PaikernSelect *plan) {
-  pk_filter<2>(*plan);
+  if (!pk_is_settled(*plan)) pk_filter<2>(*plan);
 }
 
 extern "C" __global__ void __launch_bounds__(256) paikern_select_filter_maps(const PaikernSelect *plan) {
-  pk_filter<3>(*plan);
+  if (!pk_is_settled(*plan)) pk_filter<3>(*plan);
 }

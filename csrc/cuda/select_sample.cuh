@@ -42,6 +42,7 @@ PK_DEVICE long long pk_lowest(const PaikernSelect &plan, const PaikernRanking &o
 // The sampled keys lie where the collected ones will.
 extern "C" __global__ void __launch_bounds__(256) paikern_select_sample(const PaikernSelect *plan_at) {
   const PaikernSelect &plan = *plan_at;
+  if (plan.stream != nullptr && plan.states[0].stage != kPkMissed) return;
   const unsigned each = gridDim.x / static_cast<unsigned>(plan.ranking_count);  // blocks: as many as the largest needs
   const PaikernRanking &own = plan.rankings[blockIdx.x / each];
   const long long j = static_cast<long long>(blockIdx.x % each) * kPkThreads + threadIdx.x;
@@ -98,6 +99,7 @@ PK_DEVICE unsigned pk_sampled(const unsigned (&keys)[kPkSampleEach], unsigned lo
 
 extern "C" __global__ void __launch_bounds__(1024) paikern_select_band(const PaikernSelect *plan_at) {
   const PaikernSelect &plan = *plan_at;
+  if (plan.stream != nullptr && plan.states[0].stage != kPkMissed) return;
   const PaikernRanking &own = plan.rankings[blockIdx.x];
   PaikernState &state = plan.states[blockIdx.x];
   const long long k = plan.k[blockIdx.x], total = own.total;
@@ -105,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(1024) paikern_select_band(const Pai
   if (threadIdx.x == 0) {
     state.lowest = lowest;
     state.above = state.inside = state.equal = state.kth = state.prefix = 0;
-    state.stage = kPkCollected;
+    state.stage = kPkSampled;
     state.need = state.left = state.all = 0;
   }
   // Nothing and everything need no band: no key reaches 2**width, and all are above 0.

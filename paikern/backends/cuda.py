@@ -12,7 +12,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from paikern.backends.cuda_balanced_mask import balanced_mask
+from paikern.backends.cuda_launch import current as kernel_provider
 from paikern.backends.cuda_launch import elementwise, run
+from paikern.backends.cuda_path import (
+    path_backward,
+    path_conv_backward,
+    path_conv_forward,
+    path_conv_score,
+    path_forward,
+    path_score,
+    path_sweep,
+)
 from paikern.backends.cuda_patterns import (
     block_means,
     block_means_factored,
@@ -30,13 +41,22 @@ from paikern.backends.cuda_select import (
 
 __all__ = [
     "apply_mask_",
+    "balanced_mask",
     "block_means",
     "block_means_factored",
     "expand_blocks",
+    "kernel_provider",
     "kth_largest",
     "nm_mask",
     "nm_mask_factored",
     "pack_mask",
+    "path_backward",
+    "path_conv_backward",
+    "path_conv_forward",
+    "path_conv_score",
+    "path_forward",
+    "path_score",
+    "path_sweep",
     "phew_keep_",
     "phew_tables",
     "phew_walks",
@@ -47,10 +67,13 @@ __all__ = [
     "unpack_mask",
 ]
 
+# Counts in float64 are the reference's.
+_FLOAT32_ONLY = ("path_", "map_", "live_nodes", "through_maximum_", "dpai_")
+
 
 def takes(operation: str, float64: bool) -> bool:
-    """Every operation here takes float64 tensors: rounded, or handed on to the reference."""
-    return True
+    """Whether an operation takes float64 tensors: selections round them or hand them on."""
+    return not float64 or not operation.startswith(_FLOAT32_ONLY)
 
 
 def pack_mask(mask: Tensor) -> Tensor:

@@ -160,6 +160,9 @@ class Jit:
     def multiprocessors(self, device: int) -> int:
         return torch.cuda.get_device_properties(device).multi_processor_count
 
+    def together(self, device: int, each: int) -> int:
+        return each * self.multiprocessors(device)
+
 
 def _extra() -> str:
     """The extra whose CuPy fits this PyTorch."""

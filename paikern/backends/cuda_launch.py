@@ -18,7 +18,17 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["THREADS", "Provider", "Step", "elementwise", "multiprocessors", "provided", "run"]
+__all__ = [
+    "THREADS",
+    "Provider",
+    "Step",
+    "current",
+    "elementwise",
+    "multiprocessors",
+    "provided",
+    "run",
+    "together",
+]
 
 THREADS = 256
 
@@ -37,6 +47,10 @@ class Provider(Protocol):
 
     def multiprocessors(self, device: int) -> int: ...
 
+    def together(self, device: int, each: int) -> int:
+        """Blocks that can wait for each other, where a multiprocessor holds `each`."""
+        ...
+
 
 class Native:
     """`paikern._cuda`, or a module built from the same sources."""
@@ -50,6 +64,9 @@ class Native:
 
     def multiprocessors(self, device: int) -> int:
         return torch.cuda.get_device_properties(device).multi_processor_count
+
+    def together(self, device: int, each: int) -> int:
+        return each * self.multiprocessors(device)
 
 
 _provider: ContextVar[Provider | None] = ContextVar("paikern_cuda_provider", default=None)
@@ -103,6 +120,16 @@ def run(like: Tensor, steps: Sequence[Step]) -> None:
 
 def multiprocessors(like: Tensor) -> int:
     return _current().multiprocessors(like.get_device())
+
+
+def together(like: Tensor, each: int) -> int:
+    """Blocks that are on the device at the same time, where a multiprocessor holds `each`."""
+    return _current().together(like.get_device(), each)
+
+
+def current() -> Provider:
+    """Where kernels come from here and now, for objects that start some later."""
+    return _current()
 
 
 def elementwise(kernel: str, count: int, *arguments: int | float) -> Step:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["TYPES", "Layer", "dense", "factored", "product"]
+__all__ = ["TYPES", "Layer", "dense", "factored", "path_layer", "product"]
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _DENSE, _PRODUCT, _FACTORED, _MAPS = range(4)
@@ -29,6 +29,7 @@ class Layer(NamedTuple):
     power: int = 1
     columns: int = 1
     geometry: tuple[int, ...] = ()
+    inside: Tensor | None = None
 
     def row(self, first: int, tile: int, geometry: int) -> tuple[int, ...]:
         """The fields of PaikernLayer, in its order; `geometry` is the address of the numbers."""
@@ -48,6 +49,7 @@ class Layer(NamedTuple):
             self.power,
             self.columns,
             geometry,
+            _address(self.inside),
         )
 
 
@@ -117,6 +119,33 @@ def factored(
             )
         )
     return layers
+
+
+def path_layer(
+    weight: Tensor,
+    x: Tensor,
+    g: Tensor,
+    numbers: tuple[int, ...],
+    power: int,
+    candidates: Tensor,
+    bits: Tensor,
+) -> Layer:
+    """Scores of a stored matrix from the maps of its columns and rows, where these lie for good.
+
+    `numbers` is its geometry; all tensors are contiguous.
+    """
+    vectors = numbers[0] == 1 and prod(numbers[4:10]) == 1 and prod(numbers[19:22]) == 1
+    return Layer(
+        _FACTORED if vectors else _MAPS,
+        weight,
+        bits,
+        other=x,
+        g=g,
+        candidates=candidates,
+        power=power,
+        columns=max(1, prod(weight.shape[1:])),
+        geometry=() if vectors else numbers,
+    )
 
 
 def geometry(weight: Tensor, x: Tensor, g: Tensor, convs: Iterator[int]) -> tuple[int, ...]:

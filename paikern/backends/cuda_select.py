@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 TILE, BINS, DIGIT = 8192, 2048, 11  # select.cuh
-_STATE, _RANKING, _LAYER, _GEOMETRY = 16, 8, 15, 22  # numbers in a row
+_STATE, _RANKING, _LAYER, _GEOMETRY, _PLAN = 16, 8, 16, 22, 22  # numbers in a row
 _KTH = 9  # where a state holds the k-th key
 _SAMPLE, _BAND_THREADS = 16_384, 1024
 _BLOCKS_EACH = 4  # blocks of 256 threads that a multiprocessor holds
@@ -43,6 +43,9 @@ class SelectionPlan:
         exponents: one for each layer, or an int64 tensor of them on the device, read at every
             launch; at most 1,000,000 apart. Empty where they do not matter.
         emit: write masks; else only the k-th key is found.
+        stream: from `new_stream`, shared by the plans of all rounds of a run, where sweeps meet
+            the scores of layers that have an `inside` (select_stream.cuh); `forecast` comes before
+            those. One ranking over several layers.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class SelectionPlan:
         k: Sequence[int] | Tensor,
         exponents: Sequence[int] | Tensor = (),
         emit: bool = True,
+        stream: Tensor | None = None,
     ) -> None:
         self.layers = list(layers)
         like = self.layers[0].data
@@ -90,7 +94,7 @@ class SelectionPlan:
             exponents if isinstance(exponents, Tensor) else _upload(list(exponents) or [0], like)
         )
         rows: list[int] = []
-        geometry = 22
+        geometry = _PLAN
         self._tables = words(
             geometry + _GEOMETRY * len(self.layers) + _LAYER * len(self.layers)
             + _RANKING * rankings
@@ -124,6 +128,7 @@ class SelectionPlan:
             tile,
             self.width,
             int(emit),
+            0 if stream is None else stream.data_ptr(),
         )
         self._tables.copy_(torch.tensor([*plan, *(0,) * (geometry - len(plan)), *rows]))
         self._states[-1] = _NO_NAN
@@ -134,16 +139,27 @@ class SelectionPlan:
         filters = ("filter", "filter", "filter_factored", "filter_maps")
         filter_ = filters[max(layer.source for layer in layers)]
         passes = [filter_, *["digit"] * digits, *(["ties", "emit"] if emit else [])]
+        self.address = base
+        self._stream = stream
         self.steps = [
             Step("paikern_select_sample", rankings * sampled, pointer),
             Step("paikern_select_band", rankings, pointer, _BAND_THREADS),
             *(Step(f"paikern_select_{name}", self.blocks, pointer) for name in passes),
         ]
+        if stream is not None:
+            collect = Step("paikern_select_collect", self.blocks, pointer)
+            observe = Step("paikern_select_observe", 1, pointer, 1)
+            self.steps = [collect, *self.steps, observe]
 
     @property
     def bits(self) -> list[Tensor]:
         """The packed masks, one a layer."""
         return [layer.bits for layer in self.layers if layer.bits is not None]
+
+    def forecast(self) -> None:
+        """Before the sweeps: where the k-th score is expected."""
+        if self._stream is not None and self.tiles:
+            cuda_launch.run(self.like, [Step("paikern_select_forecast", 1, (self.address,), 1)])
 
     def launch(self) -> None:
         """Start the kernels; the masks are there when the stream has come to their end."""
@@ -152,14 +168,28 @@ class SelectionPlan:
 
     def check(self, operation: str) -> None:
         """Raise if any launch has met NaN; waits for the stream, so once at the end."""
+        refuse_nan(operation, self.nan_layer())
+
+    def nan_layer(self) -> int:
+        """The first layer in which any launch has met NaN, or -1; waits for the stream."""
         found = int(self._states[-1])
-        refuse_nan(operation, -1 if found == _NO_NAN else found)
+        return -1 if found == _NO_NAN else found
 
     def kth(self) -> float:
         """The k-th score of the first ranking; only where exponents do not matter."""
         key = int(self._states[_KTH])
         bits = key ^ 0x80000000 if key & 0x80000000 else ~key & 0xFFFFFFFF
         return struct.unpack("<f", struct.pack("<I", bits))[0]
+
+
+def new_stream(like: Tensor) -> Tensor:
+    """What rounds remember of each other (PaikernStream)."""
+    return like.new_zeros(11, dtype=torch.int64)
+
+
+def settled_rounds(stream: Tensor) -> int:
+    """Rounds whose selection took no read of its own; waits for the device."""
+    return int(stream[-1])
 
 
 def _upload(numbers: Sequence[int], like: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Which backend runs an operation, and what `pk.backends()` says about each.
 
 A backend is a module with functions named after the operations. Each serves some kinds of device;
-the order of preference is that of `_LOADERS`. `PAIKERN_BACKEND` or `backend=` forces one by name.
+which one is asked first is said in `choice.RULES`. `PAIKERN_BACKEND` or `backend=` forces one by
+name.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from paikern.backends import choice
 from paikern.errors import BackendError
 
 _forced: ContextVar[str | None] = ContextVar("paikern_backend", default=None)
@@ -174,26 +176,28 @@ def choose(operation: str, args: tuple[Any, ...]) -> Callable[..., Any]:
     Raises:
         ValueError: tensors on different devices, whose addresses no kernel may mix.
     """
-    device, on_cpu, float64 = None, False, False
+    device, on_cpu, float64, numel = None, False, False, 0
     for tensor in _tensors(args):
         float64 |= tensor.dtype is torch.float64
         if device is None:
-            device, on_cpu = tensor.device, tensor.is_cpu
+            device, on_cpu, numel = tensor.device, tensor.is_cpu, tensor.numel()
         # `is_cpu` first: comparing devices is ten times as slow.
         elif not (on_cpu and tensor.is_cpu) and tensor.device != device:
             raise ValueError(
                 f"{operation}: tensors are on {device} and {tensor.device}; move them to one device"
             )
-    return resolve(operation, device.type if device is not None else "cpu", float64)
+    return resolve(operation, device.type if device is not None else "cpu", float64, numel)
 
 
-def resolve(operation: str, device: str, float64: bool) -> Callable[..., Any]:
+def resolve(operation: str, device: str, float64: bool, numel: int = 0) -> Callable[..., Any]:
     """The function that runs `operation` on a device, for float64 tensors or narrower ones.
 
-    A backend that has no float64 kernel for it passes to the next one. The answer is remembered:
-    a network of small layers asks hundreds of times a step.
+    The order in which backends are asked is that of `choice.RULES` for a tensor of `numel`
+    elements. A backend that has no float64 kernel for it passes to the next one. The answer is
+    remembered: a network of small layers asks hundreds of times a step.
     """
-    return _resolve(operation, device, float64, _asked())
+    size = choice.size_class(operation, device, numel)
+    return _resolve(operation, device, float64, _asked(), size)
 
 
 def has(operation: str, device: str) -> bool:
@@ -212,13 +216,15 @@ def _asked() -> str:
 
 
 @functools.cache
-def _resolve(operation: str, device: str, float64: bool, forced: str) -> Callable[..., Any]:
+def _resolve(
+    operation: str, device: str, float64: bool, forced: str, size: int
+) -> Callable[..., Any]:
     if forced:
         _check(forced, "PAIKERN_BACKEND")
-    for name in (forced,) if forced else _LOADERS:
-        # Only the reference goes by torch's own operations and so runs wherever they do.
+    for name in (forced,) if forced else choice.order(operation, device, size):
         backend = load(name)
         served = device in backend.devices or (bool(forced) and device in backend.asked_for)
+        # Only the reference goes by torch's own operations and so runs wherever they do.
         if not served and name != "reference":
             continue
         module = backend.module

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,28 +19,8 @@ from paikern.backends import registry
 from paikern.errors import NonFiniteScoreError
 from paikern.pathgraph import steps as kinds
 from paikern.pathgraph.flow import Cotangent, Flow, not_finite
+from paikern.pathgraph.places import Map, Value, lay_out, pair, shapes_of, values_of
 from paikern.pathgraph.steps import State, Step
-
-_ALIGN = 16  # floats: a cache line
-
-
-@dataclass
-class _Map:
-    """A map in the arena: alive from tick `first` to `last`."""
-
-    numel: int
-    first: int
-    last: int
-    offset: int = 0
-
-
-@dataclass
-class _Value:
-    root: int  # the value that first held these maps
-    shape: tuple[int, ...]
-    a: _Map
-    g: _Map
-    start: bool = False
 
 
 class Program:
@@ -66,9 +45,9 @@ class Program:
         self._held: list[Any] = []
         self._saved: dict[int, Any] = {}
         flow.bind(state)
-        self._values = _values(flow)
-        self._divided: dict[int, _Map] = {}
-        arena = torch.empty(self._lay_out(keep))
+        self._values = values_of(flow)
+        self._divided: dict[int, Map] = {}
+        arena = torch.empty(lay_out(flow, self.steps, self._values, keep, self._divided))
         self._arena = arena
         self._views = {
             id_: (self._view(v.a, v.shape), self._view(v.g, v.shape))
@@ -145,47 +124,10 @@ class Program:
 
     # --- memory --------------------------------------------------------------------------------
 
-    def _lay_out(self, keep: str) -> int:
-        """Give every map its interval and then its place; returns the floats of the arena.
-
-        Ticks: step i runs forward at i and backward at 2 n - 1 - i.
-        """
-        end = 2 * len(self.steps)
-        for v in self._values.values():
-            v.a.first, v.a.last = end, -1
-            v.g.first, v.g.last = end, -1
-        for i, (step, inputs, output) in enumerate(self.steps):
-            back = end - 1 - i
-            weight = isinstance(step, kinds.Weight)
-            for j in inputs:
-                v = self._values[j]
-                read = back if (weight and not self.flow.by_input_max) or _reads_input(step) else i
-                v.a.first = min(v.a.first, 0 if v.start else i)
-                v.a.last = max(v.a.last, end if weight and keep == "scores" else read)
-                v.g.first = min(v.g.first, back)
-                v.g.last = max(v.g.last, back)
-            out = self._values[output]
-            out.a.first = min(out.a.first, i)
-            out.a.last = max(out.a.last, i)
-            if (weight and keep == "nodes") or isinstance(step, kinds.Rectify):
-                out.a.last = max(out.a.last, back)
-            out.g.first = min(out.g.first, back)
-            out.g.last = max(out.g.last, end if weight and keep == "scores" else back)
-            if weight and self.flow.by_input_max:
-                self._divided[i] = _Map(math.prod(self._values[inputs[0]].shape), i, back)
-        for j in self.flow.plan.outputs:
-            v = self._values[j]
-            v.a.last = max(v.a.last, len(self.steps))
-            v.g.first = min(v.g.first, len(self.steps))
-            v.g.last = max(v.g.last, len(self.steps))
-        own = [v for id_, v in self._values.items() if v.root == id_]
-        maps = [m for v in own for m in ((v.a,) if v.start else (v.a, v.g))]
-        return _place(maps + list(self._divided.values()))
-
-    def _view(self, m: _Map, shape: tuple[int, ...]) -> Tensor:
+    def _view(self, m: Map, shape: tuple[int, ...]) -> Tensor:
         return self._arena[m.offset : m.offset + m.numel].view(shape)
 
-    def _address(self, m: _Map) -> int:
+    def _address(self, m: Map) -> int:
         return self._arena.data_ptr() + 4 * m.offset
 
     def _hold(self, tensor: Tensor) -> int:
@@ -195,7 +137,7 @@ class Program:
 
     # --- the native description ----------------------------------------------------------------
 
-    def _describe_value(self, v: _Value) -> dict[str, Any]:
+    def _describe_value(self, v: Value) -> dict[str, Any]:
         return {
             "a": self._address(v.a),
             "g": self._address(v.g),
@@ -317,7 +259,7 @@ class Program:
         if step.spatial != 2:
             return None
         pairs = [
-            _pair(v)
+            pair(v)
             for v in (
                 step.in_shape[-2:],
                 step.out_shape[-2:],
@@ -363,79 +305,12 @@ def compiled(flow: Flow, state: State, parameters: Sequence[str], keep: str) -> 
         if any(w.is_meta or code(w.dtype) is None for w in read):
             return None
     flow.bind(state)
-    shapes = _shapes(flow)
+    shapes = shapes_of(flow)
     if any(math.prod(shape) == 0 for shape in shapes.values()):
         return None
     if any(math.prod(state[step.parameter].shape) == 0 for step in flow.graph.weights):
         return None
     return Program(flow, state, parameters, keep)
-
-
-def _pair(values: Sequence[int]) -> tuple[int, int]:
-    first, second = (values[0], values[0]) if len(values) == 1 else values
-    return first, second
-
-
-def _reads_input(step: Step) -> bool:
-    """Whether a callback keeps a view of its input for the adjoint."""
-    return isinstance(step, kinds.Replay) and step.keep_input
-
-
-def _shapes(flow: Flow) -> dict[int, tuple[int, ...]]:
-    """The shape of every value of the plan; steps that do not say theirs are run on zeros."""
-    shapes: dict[int, tuple[int, ...]] = dict(flow.graph.inputs)
-    for step, inputs, output in flow.plan.steps:
-        if hasattr(step, "out_shape"):
-            shapes[output] = step.out_shape
-        elif isinstance(step, (kinds.Norm, kinds.Rectify)):
-            shapes[output] = shapes[inputs[0]]
-        else:
-            with torch.no_grad():
-                given = [torch.zeros(shapes[i]) for i in inputs]
-                shapes[output] = tuple(step.forward(given)[0].shape)
-    return shapes
-
-
-def _values(flow: Flow) -> dict[int, _Value]:
-    """One a value; those that a reshape joins share their maps."""
-    found: dict[int, _Value] = {}
-    shapes = _shapes(flow)
-    for id_ in flow.graph.inputs:
-        found[id_] = _new_value(id_, shapes[id_], start=True)
-    for step, inputs, output in flow.plan.steps:
-        if isinstance(step, kinds.Reshape):
-            found[output] = replace(found[inputs[0]], shape=shapes[output])
-        else:
-            found[output] = _new_value(output, shapes[output])
-    return found
-
-
-def _new_value(id_: int, shape: tuple[int, ...], start: bool = False) -> _Value:
-    numel = math.prod(shape)
-    return _Value(id_, shape, _Map(numel, 0, 0), _Map(numel, 0, 0), start)
-
-
-def _place(maps: list[_Map]) -> int:
-    """Offsets such that maps alive at the same tick do not overlap: largest first, lowest fit."""
-    placed: list[_Map] = []
-    top = 0
-    for m in sorted(maps, key=lambda m: -m.numel):
-        if m.last < m.first:
-            continue
-        rivals = sorted(
-            (o.offset, o.offset + o.numel)
-            for o in placed
-            if o.first <= m.last and m.first <= o.last
-        )
-        at = 0
-        for low, high in rivals:
-            if at + m.numel <= low:
-                break
-            at = max(at, -(-high // _ALIGN) * _ALIGN)
-        m.offset = at
-        placed.append(m)
-        top = max(top, at + m.numel)
-    return top
 
 
 __all__ = ["Program", "compiled"]

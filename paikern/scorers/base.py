@@ -24,6 +24,7 @@ from paikern.prunable import Prunable
 from paikern.scores import Scores
 
 if TYPE_CHECKING:
+    from paikern.scorers.device_loop import DeviceLoop
     from paikern.scorers.path_loop import PathLoop
 
 VARIANTS = ("paper", "published")
@@ -120,7 +121,7 @@ class Scorer:
         """Scores of all layers of `run` under `run.masks`; higher is kept."""
         raise TypeError(f"{type(self).__name__} must implement score()")
 
-    def loop(self, run: Run) -> PathLoop | None:
+    def loop(self, run: Run) -> PathLoop | DeviceLoop | None:
         """All rounds natively, for exact counts of single weights; None to score each of them."""
         return None
 

@@ -14,6 +14,7 @@ from paikern import ops
 from paikern.backends import registry
 from paikern.errors import PaikernError
 from paikern.pathgraph import Program, Semantics, Visit, compiled, weights
+from paikern.pathgraph.device_program import device_of
 from paikern.scorers.base import Run
 from paikern.scorers.dpai_nodes import Revival, hold_nodes
 from paikern.scorers.random import normal_scores
@@ -68,6 +69,12 @@ class DPaITrainer:
         self.kept_of = dict(zip(run.layers, kept, strict=True))
         self.published = run.variant == "published"
         self.s = _start(run, settings.init_scores)
+        self.uses = run.graph.uses()
+        if settings.keep_nodes:
+            hold_nodes(run, self.s, kept, self.uses)
+        # Drawn on the CPU, so that a seed gives the same scores everywhere; trained on the device.
+        device = device_of(run.state)
+        self.s = {name: s.to(device) for name, s in self.s.items()}
         adam = settings.optimizer == "adam"
         self.m = {n: torch.zeros_like(s) for n, s in self.s.items()} if adam else {}
         self.v = {n: torch.zeros_like(s) for n, s in self.s.items()} if adam else {}
@@ -77,7 +84,7 @@ class DPaITrainer:
         self.steps = 0
         # Written in place by every native selection.
         self.masks = {
-            n: ops.pack_mask(torch.zeros(s.shape, dtype=torch.bool)) for n, s in self.s.items()
+            n: ops.pack_mask(torch.zeros_like(s, dtype=torch.bool)) for n, s in self.s.items()
         }
         self._selected_at = -1
         # Thresholds move little from step to step: that halves the time of a small layer.
@@ -87,9 +94,6 @@ class DPaITrainer:
             Semantics(power=0), rescale="input_max" if self.published else "exponent"
         )
         # Maps of one sweep need no state but the device: no weight value is ever read.
-        self.uses = run.graph.uses()
-        if settings.keep_nodes:
-            hold_nodes(run, self.s, kept, self.uses)
         self._revival = Revival(run) if settings.revive else None
         self._on_path: dict[str, Tensor] = {}  # of weights with several uses, while reviving
         self._native = None if settings.revive else _native(self)
@@ -248,7 +252,8 @@ class DPaITrainer:
         rows = slice(None) if step.rows is None else slice(*step.rows)
         if name not in into:
             nodes = self.s[name].shape[0] if step.rows is not None else live.numel()
-            into[name] = (torch.zeros_like(self.s[name]), torch.zeros(nodes, dtype=torch.uint8))
+            total = torch.zeros_like(self.s[name])
+            into[name] = (total, total.new_zeros(nodes, dtype=torch.uint8))
         total, nodes_live = into[name]
         x, g = v.x, v.g
         if self._revival is not None:

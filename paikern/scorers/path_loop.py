@@ -12,6 +12,7 @@ from paikern.backends import registry
 from paikern.errors import NonFiniteScoreError, PaikernError
 from paikern.pathgraph import Flow, Program, compiled
 from paikern.scorers.base import Run
+from paikern.scorers.device_loop import DeviceLoop, device_loop
 
 # Long enough that Python costs nothing beside the rounds, short enough for Ctrl-C and the progress.
 _SECONDS_A_CALL = 0.1
@@ -29,6 +30,8 @@ class PathLoop:
         prepare: called between the two sweeps of every round, to set the cotangent of `program`;
             returns log R under it.
     """
+
+    one_budget = False  # layers may have budgets of their own
 
     def __init__(
         self,
@@ -110,11 +113,14 @@ def path_loop(
     power: int,
     dead: Callable[[str], PaikernError],
     prepare: Callable[[Program], float] | None = None,
-) -> PathLoop | None:
+) -> PathLoop | DeviceLoop | None:
     """The loop for a run, or None where it has something that the native sweeps do not do.
 
-    Every layer must be used once and as a whole, by a weight that the native kernels read.
+    Every layer must be used once and as a whole, by a weight that the native kernels read. On a
+    GPU there is none for rounds that are prepared between the sweeps.
     """
+    if prepare is None and (loop := device_loop(run, flow, power, dead)) is not None:
+        return loop
     uses = flow.graph.uses()
     for name in run.layers:
         steps = uses.get(name, ())

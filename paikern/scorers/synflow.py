@@ -23,6 +23,7 @@ from paikern.pathgraph import Flow, Program, Semantics, Visit, weights
 from paikern.pathgraph.flow import Cotangent
 from paikern.pathgraph.steps import Norm, Weight
 from paikern.scorers.base import Run, Scorer, register_scorer
+from paikern.scorers.device_loop import DeviceLoop
 from paikern.scorers.path_loop import PathLoop, path_loop
 from paikern.scores import Dense, Factored, Score, Scores
 
@@ -87,7 +88,7 @@ class PathScorer(Scorer):
         none = {n: Dense(torch.zeros(run.shapes[n])) for n in run.layers if n not in found}
         return Scores({name: {**found, **none}[name] for name in run.layers}, run.shapes)
 
-    def loop(self, run: Run) -> PathLoop | None:
+    def loop(self, run: Run) -> PathLoop | DeviceLoop | None:
         if not self.monotone:
             return None
         if self.norm == "scale":

@@ -22,7 +22,7 @@ def _backend(on_cpu: shim.OnCpu) -> Iterator[None]:
     """Registered for these tests alone; whoever forces "cuda_source" by name gets it."""
     module = cuda_jit.backend(on_cpu)
     registry._LOADERS["cuda_source"] = lambda: registry.Backend(
-        module, ("cpu",), "CUDA sources on the CPU"
+        module, (), "CUDA sources on the CPU", ("cpu",)
     )
     yield
     del registry._LOADERS["cuda_source"]

@@ -101,6 +101,9 @@ class OnCpu(Native):
     def multiprocessors(self, device: int) -> int:
         return 2  # few blocks with several tiles each
 
+    def together(self, device: int, each: int) -> int:
+        return 1  # blocks run one after the other
+
     def without_barrier(self, file: str, line: int) -> int:
         """Leave out one barrier (line 0: none); how often the one before was come to."""
         return self._hooks.paikern_on_cpu_without_barrier(file.encode(), line)

@@ -23,7 +23,9 @@ pytestmark = pytest.mark.cuda_source
 
 def test_all_kernels_are_in_the_text_and_each_once(on_cpu: shim.OnCpu) -> None:
     text = cuda_jit.assemble()
-    named = re.findall(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(', text)
+    named = re.findall(
+        r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(', text
+    )
     assert sorted(named) == sorted(on_cpu.module.kernels())
     assert "#include" not in text
     assert text.count("struct PaikernLayer {") == 1

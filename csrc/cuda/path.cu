@@ -1,0 +1,17 @@
+#include "launch.h"
+#include "path_kernels.cuh"
+
+namespace paikern::cuda {
+namespace {
+
+const Kernel kKernels[] = {
+    PK_KERNEL(paikern_path_forward),    PK_KERNEL(paikern_path_backward),     PK_KERNEL(paikern_path_sweep),
+    PK_KERNEL(paikern_path_score),      PK_KERNEL(paikern_path_conv_forward), PK_KERNEL(paikern_path_conv_backward),
+    PK_KERNEL(paikern_path_conv_score),
+};
+
+}  // namespace
+
+KernelList path_kernels() { return {kKernels, static_cast<int64_t>(sizeof(kKernels) / sizeof(kKernels[0]))}; }
+
+}  // namespace paikern::cuda

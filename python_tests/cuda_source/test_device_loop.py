@@ -1,0 +1,263 @@
+"""Whole rounds from a table of instructions: the masks are those of the native loop on the CPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import paikern as pk
+from paikern.backends import cuda_flow, registry
+from paikern.errors import NonFiniteScoreError, PaikernError
+from paikern.scorers import device_loop
+from python_tests.cuda_source import shim
+
+pytestmark = pytest.mark.cuda_source
+
+
+class Branches(nn.Module):
+    """Residuals, groups, a transposed convolution, two heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c1 = nn.Conv2d(3, 6, 3, padding=1, bias=False)
+        self.b1 = nn.BatchNorm2d(6)
+        self.c2 = nn.Conv2d(6, 6, 3, padding=1)
+        self.c3 = nn.Conv2d(6, 8, 1, stride=2)
+        self.c4 = nn.Conv2d(6, 8, 3, stride=2, padding=1, groups=2)
+        self.up = nn.ConvTranspose2d(8, 4, 2, stride=2)
+        self.l1, self.l2 = nn.Linear(8, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.b1(self.c1(x)))
+        x = x + self.c2(x)
+        y = self.c3(x) + self.c4(x)
+        return self.l1(y.mean((2, 3))) + self.l2(self.up(y).mean((2, 3)))
+
+
+def pooled() -> nn.Module:
+    """Overlapping windows with padding, a mean and a norm with statistics."""
+    norm = nn.BatchNorm2d(8)
+    net = nn.Sequential(
+        nn.Conv2d(2, 8, 3), norm, nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.Conv2d(8, 5, 2), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3),
+    )  # fmt: skip
+    torch.manual_seed(3)
+    assert norm.running_var is not None
+    norm.running_var.uniform_(0.5, 2.0)
+    nn.init.uniform_(norm.weight, 0.5, 2.0)
+    return net
+
+
+def deep() -> nn.Module:
+    """Counts far beyond float32."""
+    net = nn.Sequential(*(m for _ in range(30) for m in (nn.Linear(24, 24), nn.ReLU())))
+    for p in net.parameters():
+        p.data.mul_(1e3)
+    return net
+
+
+def transformer(name: str, inputs: Tensor, **options: Any) -> tuple[nn.Module, Tensor]:
+    return pk.zoo.create(name, **options), inputs
+
+
+TOKENS = torch.zeros(1, 6, dtype=torch.long)
+NETS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
+    "mlp": lambda: (pk.zoo.create("mlp", sizes=(20, 33, 17, 5)), torch.ones(1, 20)),
+    "branches": lambda: (Branches(), torch.ones(1, 3, 8, 8)),
+    "pooled": lambda: (pooled(), torch.ones(2, 2, 9, 9)),
+    "deep": lambda: (deep(), torch.ones(1, 24)),
+    "resnet20": lambda: (pk.zoo.create("resnet20"), torch.ones(1, 3, 8, 8)),
+    "gpt2": lambda: transformer(
+        "gpt2", TOKENS, layers=2, dim=16, heads=2, vocabulary=32, positions=8, sequence=6
+    ),
+    "llama": lambda: transformer("llama-tiny", TOKENS),
+    "vit": lambda: transformer(
+        "vit_b_16", torch.ones(1, 3, 16, 16), num_classes=5, image_size=16, patch=8, layers=2,
+        dim=16, heads=2,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[device_loop.DeviceLoop]:
+    """The device loops that a test has run, so that it knows it has run one."""
+    found: list[device_loop.DeviceLoop] = []
+    prepare = device_loop.DeviceLoop._prepare
+
+    def noted(self: device_loop.DeviceLoop, counts: Any) -> None:
+        found.append(self)
+        prepare(self, counts)
+
+    monkeypatch.setattr(device_loop.DeviceLoop, "_prepare", noted)
+    return found
+
+
+def both(
+    net: nn.Module, x: Tensor, made: list[device_loop.DeviceLoop], method: str = "synflow",
+    rounds: int = 4, **options: Any,
+) -> tuple[pk.MaskSet, pk.MaskSet]:  # fmt: skip
+    options = {"sparsity": 0.9, "example_inputs": x, "apply": False, "rounds": rounds, **options}
+    found = pk.prune(net, method, backend="cuda_source", **options)
+    assert len(made) == 1
+    return found, pk.prune(net, method, **options)
+
+
+def differing(a: pk.MaskSet, b: pk.MaskSet) -> float:
+    return sum(int((a[name] != b[name]).sum()) for name in b) / b.total
+
+
+@pytest.mark.filterwarnings("ignore:layer collapse")
+@pytest.mark.filterwarnings("ignore:.*is left out")
+@pytest.mark.filterwarnings("ignore:.*reached by no path")
+@pytest.mark.parametrize("name", NETS)
+def test_masks_and_paths_of_a_run(name: str, made: list[device_loop.DeviceLoop]) -> None:
+    torch.manual_seed(0)
+    net, x = NETS[name]()
+    found, wanted = both(net, x, made)
+    assert found.kept == wanted.kept
+    assert differing(found, wanted) <= 1e-3  # scores are rounded in another order
+    for a, b in zip(found.metadata["history"], wanted.metadata["history"], strict=True):
+        assert a["log_flow"] == pytest.approx(b["log_flow"], abs=1e-3)
+
+
+@pytest.mark.parametrize("method", ["synflow", "synflow_l2"])
+@pytest.mark.parametrize("scope", ["global", "local", "erk"])
+def test_scopes_and_powers(method: str, scope: str, made: list[device_loop.DeviceLoop]) -> None:
+    torch.manual_seed(1)
+    net = pk.zoo.create("mlp", sizes=(31, 33, 1, 8))
+    found, wanted = both(net, torch.ones(1, 31), made, method, scope=scope, sparsity=0.6)
+    assert found.kept_by_layer == wanted.kept_by_layer
+    assert differing(found, wanted) <= 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_weights(dtype: torch.dtype, made: list[device_loop.DeviceLoop]) -> None:
+    torch.manual_seed(2)
+    net = pk.zoo.create("mlp", sizes=(40, 50, 10)).to(dtype)
+    found, wanted = both(net, torch.ones(1, 40, dtype=dtype), made)
+    assert differing(found, wanted) <= 1e-3
+
+
+def test_runs_are_equal_bit_for_bit(made: list[device_loop.DeviceLoop]) -> None:
+    torch.manual_seed(4)
+    net, x = NETS["branches"]()
+    options: dict[str, Any] = {"sparsity": 0.8, "example_inputs": x, "rounds": 5, "apply": False}
+    first = pk.prune(net, "synflow", backend="cuda_source", **options)
+    again = pk.prune(net, "synflow", backend="cuda_source", **options)
+    assert len(made) == 2
+    assert all(torch.equal(first.packed(n), again.packed(n)) for n in first)
+    assert first.metadata["history"] == again.metadata["history"]
+
+
+def test_one_launch_a_sweep_gives_the_same_bits(
+    made: list[device_loop.DeviceLoop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All instructions by one kernel that waits between them, and one launch each."""
+    torch.manual_seed(5)
+    net, x = NETS["branches"]()
+    options: dict[str, Any] = {"sparsity": 0.8, "example_inputs": x, "rounds": 3, "apply": False}
+    apart = pk.prune(net, "synflow", backend="cuda_source", **options)
+    monkeypatch.setattr(cuda_flow.Instruction, "blocks", lambda self: 1)
+    joined = pk.prune(net, "synflow", backend="cuda_source", **options)
+    table = made[1]._program.table
+    with pk_kernels(made[1]):
+        assert len(table.steps(0, 0, made[1]._swept)) == 1
+    assert all(torch.equal(apart.packed(n), joined.packed(n)) for n in apart)
+
+
+def pk_kernels(loop: device_loop.DeviceLoop) -> Any:
+    return device_loop.cuda_launch.provided(loop._provider)
+
+
+def test_blocks_that_wait_for_each_other_are_refused_here(on_cpu: shim.OnCpu) -> None:
+    with device_loop.cuda_launch.provided(on_cpu):
+        table = cuda_flow.FlowTable(torch.zeros(1), 1, False)
+        for _ in range(2):
+            out = torch.zeros(5)
+            table.add(cuda_flow.Instruction(cuda_flow.FILL, out, table.slot()))
+        table.finish(1)
+        step = table.steps(0, 0, 2)[0]
+        device_loop.cuda_launch.run(out, [step])
+        assert out.tolist() == [1.0] * 5
+        with pytest.raises(RuntimeError, match="grid barrier"):
+            device_loop.cuda_launch.run(out, [step._replace(blocks=2)])
+
+
+def test_dead_networks_name_the_layer(made: list[device_loop.DeviceLoop]) -> None:
+    net = pk.zoo.create("mlp", sizes=(8, 8, 8, 4))
+    weights = [m for m in net.modules() if isinstance(m, nn.Linear)]
+    weights[1].weight.data.zero_()
+    with pytest.raises(PaikernError, match="no path") as found:
+        both(net, torch.ones(1, 8), made)
+    with pytest.raises(PaikernError) as wanted:
+        pk.prune(net, "synflow", sparsity=0.9, example_inputs=torch.ones(1, 8), rounds=4)
+    assert str(found.value) == str(wanted.value)
+
+
+def test_overflow_names_the_parameter(made: list[device_loop.DeviceLoop]) -> None:
+    net = pk.zoo.create("mlp", sizes=(64, 64, 4))
+    for m in net.modules():
+        if isinstance(m, nn.Linear):
+            m.weight.data.fill_(3e38)
+    with pytest.raises(NonFiniteScoreError) as found:
+        both(net, torch.ones(1, 64), made)
+    with pytest.raises(NonFiniteScoreError) as wanted:
+        pk.prune(net, "synflow", sparsity=0.9, example_inputs=torch.ones(1, 64), rounds=4)
+    assert str(found.value) == str(wanted.value)
+
+
+def test_an_emptied_layer_stops_the_run(made: list[device_loop.DeviceLoop]) -> None:
+    torch.manual_seed(6)
+    net = pk.zoo.create("mlp", sizes=(30, 30, 30, 4))
+    options: dict[str, Any] = {
+        "sparsity": 0.999, "example_inputs": torch.ones(1, 30), "rounds": 1, "apply": False,
+        "on_collapse": "raise",
+    }  # fmt: skip
+    with pytest.raises(PaikernError) as found:
+        pk.prune(net, "synflow", backend="cuda_source", **options)
+    assert len(made) == 1
+    with pytest.raises(PaikernError) as wanted:
+        pk.prune(net, "synflow", **options)
+    assert str(found.value) == str(wanted.value)
+
+
+def test_a_layer_without_paths_is_pruned_first(made: list[device_loop.DeviceLoop]) -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 6), nn.Linear(6, 3)
+            self.unused = nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.relu(self.a(x)))
+
+    torch.manual_seed(7)
+    with pytest.warns(pk.PaikernWarning):
+        found, wanted = both(Unused(), torch.ones(1, 8), made, sparsity=0.7)
+    assert found.kept_by_layer == wanted.kept_by_layer
+
+
+def test_what_has_no_device_loop_runs_by_operations(made: list[device_loop.DeviceLoop]) -> None:
+    """float64 weights, offsets, budgets a layer for fused projections."""
+    torch.manual_seed(8)
+    x = torch.ones(1, 8)
+    net = pk.zoo.create("mlp", sizes=(8, 6, 3))
+    options: dict[str, Any] = {"sparsity": 0.5, "example_inputs": x, "rounds": 2, "apply": False}
+    with registry.using("cuda_source"):
+        published = pk.prune(net, "synflow", variant="published", **options)
+    assert not made
+    wanted = pk.prune(net, "synflow", variant="published", **options)
+    assert differing(published, wanted) == 0
+
+
+def test_log_total_of_a_record() -> None:
+    none = cuda_flow.Record(0.0, 0, 3, -1, -1, 0, 0, 0)
+    assert device_loop.log_total(none) == -math.inf
+    assert device_loop.log_total(none._replace(mantissa=1.5, top=300)) == pytest.approx(
+        math.log(1.5) + 300 * math.log(2)
+    )
