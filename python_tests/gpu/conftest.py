@@ -65,6 +65,14 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield name
 
 
+@pytest.fixture(scope="module")
+def only(backend: str) -> Iterator[str]:
+    """The automatic choice, without the other two: what this backend lacks the reference does."""
+    others = {name: registry.Backend(None, (), "left out") for name in BACKENDS if name != backend}
+    with replaced(others):
+        yield backend
+
+
 @pytest.fixture(scope="module", params=BACKENDS)
 def moved(request: pytest.FixtureRequest) -> Iterator[str]:
     """CPU tensors are moved to a backend's device and back, by whatever name a test asks for it."""
