@@ -28,7 +28,9 @@ struct KernelList {
 
 KernelList balanced_kernels();
 KernelList bits_kernels();
+KernelList dpai_kernels();
 KernelList flow_kernels();
+KernelList map_kernels();
 KernelList path_kernels();
 KernelList pattern_kernels();
 KernelList phew_kernels();

@@ -1,4 +1,5 @@
 #include "launch.h"
+// After the runtime's header: device code that nvcc and NVRTC share.
 #include "path_kernels.cuh"
 
 namespace paikern::cuda {

@@ -59,6 +59,7 @@ struct alignas(16) PaikernScratch {
   PaikernEntry entries[2][16];
   PaikernMaps maps;
   PaikernPhase phase;
+  double sums[kPkBlock / 32];
   int last;
 };
 

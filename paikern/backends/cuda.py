@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from paikern.backends.cuda_balanced_mask import balanced_mask
+from paikern.backends.cuda_dpai import dpai_step_, dpai_update_
 from paikern.backends.cuda_launch import current as kernel_provider
 from paikern.backends.cuda_launch import elementwise, run
+from paikern.backends.cuda_maps import live_nodes, map_maximum, map_scale_, through_maximum_
 from paikern.backends.cuda_path import (
     path_backward,
     path_conv_backward,
@@ -44,9 +46,14 @@ __all__ = [
     "balanced_mask",
     "block_means",
     "block_means_factored",
+    "dpai_step_",
+    "dpai_update_",
     "expand_blocks",
     "kernel_provider",
     "kth_largest",
+    "live_nodes",
+    "map_maximum",
+    "map_scale_",
     "nm_mask",
     "nm_mask_factored",
     "pack_mask",
@@ -61,6 +68,7 @@ __all__ = [
     "phew_tables",
     "phew_walks",
     "takes",
+    "through_maximum_",
     "topk_mask",
     "topk_mask_factored",
     "topk_mask_product",

@@ -17,6 +17,7 @@ from paikern.backends.triton.patterns import (
     nm_mask,
     nm_mask_factored,
 )
+from paikern.backends.triton.phew import phew_keep_, phew_tables
 from paikern.backends.triton.products import (
     path_backward,
     path_conv_backward,
@@ -32,6 +33,7 @@ from paikern.backends.triton.selection import (
     topk_mask_product,
 )
 from paikern.backends.triton.sweeps import path_sweep
+from paikern.backends.triton.walks import phew_walks
 
 __all__ = [
     "apply_mask_",
@@ -55,6 +57,9 @@ __all__ = [
     "path_forward",
     "path_score",
     "path_sweep",
+    "phew_keep_",
+    "phew_tables",
+    "phew_walks",
     "takes",
     "through_maximum_",
     "topk_mask",
@@ -63,7 +68,10 @@ __all__ = [
     "unpack_mask",
 ]
 
-_FLOAT64 = ("apply_mask_", "pack_mask", "unpack_mask", "topk_mask")
+_FLOAT64 = (
+    "apply_mask_", "pack_mask", "unpack_mask", "topk_mask", "phew_keep_", "phew_tables",
+    "phew_walks",
+)  # fmt: skip
 
 
 def takes(operation: str, float64: bool) -> bool:
