@@ -134,7 +134,7 @@ class Check:
         many = ["-n", "8"] if self.on_gpu and importlib.util.find_spec("xdist") else []
         if importlib.util.find_spec("pytest_timeout"):
             many += ["--timeout=90"]
-        files = list(map(str, gpu_tests())) if self.on_gpu else [SUITES, *self._chosen("cuda")]
+        files = list(map(str, gpu_tests())) if self.on_gpu else [SUITES, *self._chosen()]
         command = [*_pytest(), *many, f"--junitxml={report}", *files]
         ended = self._started(command, budget, self._test_switches(1))
         return _of_tests(ended, report)
@@ -148,7 +148,7 @@ class Check:
             report = Path(folder) / "tests.xml"
             command = [
                 tool, "--tool=memcheck", "--error-exitcode=9", f"--log-file={said}", *_pytest(),
-                f"--junitxml={report}", SUITES, *self._chosen("cuda_source and [cuda"),
+                f"--junitxml={report}", SUITES, *self._chosen(),
             ]  # fmt: skip
             # Each tensor in memory of its own, so that a step beside it is seen.
             switches = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -179,9 +179,10 @@ class Check:
             return CUT, words
         return (DONE if ended.code == 0 and not _broken(left_out) else FAILED), words
 
-    def _chosen(self, words: str) -> list[str]:
-        """Tests by words in their names; in a trial those of packed masks alone, quick ones."""
-        return ["-k", f"{words} and not [cuda_jit" + ("" if self.on_gpu else " and _bits_")]
+    def _chosen(self) -> list[str]:
+        """Tests of the CUDA sources on their backend; in a trial of packed masks."""
+        lane = "cuda_source" if self.on_gpu else "cuda_source_bits"
+        return ["-k", f"{lane} and [cuda and not [cuda_jit"]
 
     def _test_switches(self, every: int) -> dict[str, str]:
         switches = {"PAIKERN_GPU_TESTS_EVERY": str(every)}
