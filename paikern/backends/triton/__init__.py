@@ -6,6 +6,7 @@ is the reference backend's. With TRITON_INTERPRET=1 the same kernels run on CPU 
 
 from __future__ import annotations
 
+from paikern.backends.triton.balanced import balanced_mask
 from paikern.backends.triton.bits import apply_mask_, pack_mask, unpack_mask
 from paikern.backends.triton.config import interpreting
 from paikern.backends.triton.dpai import dpai_step_, dpai_update_
@@ -17,6 +18,7 @@ from paikern.backends.triton.patterns import (
     nm_mask,
     nm_mask_factored,
 )
+from paikern.backends.triton.phew import phew_keep_, phew_tables
 from paikern.backends.triton.products import (
     path_backward,
     path_conv_backward,
@@ -32,9 +34,11 @@ from paikern.backends.triton.selection import (
     topk_mask_product,
 )
 from paikern.backends.triton.sweeps import path_sweep
+from paikern.backends.triton.walks import phew_walks
 
 __all__ = [
     "apply_mask_",
+    "balanced_mask",
     "block_means",
     "block_means_factored",
     "dpai_step_",
@@ -55,6 +59,9 @@ __all__ = [
     "path_forward",
     "path_score",
     "path_sweep",
+    "phew_keep_",
+    "phew_tables",
+    "phew_walks",
     "takes",
     "through_maximum_",
     "topk_mask",
@@ -63,7 +70,10 @@ __all__ = [
     "unpack_mask",
 ]
 
-_FLOAT64 = ("apply_mask_", "pack_mask", "unpack_mask", "topk_mask")
+_FLOAT64 = (
+    "apply_mask_", "balanced_mask", "pack_mask", "phew_keep_", "phew_tables", "phew_walks",
+    "topk_mask", "unpack_mask",
+)  # fmt: skip
 
 
 def takes(operation: str, float64: bool) -> bool:

@@ -9,7 +9,20 @@ import inspect
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from paikern.backends.triton import bits, config, dpai, maps, patterns, products, sweeps
+import triton.language as tl
+
+from paikern.backends.triton import (
+    balanced,
+    bits,
+    config,
+    dpai,
+    maps,
+    patterns,
+    phew,
+    products,
+    sweeps,
+    walks,
+)
 from paikern.backends.triton import selection_kernels as selection
 
 _TYPES = ("fp32", "bf16", "fp16")
@@ -19,9 +32,13 @@ _POINTERS = {
     "g": "fp32", "lined": "u8", "live": "u8", "mask": "u8", "mean": "fp32",
     "nan": "i32", "out": "fp32", "parts": "fp32", "q": "fp32", "rule": "fp32", "s": "fp32",
     "scores": None, "share": "fp32", "square": "fp32", "state": "i64", "table": "i64",
+    "begins": "i32", "extra": "u8", "favourites": "i32", "index": "i32", "kept": "i64",
+    "laps": "i64", "links": "i64", "nodes": "i64", "order": "i32", "owner": "i32",
+    "places": "i32", "repeats": "u8", "seen": "i32", "shares": "fp32", "slots": "i64",
+    "starts": "i64", "sums": "fp64", "tables": "fp32", "walks": "i64", "words": "i32",
     "tensor": None, "ties": "i64", "values": "fp32", "weight": None, "x": "fp32", "y": "fp32",
 }  # fmt: skip
-_INTEGERS = {"infinity": "i64"}
+_INTEGERS = {"infinity": "i64", "low": "i64", "high": "i64"}
 _FLOATS = ("threshold", "pruned", "factor", "floor", "maximum")
 
 
@@ -77,6 +94,8 @@ def builds(row: str) -> list[Build]:
         *_patterns(sizes.pattern),
         *_maps(sizes.flat),
         *_dpai(sizes.pattern),
+        *_phew(sizes),
+        *_balanced(sizes),
     ]
     first = {build.kernel.fn.__name__: build for build in reversed(listed)}.values()
     wide = [
@@ -209,3 +228,52 @@ def _dpai(flat: config.Flat) -> Iterator[Build]:
             dpai.dpai_kernel, max(warps, width // 256), VECTORS=vectors,
             TRANSPOSED=transposed, ADAM=adam, KERNELS=max(1, 8 * rows // width), WEIGHTS=width,
         )  # fmt: skip
+
+
+def _phew(sizes: config.Config) -> Iterator[Build]:
+    lanes, warps = 8 * sizes.pattern.rows, sizes.pattern.warps
+    for kind, weighting, down, block in (
+        ("fp32", 0, False, 16),
+        ("bf16", 1, True, 4),
+        ("fp16", 2, False, 4),
+        ("fp64", 2, True, 1),
+    ):
+        yield _build(
+            phew.phew_sums_kernel, warps, kind, BLOCK=block, DOWN=down, WEIGHTING=weighting,
+            LANES=lanes,
+        )  # fmt: skip
+    yield _build(phew.phew_shares_kernel, warps, LANES=lanes)
+    yield _build(phew.phew_repeats_kernel, warps, LANES=lanes)
+    for exact in (False, True):
+        yield _build(phew.phew_keep_kernel, 8, EXACT=exact, LANES=phew.KEEP_LANES)
+    for forwards, weighting, whole, kind in (
+        (True, 0, False, tl.float32), (False, 0, False, tl.float32), (True, 1, False, tl.bfloat16),
+        (False, 2, True, tl.float16), (True, 2, True, tl.float64), (False, 2, False, tl.float64),
+    ):  # fmt: skip
+        yield _build(
+            walks.phew_walks_kernel, sizes.walk.warps, FORWARDS=forwards, WEIGHTING=weighting,
+            WHOLE=whole, TYPE=kind, LANES=sizes.walk.lanes,
+        )  # fmt: skip
+
+
+def _balanced(sizes: config.Config) -> Iterator[Build]:
+    (rows, warps), walk = sizes.flat, sizes.walk
+    yield _build(balanced.balanced_starts_kernel, warps, LANES=rows)
+    yield _build(balanced.balanced_laps_kernel, walk.warps, LANES=walk.lanes)
+    yield _build(balanced.balanced_deal_kernel, warps, LANES=rows)
+    tile, warps = 4 * sizes.pattern.rows, sizes.pattern.warps
+    for transposed, kind, wide in (
+        (False, "fp32", 16),
+        (True, "bf16", 1),
+        (False, "fp16", 128),
+        (True, "fp64", 2048),
+    ):
+        yield _build(
+            balanced.balanced_mark_kernel, sizes.flat.warps, TRANSPOSED=transposed, LANES=rows
+        )
+        same: dict[str, Any] = {
+            "TRANSPOSED": transposed, "KERNELS": max(1, tile // wide), "POSITIONS": wide,
+        }  # fmt: skip
+        threads = max(warps, wide // 256)
+        yield _build(balanced.balanced_draw_kernel, threads, types={"mask": "*u8"}, **same)
+        yield _build(balanced.balanced_rank_kernel, threads, kind, **same)

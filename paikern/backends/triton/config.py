@@ -50,6 +50,16 @@ class Product(NamedTuple):
     warps: int
 
 
+class Walk(NamedTuple):
+    """Lanes of a program, each with steps of its own: few, to be spread over the device.
+
+    Two warps of 32, as ptxas spills registers to make room for more blocks of one.
+    """
+
+    lanes: int
+    warps: int
+
+
 class Config(NamedTuple):
     flat: Flat
     pattern: Flat  # with 64-bit positions an element
@@ -58,6 +68,7 @@ class Config(NamedTuple):
     adjoint: Sweep
     product: Product  # maps of many positions
     product_few: Product  # maps of at most 16
+    walk: Walk
 
 
 _TABLE = {
@@ -69,6 +80,7 @@ _TABLE = {
         adjoint=Sweep(4, 1024, 64, 8),
         product=Product(32, 64, 16, 8),
         product_few=Product(32, 16, 16, 4),
+        walk=Walk(64, 2),
     ),
     "hip": Config(
         flat=Flat(256, 4),
@@ -78,6 +90,7 @@ _TABLE = {
         adjoint=Sweep(4, 1024, 64, 8),
         product=Product(32, 32, 16, 4),
         product_few=Product(32, 16, 16, 4),
+        walk=Walk(64, 1),
     ),
     "interpreter": Config(
         flat=Flat(64, 1),
@@ -87,6 +100,7 @@ _TABLE = {
         adjoint=Sweep(8, 64, 2, 1),
         product=Product(16, 64, 16, 1),
         product_few=Product(16, 16, 16, 1),
+        walk=Walk(64, 1),
     ),
 }
 
