@@ -345,6 +345,7 @@ PK_DEVICE void pk_adjoint_rows(const PaikernProduct &p, const PaikernSweep &swee
       if (writes) p.partial[part * pitch + own] = sum;
       if (!pk_last_of(p.arrived + strip, cut.parts)) continue;
       float others[kWide] = {};
+#pragma unroll 2
       for (long long i = warp; i < cut.parts; i += 8) {
 #pragma unroll
         for (int j = 0; j < kWide; j += 4) {
@@ -366,15 +367,21 @@ PK_DEVICE void pk_adjoint_rows(const PaikernProduct &p, const PaikernSweep &swee
   }
 }
 
+// Of weights of two bytes, and of power 0.
 template <bool kSweep>
-PK_DEVICE void pk_adjoint_any(const PaikernProduct &p, const PaikernSweep &sweep, long long block, long long blocks) {
+PK_DEVICE void pk_adjoint_16(const PaikernProduct &p, const PaikernSweep &sweep, long long block, long long blocks) {
   if (p.type == 1 || p.power == 0) return pk_adjoint_rows<1, kSweep>(p, sweep, block, blocks);
-  if (p.type == 0) return pk_adjoint_rows<0, kSweep>(p, sweep, block, blocks);
   pk_adjoint_rows<2, kSweep>(p, sweep, block, blocks);
 }
 
+template <bool kSweep>
+PK_DEVICE void pk_adjoint_any(const PaikernProduct &p, const PaikernSweep &sweep, long long block, long long blocks) {
+  if (p.type == 0 && p.power != 0) return pk_adjoint_rows<0, kSweep>(p, sweep, block, blocks);
+  pk_adjoint_16<kSweep>(p, sweep, block, blocks);
+}
+
 PK_DEVICE void pk_adjoint_vector(const PaikernProduct &p, long long block, long long blocks) {
-  pk_adjoint_any<false>(p, {nullptr, nullptr, 0.0f, nullptr, nullptr}, block, blocks);
+  pk_adjoint_any<false>(p, {}, block, blocks);
 }
 
 PK_DEVICE void pk_path_sweep(const PaikernProduct &p, const PaikernSweep &sweep, long long block, long long blocks) {
