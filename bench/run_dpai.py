@@ -36,10 +36,14 @@ NETWORKS = {
 
 
 class LibrarySteps(NamedTuple):
-    """paikern's side: `step()` does one step, `masks()` gives the bool masks of the scores."""
+    """paikern's side: `step()` does one step, `masks()` gives the bool masks of the scores.
+
+    `train(n)` does n of them as a run does, with no more said in between than a run says.
+    """
 
     step: Callable[[], object]
     masks: Callable[[], dict[str, Tensor]]
+    train: Callable[[int], object]
 
 
 def library_steps(
@@ -65,7 +69,7 @@ def library_steps(
             name: ops.unpack_mask(bits, list(shapes[name])) for name, bits in trainer.masks.items()
         }
 
-    return LibrarySteps(trainer.step, masks)
+    return LibrarySteps(trainer.step, masks, lambda steps: list(trainer.train(steps)))
 
 
 def agreement(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:

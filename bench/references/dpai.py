@@ -78,8 +78,8 @@ class MaskLayer(nn.Module):
         self.keep = keep
         self.divide = True
         self.log_maxima: list[Tensor] = []
-        shape = cast(Tensor, layer.weight).shape
-        self.scores = nn.Parameter(torch.zeros(shape, dtype=dtype))
+        weight = cast(Tensor, layer.weight)
+        self.scores = nn.Parameter(torch.zeros(weight.shape, dtype=dtype, device=weight.device))
         self.refresh()
 
     def refresh(self) -> None:

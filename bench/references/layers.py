@@ -97,11 +97,15 @@ def replace_modules(
 
 
 def ones_like_input(example: Tensor | tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return ones of one sample, `[1, *features]`, from an example batch or from its shape."""
+    """Return ones of one sample, `[1, *features]`, from an example batch or from its shape.
+
+    They are where the example is; from a shape on the CPU.
+    """
     shape = tuple(example.shape) if isinstance(example, Tensor) else tuple(example)
     if len(shape) < 2 or 0 in shape[1:]:
         raise ValueError(f"example: shape must be [batch, features...] without 0, got {shape}")
-    return torch.ones(1, *shape[1:], dtype=dtype)
+    device = example.device if isinstance(example, Tensor) else None
+    return torch.ones(1, *shape[1:], dtype=dtype, device=device)
 
 
 def first_tensor(output: object) -> Tensor:

@@ -52,12 +52,27 @@ struct PaikernPhase {
   int at[3], first[3], step[3], count[3];
 };
 
+// How many equal parts, of how many steps each.
+struct PaikernCut {
+  long long parts, steps;
+};
+
+// How a product is cut.
+struct PaikernPlan {
+  int m, n, phases;
+  int box[3];            // positions of a phase
+  long long high, wide;  // tiles
+  long long tiles;
+  PaikernCut cut;  // of k, in steps
+};
+
 // Shared memory of all device functions of this family: a kernel that calls several pays once. Whoever uses it begins
 // with a barrier.
 struct alignas(16) PaikernScratch {
   float a[2][16 * 68], b[2][16 * 68];
   PaikernEntry entries[2][16];
   PaikernMaps maps;
+  PaikernPlan plan;
   PaikernPhase phase;
   double sums[kPkBlock / 32];
   int last;
@@ -66,6 +81,18 @@ struct alignas(16) PaikernScratch {
 PK_DEVICE PaikernScratch &pk_scratch() {
   __shared__ PaikernScratch scratch;
   return scratch;
+}
+
+// threadIdx.x, read again wherever it is asked for: what follows from it would else be worked out ahead of the loop
+// over a table of layers, and held in registers that its products want.
+PK_DEVICE int pk_thread() {
+#ifdef PAIKERN_CUDA_ON_CPU
+  return static_cast<int>(threadIdx.x);
+#else
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+#endif
 }
 
 PK_DEVICE long long pk_ceil(long long count, long long size) { return (count + size - 1) / size; }

@@ -90,15 +90,6 @@ PK_DEVICE long long pk_linear(const int (&at)[3], const int (&box)[3]) {
   return (static_cast<long long>(at[0]) * box[1] + at[1]) * box[2] + at[2];
 }
 
-// How a product is cut.
-struct PaikernPlan {
-  int m, n, phases;
-  int box[3];            // positions of a phase
-  long long high, wide;  // tiles
-  long long tiles;
-  PaikernCut cut;  // of k, in steps
-};
-
 template <int kWay, int kWide>
 PK_DEVICE PaikernPlan pk_plan(const PaikernMaps &maps) {
   PaikernPlan plan;
@@ -229,15 +220,18 @@ PK_DEVICE void pk_product(const PaikernProduct &p, float pruned, float *out, lon
   constexpr int kMany = kWide / 16;  // B's elements, and columns of the result, of a thread
   PaikernScratch &scratch = pk_scratch();
   const PaikernMaps &maps = scratch.maps;
+  const PaikernPlan &plan = scratch.plan;
   const PaikernPhase &phase = scratch.phase;
   __syncthreads();
-  if (threadIdx.x == 0) scratch.maps = pk_maps(p.geometry);
+  if (pk_thread() == 0) {
+    scratch.maps = pk_maps(p.geometry);
+    scratch.plan = pk_plan<kWay, kWide>(maps);
+  }
   __syncthreads();
-  const PaikernPlan plan = pk_plan<kWay, kWide>(maps);
   const PaikernReader x_reader = pk_reader(p.x_scale, p.counts != 0), g_reader = pk_reader(p.g_scale, p.counts != 0);
   const PaikernReader b_reader = kWay == kPkAdjoint ? g_reader : x_reader;
   const float *b_from = kWay == kPkAdjoint ? p.g : p.x;
-  const int t = static_cast<int>(threadIdx.x), tx = t % 16, ty = t / 16;
+  const int t = pk_thread(), tx = t % 16, ty = t / 16;
   unsigned top = 0;
   for (long long item = block; item < plan.tiles * plan.cut.parts; item += blocks) {
     const long long tile = item / plan.cut.parts, part = item - tile * plan.cut.parts;

@@ -24,11 +24,6 @@ constexpr int kPkBand = kPkBlock / 8;  // rows of a block, read at once
 constexpr long long kPkParts = 4096;   // from which on a product is not cut further
 constexpr long long kPkShortest = 4;   // steps of a part at least
 
-// How many equal parts, of how many steps each.
-struct PaikernCut {
-  long long parts, steps;
-};
-
 PK_DEVICE PaikernCut pk_cut(long long steps, long long others, long long most, long long shortest) {
   if (steps == 0) return {1, 0};
   const long long wanted = pk_least(pk_ceil(steps, shortest), pk_ceil(most, others));
@@ -38,12 +33,11 @@ PK_DEVICE PaikernCut pk_cut(long long steps, long long others, long long most, l
 
 // --- sixteen bytes of each of four rows -----------------------------------------------------------------------------
 
-// kType 3: power 0, ones that nobody reads.
 template <int kType>
 constexpr int kPkWide = kType == 0 ? 4 : 8;  // elements
 
 struct PaikernMatrix {
-  const unsigned char *weight;
+  const unsigned char *weight;  // null: power 0, ones of two bytes that nobody reads
   long long rows, columns;
   bool even;    // rows begin at multiples of 16 bytes
   bool square;  // power 2
@@ -53,7 +47,8 @@ template <int kType>
 PK_DEVICE PaikernMatrix pk_matrix(const PaikernProduct &p) {
   const long long columns = p.geometry[2];
   const bool even = columns % kPkWide<kType> == 0 && reinterpret_cast<unsigned long long>(p.weight) % 16 == 0;
-  return {static_cast<const unsigned char *>(p.weight), p.geometry[1], columns, even, p.power == 2};
+  return {p.power == 0 ? nullptr : static_cast<const unsigned char *>(p.weight), p.geometry[1], columns, even,
+          p.power == 2};
 }
 
 PK_DEVICE void pk_words(const uint4 &from, unsigned *words) {
@@ -79,11 +74,10 @@ PK_DEVICE void pk_shifted(unsigned *words, unsigned from) {
 // raw[r]: the stored weights of row `row + r` from `column` on; rows and columns beyond the matrix hold anything.
 template <int kType>
 PK_DEVICE void pk_load_rows(const PaikernMatrix &w, long long row, long long column, unsigned (&raw)[kPkRows][4]) {
-  if (kType == 3) return;
   constexpr int kBytes = kType == 0 ? 4 : 2;
 #pragma unroll
-  for (int r = 0; r < kPkRows; ++r) raw[r][0] = raw[r][1] = raw[r][2] = raw[r][3] = 0;
-  if (column >= w.columns) return;
+  for (int r = 0; r < kPkRows; ++r) raw[r][0] = raw[r][1] = raw[r][2] = raw[r][3] = kType == 1 ? 0x3f803f80u : 0u;
+  if (column >= w.columns || w.weight == nullptr) return;
   const long long rows = pk_least(kPkRows, w.rows - row), pitch = w.columns * kBytes;
   const unsigned char *first = w.weight + row * pitch + column * kBytes;
   if (w.even) {
@@ -120,6 +114,7 @@ PK_DEVICE void pk_load_rows(const PaikernMatrix &w, long long row, long long col
   const long long there = pk_least(kPkWide<kType>, w.columns - column);
 #pragma unroll
   for (int r = 0; r < kPkRows; ++r) {
+    raw[r][0] = raw[r][1] = raw[r][2] = raw[r][3] = 0;
 #pragma unroll
     for (int j = 0; j < kPkWide<kType>; ++j) {
       if (r >= rows || j >= there) continue;
@@ -155,12 +150,8 @@ PK_DEVICE void pk_load_bits(const PaikernProduct &p, const PaikernMatrix &w, lon
 // V of element j of a row.
 template <int kType>
 PK_DEVICE float pk_element(const PaikernMatrix &w, const unsigned (&raw)[4], unsigned bits, int j) {
-  float value = 1.0f;
-  if (kType != 3) {
-    const unsigned word = kType == 0 ? raw[j & 3] : raw[j / 2] >> (j % 2 * 16);
-    value = pk_magnitude<kType == 3 ? 0 : kType>(word);
-    value = w.square ? __fmul_rn(value, value) : value;
-  }
+  const float read = pk_magnitude<kType>(kType == 0 ? raw[j & 3] : raw[j / 2] >> (j % 2 * 16));
+  const float value = w.square ? __fmul_rn(read, read) : read;
   return (bits >> j) & 1u ? value : 0.0f;
 }
 
@@ -195,7 +186,7 @@ PK_DEVICE void pk_forward_rows(const PaikernProduct &p, long long block, long lo
   const PaikernReader reader = pk_reader(p.x_scale, p.counts != 0);
   const long long groups = pk_ceil(w.rows, kPkBand);
   const PaikernCut cut = pk_cut(pk_ceil(w.columns, kStep), groups, kPkParts, kPkShortest);
-  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+  const int thread = pk_thread(), lane = thread % 32, warp = thread / 32;
   unsigned top = 0;
   for (long long item = block; item < groups * cut.parts; item += blocks) {
     const long long group = item / cut.parts, part = item - group * cut.parts;
@@ -233,8 +224,8 @@ PK_DEVICE void pk_forward_rows(const PaikernProduct &p, long long block, long lo
     }
     if (writes) p.partial[part * w.rows + row + lane] = mine;
     if (!pk_last_of(p.arrived + group, cut.parts)) continue;
-    const long long own = group * kPkBand + threadIdx.x;
-    if (threadIdx.x < kPkBand && own < w.rows) {
+    const long long own = group * kPkBand + thread;
+    if (thread < kPkBand && own < w.rows) {
       float sum = p.partial[own];
 #pragma unroll 4
       for (long long i = 1; i < cut.parts; ++i) sum = __fadd_rn(sum, p.partial[i * w.rows + own]);
@@ -246,9 +237,8 @@ PK_DEVICE void pk_forward_rows(const PaikernProduct &p, long long block, long lo
 }
 
 PK_DEVICE void pk_forward_vector(const PaikernProduct &p, long long block, long long blocks) {
-  if (p.power == 0) return pk_forward_rows<3>(p, block, blocks);
+  if (p.type == 1 || p.power == 0) return pk_forward_rows<1>(p, block, blocks);
   if (p.type == 0) return pk_forward_rows<0>(p, block, blocks);
-  if (p.type == 1) return pk_forward_rows<1>(p, block, blocks);
   pk_forward_rows<2>(p, block, blocks);
 }
 
@@ -298,7 +288,7 @@ PK_DEVICE void pk_adjoint_rows(const PaikernProduct &p, const PaikernSweep &swee
   const PaikernReader reader = pk_reader(p.g_scale, p.counts != 0);
   const long long across = pk_ceil(w.columns, kStep), pitch = across * kStep;
   const PaikernCut cut = pk_cut(pk_ceil(w.rows, kPkBand), across, kPkParts, kPkShortest);
-  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+  const int thread = pk_thread(), lane = thread % 32, warp = thread / 32;
   unsigned top = 0;
   unsigned long long set = 0;
   bool broken = false;
@@ -339,7 +329,7 @@ PK_DEVICE void pk_adjoint_rows(const PaikernProduct &p, const PaikernSweep &swee
 #pragma unroll
       for (int j = 0; j < kWide; ++j) shared[(warp * kWide + j) * 32 + lane] = own[j];
       __syncthreads();
-      const int at = static_cast<int>(threadIdx.x);
+      const int at = thread;
       float sum = 0.0f;
       if (at < kStep) {  // column at / 32 of lane at % 32
         sum = shared[at];
@@ -348,13 +338,14 @@ PK_DEVICE void pk_adjoint_rows(const PaikernProduct &p, const PaikernSweep &swee
       }
       return sum;
     };
-    const long long own = strip * kStep + threadIdx.x % 32 * kWide + threadIdx.x / 32;
-    const bool writes = threadIdx.x < kStep && own < w.columns;
+    const long long own = strip * kStep + lane * kWide + warp;
+    const bool writes = thread < kStep && own < w.columns;
     float sum = join(sums);
     if (cut.parts > 1) {
       if (writes) p.partial[part * pitch + own] = sum;
       if (!pk_last_of(p.arrived + strip, cut.parts)) continue;
       float others[kWide] = {};
+#pragma unroll 2
       for (long long i = warp; i < cut.parts; i += 8) {
 #pragma unroll
         for (int j = 0; j < kWide; j += 4) {
@@ -376,16 +367,21 @@ PK_DEVICE void pk_adjoint_rows(const PaikernProduct &p, const PaikernSweep &swee
   }
 }
 
+// Of weights of two bytes, and of power 0.
 template <bool kSweep>
-PK_DEVICE void pk_adjoint_any(const PaikernProduct &p, const PaikernSweep &sweep, long long block, long long blocks) {
-  if (p.power == 0) return pk_adjoint_rows<3, kSweep>(p, sweep, block, blocks);
-  if (p.type == 0) return pk_adjoint_rows<0, kSweep>(p, sweep, block, blocks);
-  if (p.type == 1) return pk_adjoint_rows<1, kSweep>(p, sweep, block, blocks);
+PK_DEVICE void pk_adjoint_16(const PaikernProduct &p, const PaikernSweep &sweep, long long block, long long blocks) {
+  if (p.type == 1 || p.power == 0) return pk_adjoint_rows<1, kSweep>(p, sweep, block, blocks);
   pk_adjoint_rows<2, kSweep>(p, sweep, block, blocks);
 }
 
+template <bool kSweep>
+PK_DEVICE void pk_adjoint_any(const PaikernProduct &p, const PaikernSweep &sweep, long long block, long long blocks) {
+  if (p.type == 0 && p.power != 0) return pk_adjoint_rows<0, kSweep>(p, sweep, block, blocks);
+  pk_adjoint_16<kSweep>(p, sweep, block, blocks);
+}
+
 PK_DEVICE void pk_adjoint_vector(const PaikernProduct &p, long long block, long long blocks) {
-  pk_adjoint_any<false>(p, {nullptr, nullptr, 0.0f, nullptr, nullptr}, block, blocks);
+  pk_adjoint_any<false>(p, {}, block, blocks);
 }
 
 PK_DEVICE void pk_path_sweep(const PaikernProduct &p, const PaikernSweep &sweep, long long block, long long blocks) {

@@ -42,6 +42,12 @@ def usable(name: str) -> Any:
     return registry.load("triton").module
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With PAIKERN_GPU_TESTS_EVERY=n one test of n, so that slow tools come to all modules."""
+    every = int(os.environ.get("PAIKERN_GPU_TESTS_EVERY", "1"))
+    items[:] = items[::every]
+
+
 @pytest.fixture(scope="session")
 def device() -> str:
     return ON
@@ -57,6 +63,14 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
             yield name
     else:
         yield name
+
+
+@pytest.fixture(scope="module")
+def only(backend: str) -> Iterator[str]:
+    """The automatic choice, without the other two: what this backend lacks the reference does."""
+    others = {name: registry.Backend(None, (), "left out") for name in BACKENDS if name != backend}
+    with replaced(others):
+        yield backend
 
 
 @pytest.fixture(scope="module", params=BACKENDS)

@@ -27,8 +27,8 @@ class Moved:
         self._name, self._module, self._device = name, module, device
 
     def takes(self, operation: str, float64: bool) -> bool:
-        takes = getattr(self._module, "takes", None)
-        return takes is None or bool(takes(operation, float64))
+        """All of it: what the backend does not take is skipped in so many words."""
+        return True
 
     def __getattr__(self, operation: str) -> Callable[..., Any]:
         function = getattr(self._module, operation, None)
@@ -49,6 +49,10 @@ class Moved:
 
             moved = [there(value) for value in args]
             named = {key: there(value) for key, value in kwargs.items()}
+            takes = getattr(self._module, "takes", None)
+            wide = any(value.dtype == torch.float64 for value, _ in pairs)
+            if wide and takes is not None and not takes(operation, True):
+                pytest.skip(f"{self._name} leaves float64 to the reference")
             found = function(*moved, **named)
             if operation.endswith("_"):  # writes to what it is given
                 for value, held in pairs:
