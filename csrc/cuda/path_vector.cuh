@@ -13,8 +13,9 @@
 //
 // Sums have one order, which follows from the shape: forward, a lane adds along its columns, then the 32 lanes
 // pairwise, then the parts of a row; adjoint, a warp adds down its rows, then the eight warps of a block, then the
-// parts of a column. Parts are added one after the other by the last block to arrive. path_sweep is the adjoint with
-// more to do at each weight, so that its sums have the bits of path_backward. Not yet measured on a GPU.
+// parts of a column. Parts are added one after the other, many of them in sets, by the last block to arrive. path_sweep
+// is the adjoint with more to do at each weight, so that its sums have the bits of path_backward. Not yet measured on a
+// GPU.
 #pragma once
 
 #include "path.cuh"
@@ -29,6 +30,14 @@ PK_DEVICE PaikernCut pk_cut(long long steps, long long others, long long most, l
   const long long wanted = pk_least(pk_ceil(steps, shortest), pk_ceil(most, others));
   const long long each = pk_ceil(steps, wanted);
   return {pk_ceil(steps, each), each};
+}
+
+// values[0] + values[apart] + ..., one after the other.
+PK_DEVICE float pk_add_parts(const float *values, long long count, long long apart) {
+  float sum = values[0];
+#pragma unroll 8
+  for (long long i = 1; i < count; ++i) sum = __fadd_rn(sum, values[i * apart]);
+  return sum;
 }
 
 // --- sixteen bytes of each of four rows -----------------------------------------------------------------------------
@@ -223,15 +232,18 @@ PK_DEVICE void pk_forward_rows(const PaikernProduct &p, long long block, long lo
       continue;
     }
     if (writes) p.partial[part * w.rows + row + lane] = mine;
-    if (!pk_last_of(p.arrived + group, cut.parts)) continue;
     const long long own = group * kPkBand + thread;
-    if (thread < kPkBand && own < w.rows) {
-      float sum = p.partial[own];
-#pragma unroll 4
-      for (long long i = 1; i < cut.parts; ++i) sum = __fadd_rn(sum, p.partial[i * w.rows + own]);
-      p.g[own] = sum;
-      pk_note(&top, sum);
-    }
+    const bool adds = thread < kPkBand && own < w.rows;
+    float sum = 0.0f;
+    const auto add = [&](long long first, long long count, long long apart) {
+      if (adds) sum = pk_add_parts(p.partial + first * w.rows + own, count, apart * w.rows);
+    };
+    const auto keep = [&](long long to) {
+      if (adds) p.partial[to * w.rows + own] = sum;
+    };
+    if (!pk_join(p.arrived + group * pk_counters(cut.parts), cut.parts, part, add, keep) || !adds) continue;
+    p.g[own] = sum;
+    pk_note(&top, sum);
   }
   pk_raise_top(p.top, __uint_as_float(top));
 }
@@ -337,38 +349,29 @@ PK_DEVICE void pk_adjoint_rows(const PaikernProduct &p, const PaikernSweep &swee
       if (kSweep) pk_store_bits<kWide>(sweep.bits, w.columns, row, column, rows, above);
       if (kBand) pk_store_bits<kWide>(sweep.inside, w.columns, row, column, rows, inside);
     }
-    // Those of the warps, one after the other; then those of the parts in the same way.
-    const auto join = [&](const float (&own)[kWide]) {
-      __syncthreads();
+    // Those of the warps, one after the other: column thread / 32 of lane thread % 32.
+    __syncthreads();
 #pragma unroll
-      for (int j = 0; j < kWide; ++j) shared[(warp * kWide + j) * 32 + lane] = own[j];
-      __syncthreads();
-      const int at = thread;
-      float sum = 0.0f;
-      if (at < kStep) {  // column at / 32 of lane at % 32
-        sum = shared[at];
+    for (int j = 0; j < kWide; ++j) shared[(warp * kWide + j) * 32 + lane] = sums[j];
+    __syncthreads();
+    float sum = 0.0f;
+    if (thread < kStep) {
+      sum = shared[thread];
 #pragma unroll
-        for (int other = 1; other < 8; ++other) sum = __fadd_rn(sum, shared[other * kStep + at]);
-      }
-      return sum;
-    };
+      for (int other = 1; other < 8; ++other) sum = __fadd_rn(sum, shared[other * kStep + thread]);
+    }
     const long long own = strip * kStep + lane * kWide + warp;
     const bool writes = thread < kStep && own < w.columns;
-    float sum = join(sums);
     if (cut.parts > 1) {
-      if (writes) p.partial[part * pitch + own] = sum;
-      if (!pk_last_of(p.arrived + strip, cut.parts)) continue;
-      float others[kWide] = {};
-#pragma unroll 2
-      for (long long i = warp; i < cut.parts; i += 8) {
-#pragma unroll
-        for (int j = 0; j < kWide; j += 4) {
-          const float4 four = *reinterpret_cast<const float4 *>(p.partial + i * pitch + column + j);
-          others[j] = __fadd_rn(others[j], four.x), others[j + 1] = __fadd_rn(others[j + 1], four.y);
-          others[j + 2] = __fadd_rn(others[j + 2], four.z), others[j + 3] = __fadd_rn(others[j + 3], four.w);
-        }
-      }
-      sum = join(others);
+      float *partial = p.partial + strip * kStep + thread;  // in the order of threads
+      const auto add = [&](long long first, long long count, long long apart) {
+        if (writes) sum = pk_add_parts(partial + first * pitch, count, apart * pitch);
+      };
+      const auto keep = [&](long long to) {
+        if (writes) partial[to * pitch] = sum;
+      };
+      keep(part);
+      if (!pk_join(p.arrived + strip * pk_counters(cut.parts), cut.parts, part, add, keep)) continue;
     }
     if (writes) p.x[own] = sum;
     if (writes) pk_note(&top, sum);
