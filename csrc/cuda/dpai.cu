@@ -1,6 +1,6 @@
 #include "launch.h"
 // After the runtime's header: device code that nvcc and NVRTC share.
-#include "dpai.cuh"
+#include "dpai_kernels.cuh"
 
 namespace paikern::cuda {
 namespace {

@@ -7,25 +7,16 @@
 // rewrites it. Numbers as in paikern/pathgraph/flow.py: after every weight step the largest value is brought into
 // [1, 2), here when it is read (map_scale.cuh).
 //
-// `paikern_flow` runs instructions [from, to) of the table. One instruction: any number of blocks. Several: a grid
-// whose blocks are all on the device at the same time, with a barrier between two instructions; a network of many small
-// layers is then one launch a sweep. Results have the same bits either way, since no instruction depends on the grid.
+// `paikern_flow` runs instructions [from, to) of the table on a grid whose blocks are all on the device at the same
+// time, with a barrier between two instructions: a network of many small layers is one launch a sweep. Large layers are
+// launched one by one (`paikern_flow_forward`, ...), on as many blocks as they can use. Results have
+// the same bits either way, since no instruction depends on the grid.
 //
 // Bytes moved: those of the products (path_*.cuh), and each map once or twice. Limit: for small layers the barriers,
 // one a layer. Not yet measured on a GPU.
 #pragma once
 
 #include "flow_steps.cuh"
-
-// What a sweep writes for the host, one row a round.
-struct PaikernFlowRecord {
-  double mantissa;  // R = mantissa * 2**top
-  long long top;
-  long long dead;    // first weight step that no path gets past, or -1
-  long long broken;  // first weight step, forwards and then backwards, whose values are not finite, or -1
-  long long empty;   // first layer without a weight, or -1
-  long long nodes, kernels, weights;  // of a training step
-};
 
 // --- instructions of one block -----------------------------------------------------------------------------------
 
@@ -38,19 +29,6 @@ PK_DEVICE long long pk_lowest_of_block(long long value) {
   atomicMin(&lowest, value);
   __syncthreads();
   return lowest;
-}
-
-// A sum with one order: of each thread's values, then of the threads.
-PK_DEVICE double pk_sum_of_block(double value) {
-  __shared__ double sums[kPkThreads];
-  __syncthreads();
-  sums[threadIdx.x] = value;
-  for (unsigned half = kPkThreads / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
-  }
-  __syncthreads();
-  return sums[0];
 }
 
 // R, the sum of the outputs (times the cotangent, if there is one).
@@ -68,10 +46,10 @@ PK_DEVICE void pk_flow_total(const PaikernFlowStep &step) {
     for (long long i = threadIdx.x; i < term.numel; i += kPkThreads) {
       sum += static_cast<double>(pk_read(reader, term.values[i]));
     }
-    mantissa += pk_sum_of_block(sum) * pk_double_power(pk_exponent_of(*term.scale) - top);
+    mantissa += pk_block_sum(sum) * pk_double_power(pk_exponent_of(*term.scale) - top);
   }
   if (threadIdx.x == 0) {
-    PaikernFlowRecord &now = *static_cast<PaikernFlowRecord *>(step.data);
+    PaikernFlowRecord &now = *step.record;
     now.mantissa = mantissa;
     now.top = top;
   }
@@ -90,20 +68,19 @@ PK_DEVICE void pk_flow_record(const PaikernFlowStep &step) {
   broken = pk_lowest_of_block(broken);
   if (threadIdx.x != 0) return;
   const auto number = [&](long long t) { return t < step.term_count ? step.terms[t].numel : -1ll; };
-  PaikernFlowRecord *rows = static_cast<PaikernFlowRecord *>(step.data);
-  PaikernFlowRecord &now = rows[0];
+  PaikernFlowRecord &now = *step.record;
   now.dead = number(dead);
   now.broken = number(broken);
-  rows[1 + *step.round] = now;
+  step.record[1 + *step.round] = now;
 }
 
 // A new round: slots, counters and the record are put back, and the numbers of this round brought to where kernels
 // look for them. `pool` points to the round's number of pairs (from, to, count a round, of eight bytes each).
 PK_DEVICE void pk_flow_reset(const PaikernFlowStep &step) {
-  PaikernFlowRecord &now = *static_cast<PaikernFlowRecord *>(step.data);
+  PaikernFlowRecord &now = *step.record;
   if (threadIdx.x == 0) {
     *step.round += 1;
-    now = {0.0, 0, -1, -1, -1, 0, 0, 0};
+    now = {0.0, 0, -1, -1, -1, 0, 0, 0, 0};
   }
   __syncthreads();
   const long long round = *step.round;
@@ -124,16 +101,27 @@ PK_DEVICE void pk_flow_exponents(const PaikernFlowStep &step) {
   }
 }
 
+// --- updates of scores in training -----------------------------------------------------------------------------------
+
+// Which nodes are alive, terms being what arrives (y), what leaves (g) and the x of the layer; and what makes g^T x the
+// gradient of log R, 2**exponent / R, into *out.
+PK_DEVICE void pk_flow_live(const PaikernFlowStep &step, long long block, long long blocks) {
+  const PaikernTerm &y = step.terms[0], &g = step.terms[1], &x = step.terms[2];
+  pk_live_nodes(y.values, y.scale, g.values, g.scale, step.counts != 0, step.outer, step.channels, step.inner,
+                reinterpret_cast<unsigned char *>(step.places), static_cast<unsigned long long *>(step.data), block,
+                blocks);
+  if (block != 0 || threadIdx.x != 0) return;
+  const PaikernFlowRecord &now = *step.record;
+  long long by = pk_exponent_of(*x.scale) + pk_exponent_of(*g.scale) - now.top;
+  by = by < -2000 ? -2000 : by > 2000 ? 2000 : by;
+  const long long half = by / 2;
+  *step.out = static_cast<float>(1.0 / now.mantissa * pk_double_power(half) * pk_double_power(by - half));
+}
+
 // --- the table -----------------------------------------------------------------------------------------------------
 
-PK_DEVICE void pk_flow_step(const PaikernFlowStep &step, long long block, long long blocks) {
+PK_DEVICE void pk_flow_small(const PaikernFlowStep &step, long long block, long long blocks) {
   switch (step.kind) {
-    case kPkFlowForward:
-      pk_path_forward(step.product, block, blocks);
-      break;
-    case kPkFlowAdjoint:
-      pk_path_adjoint(step.product, block, blocks);
-      break;
     case kPkFlowFill:
       pk_flow_fill(step, block, blocks);
       break;
@@ -161,6 +149,9 @@ PK_DEVICE void pk_flow_step(const PaikernFlowStep &step, long long block, long l
     case kPkFlowBits:
       pk_flow_bits(step, block, blocks);
       break;
+    case kPkFlowLive:
+      pk_flow_live(step, block, blocks);
+      break;
     default:
       if (block != 0) return;
       if (step.kind == kPkFlowReset) pk_flow_reset(step);
@@ -168,8 +159,26 @@ PK_DEVICE void pk_flow_step(const PaikernFlowStep &step, long long block, long l
       if (step.kind == kPkFlowRecord) pk_flow_record(step);
       if (step.kind == kPkFlowExponents) pk_flow_exponents(step);
   }
-  // The exponent of what was written: that of what was read. Where terms are joined, pk_flow_join says it.
+}
+
+// The exponent of what is written: that of what was read. Where terms are joined, pk_flow_join says it.
+PK_DEVICE void pk_flow_exponent(const PaikernFlowStep &step, long long block) {
   if (block == 0 && threadIdx.x == 0 && step.from != nullptr) step.scale->exponent = pk_exponent_of(*step.from);
+}
+
+PK_DEVICE void pk_flow_step(const PaikernFlowStep &step, long long block, long long blocks) {
+  if (step.kind == kPkFlowForward) {
+    pk_path_forward(step.product, block, blocks);
+  } else if (step.kind == kPkFlowAdjoint) {
+    pk_path_adjoint(step.product, block, blocks);
+  } else if (step.kind == kPkFlowScore) {
+    pk_path_score(step.product, 0.0f, step.out, block, blocks);
+  } else if (step.kind == kPkFlowDpai) {
+    pk_dpai_update(*static_cast<const PaikernDpai *>(step.data), block, blocks);
+  } else {
+    pk_flow_small(step, block, blocks);
+  }
+  pk_flow_exponent(step, block);
 }
 
 // Waits until all blocks of the grid have come here; `arrived` only ever grows.
@@ -189,10 +198,47 @@ PK_DEVICE void pk_grid_barrier(unsigned long long *arrived) {
   __threadfence();  // by every thread: lines that its multiprocessor holds from before are read again
 }
 
-extern "C" __global__ void __launch_bounds__(256, 2)
+// Several instructions. The registers of all of them: one block a multiprocessor.
+extern "C" __global__ void __launch_bounds__(256, 1)
     paikern_flow(const PaikernFlowStep *steps, long long from, long long to, unsigned long long *arrived) {
   for (long long i = from; i < to; ++i) {
     if (i > from) pk_grid_barrier(arrived);
     pk_flow_step(steps[i], blockIdx.x, gridDim.x);
   }
+}
+
+// One instruction. Vectors have kernels of their own, so that what maps need of registers does not limit their loads.
+extern "C" __global__ void __launch_bounds__(256, 2) paikern_flow_forward(const PaikernFlowStep *steps, long long at) {
+  pk_path_forward(steps[at].product, blockIdx.x, gridDim.x);
+  pk_flow_exponent(steps[at], blockIdx.x);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    paikern_flow_forward_vector(const PaikernFlowStep *steps, long long at) {
+  pk_forward_vector(steps[at].product, blockIdx.x, gridDim.x);
+  pk_flow_exponent(steps[at], blockIdx.x);
+}
+
+extern "C" __global__ void __launch_bounds__(256, 2) paikern_flow_adjoint(const PaikernFlowStep *steps, long long at) {
+  pk_path_adjoint(steps[at].product, blockIdx.x, gridDim.x);
+  pk_flow_exponent(steps[at], blockIdx.x);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    paikern_flow_adjoint_vector(const PaikernFlowStep *steps, long long at) {
+  pk_adjoint_vector(steps[at].product, blockIdx.x, gridDim.x);
+  pk_flow_exponent(steps[at], blockIdx.x);
+}
+
+extern "C" __global__ void __launch_bounds__(256, 2) paikern_flow_score(const PaikernFlowStep *steps, long long at) {
+  pk_path_score(steps[at].product, 0.0f, steps[at].out, blockIdx.x, gridDim.x);
+}
+
+extern "C" __global__ void __launch_bounds__(256) paikern_flow_dpai(const PaikernFlowStep *steps, long long at) {
+  pk_dpai_update(*static_cast<const PaikernDpai *>(steps[at].data), blockIdx.x, gridDim.x);
+}
+
+extern "C" __global__ void __launch_bounds__(256, 4) paikern_flow_small(const PaikernFlowStep *steps, long long at) {
+  pk_flow_small(steps[at], blockIdx.x, gridDim.x);
+  pk_flow_exponent(steps[at], blockIdx.x);
 }

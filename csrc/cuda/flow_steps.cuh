@@ -12,12 +12,26 @@
 // Device code without standard headers: nvcc, NVRTC and csrc/testing/cuda_on_cpu.h compile the same text.
 #pragma once
 
+#include "dpai.cuh"
+#include "maps.cuh"
 #include "path_maps.cuh"
 #include "select.cuh"
 
 constexpr long long kPkFlowReset = 0, kPkFlowFill = 1, kPkFlowForward = 2, kPkFlowAdjoint = 3, kPkFlowJoin = 4,
                     kPkFlowNormalise = 5, kPkFlowScale = 6, kPkFlowMean = 7, kPkFlowSpread = 8, kPkFlowPool = 9,
-                    kPkFlowUnpool = 10, kPkFlowTotal = 11, kPkFlowRecord = 12, kPkFlowExponents = 13, kPkFlowBits = 14;
+                    kPkFlowUnpool = 10, kPkFlowTotal = 11, kPkFlowRecord = 12, kPkFlowExponents = 13, kPkFlowBits = 14,
+                    kPkFlowScore = 15, kPkFlowLive = 16, kPkFlowDpai = 17;
+
+// What a sweep writes for the host, one row a round.
+struct PaikernFlowRecord {
+  double mantissa;  // R = mantissa * 2**top
+  long long top;
+  long long dead;            // first weight step that no path gets past, or -1
+  long long broken;          // first weight step, forwards and then backwards, whose values are not finite, or -1
+  long long empty;           // first layer without a weight, or -1
+  unsigned long long nodes;  // of a training step: that live, and as pk_dpai_update counts
+  unsigned long long weights, kernels, faults;
+};
 
 struct PaikernTerm {
   const float *values;
@@ -41,7 +55,8 @@ struct PaikernFlowStep {
   int *places;            // of maxima
   void *data;
   long long *round;
-  long long counts;  // 1: whole numbers, whose being 0 or not must not depend on rounding
+  PaikernFlowRecord *record;  // of the round at hand, and behind it one for each round
+  long long counts;           // 1: whole numbers, whose being 0 or not must not depend on rounding
   long long average;
   PaikernProduct product;
 };

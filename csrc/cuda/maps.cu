@@ -1,6 +1,6 @@
 #include "launch.h"
 // After the runtime's header: device code that nvcc and NVRTC share.
-#include "maps.cuh"
+#include "maps_kernels.cuh"
 
 namespace paikern::cuda {
 namespace {

@@ -6,9 +6,9 @@ namespace paikern::cuda {
 namespace {
 
 const Kernel kKernels[] = {
-    PK_KERNEL(paikern_path_forward),    PK_KERNEL(paikern_path_backward),     PK_KERNEL(paikern_path_sweep),
-    PK_KERNEL(paikern_path_score),      PK_KERNEL(paikern_path_conv_forward), PK_KERNEL(paikern_path_conv_backward),
-    PK_KERNEL(paikern_path_conv_score),
+    PK_KERNEL(paikern_path_forward),      PK_KERNEL(paikern_path_backward_32),   PK_KERNEL(paikern_path_backward_16),
+    PK_KERNEL(paikern_path_sweep_32),     PK_KERNEL(paikern_path_sweep_16),      PK_KERNEL(paikern_path_score),
+    PK_KERNEL(paikern_path_conv_forward), PK_KERNEL(paikern_path_conv_backward), PK_KERNEL(paikern_path_conv_score),
 };
 
 }  // namespace

@@ -52,12 +52,27 @@ struct PaikernPhase {
   int at[3], first[3], step[3], count[3];
 };
 
+// How many equal parts, of how many steps each.
+struct PaikernCut {
+  long long parts, steps;
+};
+
+// How a product is cut.
+struct PaikernPlan {
+  int m, n, phases;
+  int box[3];            // positions of a phase
+  long long high, wide;  // tiles
+  long long tiles;
+  PaikernCut cut;  // of k, in steps
+};
+
 // Shared memory of all device functions of this family: a kernel that calls several pays once. Whoever uses it begins
 // with a barrier.
 struct alignas(16) PaikernScratch {
   float a[2][16 * 68], b[2][16 * 68];
   PaikernEntry entries[2][16];
   PaikernMaps maps;
+  PaikernPlan plan;
   PaikernPhase phase;
   double sums[kPkBlock / 32];
   int last;
@@ -66,6 +81,18 @@ struct alignas(16) PaikernScratch {
 PK_DEVICE PaikernScratch &pk_scratch() {
   __shared__ PaikernScratch scratch;
   return scratch;
+}
+
+// threadIdx.x, read again wherever it is asked for: what follows from it would else be worked out ahead of the loop
+// over a table of layers, and held in registers that its products want.
+PK_DEVICE int pk_thread() {
+#ifdef PAIKERN_CUDA_ON_CPU
+  return static_cast<int>(threadIdx.x);
+#else
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+#endif
 }
 
 PK_DEVICE long long pk_ceil(long long count, long long size) { return (count + size - 1) / size; }
@@ -85,6 +112,33 @@ PK_DEVICE bool pk_last_of(unsigned *arrived, long long count) {
   const bool mine = scratch.last != 0;
   if (mine) __threadfence();
   return mine;
+}
+
+// Parts that are added by one block; so many such sums, or fewer, are added by another. About the root of the number of
+// parts: a block that adds hundreds of parts would be waited for.
+PK_DEVICE long long pk_set(long long parts) {
+  long long size = 8;
+  while (parts > size * 8 && size * size < parts) size *= 2;
+  return size;
+}
+
+// Counters of a sum of so many parts.
+PK_DEVICE long long pk_counters(long long parts) { return 1 + pk_ceil(parts, pk_set(parts)); }
+
+// Called by all threads of a block once it has written part number `part`: true in the last block, with all parts
+// added. add(first, count, apart) adds parts first, first + apart, ... one after the other; keep(part) writes a sum in
+// the place of a part, by the threads that read it.
+template <class Add, class Keep>
+PK_DEVICE bool pk_join(unsigned *arrived, long long parts, long long part, const Add &add, const Keep &keep) {
+  const long long size = pk_set(parts), set = part / size, first = set * size;
+  const long long count = pk_least(size, parts - first), sets = pk_ceil(parts, size);
+  if (!pk_last_of(arrived + 1 + set, count)) return false;
+  add(first, count, 1);
+  if (sets == 1) return true;
+  keep(first);
+  if (!pk_last_of(arrived, sets)) return false;
+  add(0, sets, size);
+  return true;
 }
 
 // A running maximum, NaN above infinity.

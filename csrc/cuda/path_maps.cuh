@@ -10,8 +10,8 @@
 // memory, the next sixteen on their way meanwhile; 4 x 4 sums a thread. Where an element lies is a sum of what k and
 // what m or n add to an address and to three coordinates: sixteen threads work that out for k, everybody once for n.
 //
-// Few tiles are cut along k into equal parts, whose sums the last block to arrive adds one after the other. Every sum
-// has one order, which follows from the shape: k ascending within a part, part after part.
+// Few tiles are cut along k into equal parts, whose sums the last block to arrive adds one after the other, many in
+// sets. Every sum has one order, which follows from the shape: k ascending within a part, part after part.
 //
 // Bytes moved: the weight once for every 64 n, the maps once for every 64 m and every tap, most of it out of the
 // caches. Limits: fp32 multiply-adds (no tensor cores: counts need fp32), and for few n the reads of the weight; groups
@@ -89,15 +89,6 @@ PK_DEVICE void pk_coordinates(int i, const int (&box)[3], int (&at)[3]) {
 PK_DEVICE long long pk_linear(const int (&at)[3], const int (&box)[3]) {
   return (static_cast<long long>(at[0]) * box[1] + at[1]) * box[2] + at[2];
 }
-
-// How a product is cut.
-struct PaikernPlan {
-  int m, n, phases;
-  int box[3];            // positions of a phase
-  long long high, wide;  // tiles
-  long long tiles;
-  PaikernCut cut;  // of k, in steps
-};
 
 template <int kWay, int kWide>
 PK_DEVICE PaikernPlan pk_plan(const PaikernMaps &maps) {
@@ -229,15 +220,18 @@ PK_DEVICE void pk_product(const PaikernProduct &p, float pruned, float *out, lon
   constexpr int kMany = kWide / 16;  // B's elements, and columns of the result, of a thread
   PaikernScratch &scratch = pk_scratch();
   const PaikernMaps &maps = scratch.maps;
+  const PaikernPlan &plan = scratch.plan;
   const PaikernPhase &phase = scratch.phase;
   __syncthreads();
-  if (threadIdx.x == 0) scratch.maps = pk_maps(p.geometry);
+  if (pk_thread() == 0) {
+    scratch.maps = pk_maps(p.geometry);
+    scratch.plan = pk_plan<kWay, kWide>(maps);
+  }
   __syncthreads();
-  const PaikernPlan plan = pk_plan<kWay, kWide>(maps);
   const PaikernReader x_reader = pk_reader(p.x_scale, p.counts != 0), g_reader = pk_reader(p.g_scale, p.counts != 0);
   const PaikernReader b_reader = kWay == kPkAdjoint ? g_reader : x_reader;
   const float *b_from = kWay == kPkAdjoint ? p.g : p.x;
-  const int t = static_cast<int>(threadIdx.x), tx = t % 16, ty = t / 16;
+  const int t = pk_thread(), tx = t % 16, ty = t / 16;
   unsigned top = 0;
   for (long long item = block; item < plan.tiles * plan.cut.parts; item += blocks) {
     const long long tile = item / plan.cut.parts, part = item - tile * plan.cut.parts;
@@ -348,17 +342,23 @@ PK_DEVICE void pk_product(const PaikernProduct &p, float pruned, float *out, lon
     if (plan.cut.parts > 1) {
       constexpr long long kTile = kPkHigh * kWide;
       float *own = p.partial + tile * plan.cut.parts * kTile + t;
+      const auto add = [&](long long first, long long count, long long apart) {
 #pragma unroll
-      for (int i = 0; i < 4 * kMany; ++i) own[part * kTile + i * kPkBlock] = sums[i / kMany][i % kMany];
-      if (!pk_last_of(p.arrived + tile, plan.cut.parts)) continue;
+        for (int i = 0; i < 4 * kMany; ++i) sums[i / kMany][i % kMany] = own[first * kTile + i * kPkBlock];
+        for (long long other = 1; other < count; ++other) {
+          const float *from = own + (first + other * apart) * kTile;
 #pragma unroll
-      for (int i = 0; i < 4 * kMany; ++i) sums[i / kMany][i % kMany] = own[i * kPkBlock];
-      for (long long other = 1; other < plan.cut.parts; ++other) {
-#pragma unroll
-        for (int i = 0; i < 4 * kMany; ++i) {
-          sums[i / kMany][i % kMany] = __fadd_rn(sums[i / kMany][i % kMany], own[other * kTile + i * kPkBlock]);
+          for (int i = 0; i < 4 * kMany; ++i) {
+            sums[i / kMany][i % kMany] = __fadd_rn(sums[i / kMany][i % kMany], from[i * kPkBlock]);
+          }
         }
-      }
+      };
+      const auto keep = [&](long long to) {
+#pragma unroll
+        for (int i = 0; i < 4 * kMany; ++i) own[to * kTile + i * kPkBlock] = sums[i / kMany][i % kMany];
+      };
+      keep(part);
+      if (!pk_join(p.arrived + tile * pk_counters(plan.cut.parts), plan.cut.parts, part, add, keep)) continue;
     }
 #pragma unroll
     for (int j = 0; j < kMany; ++j) {

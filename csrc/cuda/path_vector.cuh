@@ -13,8 +13,9 @@
 //
 // Sums have one order, which follows from the shape: forward, a lane adds along its columns, then the 32 lanes
 // pairwise, then the parts of a row; adjoint, a warp adds down its rows, then the eight warps of a block, then the
-// parts of a column. Parts are added one after the other by the last block to arrive. path_sweep is the adjoint with
-// more to do at each weight, so that its sums have the bits of path_backward. Not yet measured on a GPU.
+// parts of a column. Parts are added one after the other, many of them in sets, by the last block to arrive. path_sweep
+// is the adjoint with more to do at each weight, so that its sums have the bits of path_backward. Not yet measured on a
+// GPU.
 #pragma once
 
 #include "path.cuh"
@@ -24,11 +25,6 @@ constexpr int kPkBand = kPkBlock / 8;  // rows of a block, read at once
 constexpr long long kPkParts = 4096;   // from which on a product is not cut further
 constexpr long long kPkShortest = 4;   // steps of a part at least
 
-// How many equal parts, of how many steps each.
-struct PaikernCut {
-  long long parts, steps;
-};
-
 PK_DEVICE PaikernCut pk_cut(long long steps, long long others, long long most, long long shortest) {
   if (steps == 0) return {1, 0};
   const long long wanted = pk_least(pk_ceil(steps, shortest), pk_ceil(most, others));
@@ -36,14 +32,21 @@ PK_DEVICE PaikernCut pk_cut(long long steps, long long others, long long most, l
   return {pk_ceil(steps, each), each};
 }
 
+// values[0] + values[apart] + ..., one after the other.
+PK_DEVICE float pk_add_parts(const float *values, long long count, long long apart) {
+  float sum = values[0];
+#pragma unroll 8
+  for (long long i = 1; i < count; ++i) sum = __fadd_rn(sum, values[i * apart]);
+  return sum;
+}
+
 // --- sixteen bytes of each of four rows -----------------------------------------------------------------------------
 
-// kType 3: power 0, ones that nobody reads.
 template <int kType>
 constexpr int kPkWide = kType == 0 ? 4 : 8;  // elements
 
 struct PaikernMatrix {
-  const unsigned char *weight;
+  const unsigned char *weight;  // null: power 0, ones of two bytes that nobody reads
   long long rows, columns;
   bool even;    // rows begin at multiples of 16 bytes
   bool square;  // power 2
@@ -53,7 +56,8 @@ template <int kType>
 PK_DEVICE PaikernMatrix pk_matrix(const PaikernProduct &p) {
   const long long columns = p.geometry[2];
   const bool even = columns % kPkWide<kType> == 0 && reinterpret_cast<unsigned long long>(p.weight) % 16 == 0;
-  return {static_cast<const unsigned char *>(p.weight), p.geometry[1], columns, even, p.power == 2};
+  return {p.power == 0 ? nullptr : static_cast<const unsigned char *>(p.weight), p.geometry[1], columns, even,
+          p.power == 2};
 }
 
 PK_DEVICE void pk_words(const uint4 &from, unsigned *words) {
@@ -79,11 +83,10 @@ PK_DEVICE void pk_shifted(unsigned *words, unsigned from) {
 // raw[r]: the stored weights of row `row + r` from `column` on; rows and columns beyond the matrix hold anything.
 template <int kType>
 PK_DEVICE void pk_load_rows(const PaikernMatrix &w, long long row, long long column, unsigned (&raw)[kPkRows][4]) {
-  if (kType == 3) return;
   constexpr int kBytes = kType == 0 ? 4 : 2;
 #pragma unroll
-  for (int r = 0; r < kPkRows; ++r) raw[r][0] = raw[r][1] = raw[r][2] = raw[r][3] = 0;
-  if (column >= w.columns) return;
+  for (int r = 0; r < kPkRows; ++r) raw[r][0] = raw[r][1] = raw[r][2] = raw[r][3] = kType == 1 ? 0x3f803f80u : 0u;
+  if (column >= w.columns || w.weight == nullptr) return;
   const long long rows = pk_least(kPkRows, w.rows - row), pitch = w.columns * kBytes;
   const unsigned char *first = w.weight + row * pitch + column * kBytes;
   if (w.even) {
@@ -120,6 +123,7 @@ PK_DEVICE void pk_load_rows(const PaikernMatrix &w, long long row, long long col
   const long long there = pk_least(kPkWide<kType>, w.columns - column);
 #pragma unroll
   for (int r = 0; r < kPkRows; ++r) {
+    raw[r][0] = raw[r][1] = raw[r][2] = raw[r][3] = 0;
 #pragma unroll
     for (int j = 0; j < kPkWide<kType>; ++j) {
       if (r >= rows || j >= there) continue;
@@ -155,12 +159,8 @@ PK_DEVICE void pk_load_bits(const PaikernProduct &p, const PaikernMatrix &w, lon
 // V of element j of a row.
 template <int kType>
 PK_DEVICE float pk_element(const PaikernMatrix &w, const unsigned (&raw)[4], unsigned bits, int j) {
-  float value = 1.0f;
-  if (kType != 3) {
-    const unsigned word = kType == 0 ? raw[j & 3] : raw[j / 2] >> (j % 2 * 16);
-    value = pk_magnitude<kType == 3 ? 0 : kType>(word);
-    value = w.square ? __fmul_rn(value, value) : value;
-  }
+  const float read = pk_magnitude<kType>(kType == 0 ? raw[j & 3] : raw[j / 2] >> (j % 2 * 16));
+  const float value = w.square ? __fmul_rn(read, read) : read;
   return (bits >> j) & 1u ? value : 0.0f;
 }
 
@@ -195,7 +195,7 @@ PK_DEVICE void pk_forward_rows(const PaikernProduct &p, long long block, long lo
   const PaikernReader reader = pk_reader(p.x_scale, p.counts != 0);
   const long long groups = pk_ceil(w.rows, kPkBand);
   const PaikernCut cut = pk_cut(pk_ceil(w.columns, kStep), groups, kPkParts, kPkShortest);
-  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+  const int thread = pk_thread(), lane = thread % 32, warp = thread / 32;
   unsigned top = 0;
   for (long long item = block; item < groups * cut.parts; item += blocks) {
     const long long group = item / cut.parts, part = item - group * cut.parts;
@@ -232,23 +232,25 @@ PK_DEVICE void pk_forward_rows(const PaikernProduct &p, long long block, long lo
       continue;
     }
     if (writes) p.partial[part * w.rows + row + lane] = mine;
-    if (!pk_last_of(p.arrived + group, cut.parts)) continue;
-    const long long own = group * kPkBand + threadIdx.x;
-    if (threadIdx.x < kPkBand && own < w.rows) {
-      float sum = p.partial[own];
-#pragma unroll 4
-      for (long long i = 1; i < cut.parts; ++i) sum = __fadd_rn(sum, p.partial[i * w.rows + own]);
-      p.g[own] = sum;
-      pk_note(&top, sum);
-    }
+    const long long own = group * kPkBand + thread;
+    const bool adds = thread < kPkBand && own < w.rows;
+    float sum = 0.0f;
+    const auto add = [&](long long first, long long count, long long apart) {
+      if (adds) sum = pk_add_parts(p.partial + first * w.rows + own, count, apart * w.rows);
+    };
+    const auto keep = [&](long long to) {
+      if (adds) p.partial[to * w.rows + own] = sum;
+    };
+    if (!pk_join(p.arrived + group * pk_counters(cut.parts), cut.parts, part, add, keep) || !adds) continue;
+    p.g[own] = sum;
+    pk_note(&top, sum);
   }
   pk_raise_top(p.top, __uint_as_float(top));
 }
 
 PK_DEVICE void pk_forward_vector(const PaikernProduct &p, long long block, long long blocks) {
-  if (p.power == 0) return pk_forward_rows<3>(p, block, blocks);
+  if (p.type == 1 || p.power == 0) return pk_forward_rows<1>(p, block, blocks);
   if (p.type == 0) return pk_forward_rows<0>(p, block, blocks);
-  if (p.type == 1) return pk_forward_rows<1>(p, block, blocks);
   pk_forward_rows<2>(p, block, blocks);
 }
 
@@ -298,7 +300,7 @@ PK_DEVICE void pk_adjoint_rows(const PaikernProduct &p, const PaikernSweep &swee
   const PaikernReader reader = pk_reader(p.g_scale, p.counts != 0);
   const long long across = pk_ceil(w.columns, kStep), pitch = across * kStep;
   const PaikernCut cut = pk_cut(pk_ceil(w.rows, kPkBand), across, kPkParts, kPkShortest);
-  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+  const int thread = pk_thread(), lane = thread % 32, warp = thread / 32;
   unsigned top = 0;
   unsigned long long set = 0;
   bool broken = false;
@@ -333,37 +335,29 @@ PK_DEVICE void pk_adjoint_rows(const PaikernProduct &p, const PaikernSweep &swee
         pk_store_bits<kWide>(sweep, w.columns, row, column, static_cast<int>(pk_least(kPkRows, w.rows - row)), above);
       }
     }
-    // Those of the warps, one after the other; then those of the parts in the same way.
-    const auto join = [&](const float (&own)[kWide]) {
-      __syncthreads();
+    // Those of the warps, one after the other: column thread / 32 of lane thread % 32.
+    __syncthreads();
 #pragma unroll
-      for (int j = 0; j < kWide; ++j) shared[(warp * kWide + j) * 32 + lane] = own[j];
-      __syncthreads();
-      const int at = static_cast<int>(threadIdx.x);
-      float sum = 0.0f;
-      if (at < kStep) {  // column at / 32 of lane at % 32
-        sum = shared[at];
+    for (int j = 0; j < kWide; ++j) shared[(warp * kWide + j) * 32 + lane] = sums[j];
+    __syncthreads();
+    float sum = 0.0f;
+    if (thread < kStep) {
+      sum = shared[thread];
 #pragma unroll
-        for (int other = 1; other < 8; ++other) sum = __fadd_rn(sum, shared[other * kStep + at]);
-      }
-      return sum;
-    };
-    const long long own = strip * kStep + threadIdx.x % 32 * kWide + threadIdx.x / 32;
-    const bool writes = threadIdx.x < kStep && own < w.columns;
-    float sum = join(sums);
+      for (int other = 1; other < 8; ++other) sum = __fadd_rn(sum, shared[other * kStep + thread]);
+    }
+    const long long own = strip * kStep + lane * kWide + warp;
+    const bool writes = thread < kStep && own < w.columns;
     if (cut.parts > 1) {
-      if (writes) p.partial[part * pitch + own] = sum;
-      if (!pk_last_of(p.arrived + strip, cut.parts)) continue;
-      float others[kWide] = {};
-      for (long long i = warp; i < cut.parts; i += 8) {
-#pragma unroll
-        for (int j = 0; j < kWide; j += 4) {
-          const float4 four = *reinterpret_cast<const float4 *>(p.partial + i * pitch + column + j);
-          others[j] = __fadd_rn(others[j], four.x), others[j + 1] = __fadd_rn(others[j + 1], four.y);
-          others[j + 2] = __fadd_rn(others[j + 2], four.z), others[j + 3] = __fadd_rn(others[j + 3], four.w);
-        }
-      }
-      sum = join(others);
+      float *partial = p.partial + strip * kStep + thread;  // in the order of threads
+      const auto add = [&](long long first, long long count, long long apart) {
+        if (writes) sum = pk_add_parts(partial + first * pitch, count, apart * pitch);
+      };
+      const auto keep = [&](long long to) {
+        if (writes) partial[to * pitch] = sum;
+      };
+      keep(part);
+      if (!pk_join(p.arrived + strip * pk_counters(cut.parts), cut.parts, part, add, keep)) continue;
     }
     if (writes) p.x[own] = sum;
     if (writes) pk_note(&top, sum);
@@ -376,16 +370,21 @@ PK_DEVICE void pk_adjoint_rows(const PaikernProduct &p, const PaikernSweep &swee
   }
 }
 
+// Of weights of two bytes, and of power 0.
 template <bool kSweep>
-PK_DEVICE void pk_adjoint_any(const PaikernProduct &p, const PaikernSweep &sweep, long long block, long long blocks) {
-  if (p.power == 0) return pk_adjoint_rows<3, kSweep>(p, sweep, block, blocks);
-  if (p.type == 0) return pk_adjoint_rows<0, kSweep>(p, sweep, block, blocks);
-  if (p.type == 1) return pk_adjoint_rows<1, kSweep>(p, sweep, block, blocks);
+PK_DEVICE void pk_adjoint_16(const PaikernProduct &p, const PaikernSweep &sweep, long long block, long long blocks) {
+  if (p.type == 1 || p.power == 0) return pk_adjoint_rows<1, kSweep>(p, sweep, block, blocks);
   pk_adjoint_rows<2, kSweep>(p, sweep, block, blocks);
 }
 
+template <bool kSweep>
+PK_DEVICE void pk_adjoint_any(const PaikernProduct &p, const PaikernSweep &sweep, long long block, long long blocks) {
+  if (p.type == 0 && p.power != 0) return pk_adjoint_rows<0, kSweep>(p, sweep, block, blocks);
+  pk_adjoint_16<kSweep>(p, sweep, block, blocks);
+}
+
 PK_DEVICE void pk_adjoint_vector(const PaikernProduct &p, long long block, long long blocks) {
-  pk_adjoint_any<false>(p, {nullptr, nullptr, 0.0f, nullptr, nullptr}, block, blocks);
+  pk_adjoint_any<false>(p, {}, block, blocks);
 }
 
 PK_DEVICE void pk_path_sweep(const PaikernProduct &p, const PaikernSweep &sweep, long long block, long long blocks) {

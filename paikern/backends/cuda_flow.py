@@ -8,7 +8,7 @@ back to the host: a CUDA graph can hold a whole round.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -17,17 +17,36 @@ from torch import Tensor
 from paikern.backends import cuda_launch, cuda_path
 from paikern.backends.cuda_launch import THREADS, Step
 from paikern.backends.cuda_layers import TYPES
+from paikern.backends.cuda_path import one_vector
 
-__all__ = ["FlowTable", "Instruction", "Product", "Record", "Term", "weight_type"]
+__all__ = [
+    "Dpai",
+    "FlowTable",
+    "Instruction",
+    "Product",
+    "Record",
+    "Term",
+    "one_vector",
+    "weight_type",
+]
 
 (RESET, FILL, FORWARD, ADJOINT, JOIN, NORMALISE, SCALE, MEAN, SPREAD, POOL, UNPOOL, TOTAL, RECORD,
- EXPONENTS, BITS) = range(15)  # fmt: skip
-_ROW, _TERM, _SLOT = 19 + 14, 4, 2  # numbers in a PaikernFlowStep, a PaikernTerm, a PaikernScale
-_FIELDS = 8  # of a PaikernFlowRecord
+ EXPONENTS, BITS, SCORE, LIVE, DPAI) = range(18)  # fmt: skip
+# Numbers in a PaikernFlowStep, a PaikernTerm, a PaikernScale, a PaikernDpai.
+_ROW, _TERM, _SLOT, _DPAI = 20 + 14, 4, 2, 20
+_FIELDS = 9  # of a PaikernFlowRecord
+_FLAT = 1024  # scores that a block updates at a time
 _EACH = 4  # elements of a map that a thread takes
-# A launch costs about as much as a barrier of the grid and can use more blocks; instructions that
-# fill the device are started one by one. Not yet measured.
-_BLOCKS_TOGETHER = 2  # blocks of 256 threads that a multiprocessor holds of `paikern_flow`
+_ALONE = {
+    FORWARD: "paikern_flow_forward",
+    ADJOINT: "paikern_flow_adjoint",
+    SCORE: "paikern_flow_score",
+    DPAI: "paikern_flow_dpai",
+}
+# A multiprocessor holds one block of `paikern_flow`, which has the registers of every instruction.
+# Instructions that would keep it busy for more than two turns are launched by themselves, on as
+# many blocks as they want. Not yet measured.
+_BLOCKS_TOGETHER, _TURNS = 1, 2
 
 
 def weight_type(dtype: torch.dtype) -> int | None:
@@ -62,6 +81,35 @@ class Product:
     g_slot: int = -1
     top_slot: int = -1
 
+    def of_masks(self) -> Product:
+        """The same maps, of ones: its score is the gradient of the mask."""
+        return replace(self, weight=None, power=0, masks=(), first_bit=0)
+
+
+class Dpai(NamedTuple):
+    """The update of a layer, or of the rows of it that a step uses (PaikernDpai).
+
+    `q` is None where both maps are vectors; `rule` and `q_scale` are read at every step.
+    """
+
+    s: Tensor
+    m: Tensor | None
+    v: Tensor | None
+    mask: Tensor
+    first_bit: int
+    q: Tensor | None
+    x: Term
+    g: Term
+    live: Tensor
+    rule: Tensor
+    q_scale: Tensor
+    found: int
+    rows: int
+    columns: int
+    taps: int
+    groups: int
+    transposed: bool
+
 
 @dataclass
 class Instruction:
@@ -81,20 +129,24 @@ class Instruction:
     data: Tensor | int = 0
     average: bool = False
     product: Product | None = None
-    held: list[Tensor] = field(default_factory=list)
+    dpai: Dpai | None = None
 
     def need(self) -> cuda_path.Workspace:
         """What the product of this instruction takes."""
         p = self.product
         assert p is not None
-        direction = {FORWARD: "forward", ADJOINT: "adjoint"}[self.kind]
+        direction = {FORWARD: "forward", ADJOINT: "adjoint", SCORE: "score"}[self.kind]
         dtype = torch.float32 if p.weight is None else p.weight.dtype
         return cuda_path.workspace(direction, p.geometry, dtype, p.power)
 
     def blocks(self) -> int:
         """How many blocks have something to do."""
-        if self.kind in (FORWARD, ADJOINT):
+        if self.product is not None:
             return max(1, self.need().blocks)
+        if self.dpai is not None:
+            return max(1, -(-self.dpai.s.numel() // _FLAT))
+        if self.kind == LIVE:
+            return max(1, -(-self.channels // 8))
         if self.kind == BITS:
             return max(1, len(self.terms))
         if self.kind in (RESET, TOTAL, RECORD, EXPONENTS):
@@ -114,8 +166,9 @@ class Record(NamedTuple):
     broken: int
     empty: int
     nodes: int
-    kernels: int
     weights: int
+    kernels: int
+    faults: int
 
 
 class FlowTable:
@@ -178,6 +231,7 @@ class FlowTable:
         terms = [term for step in self.instructions for term in step.terms]
         extra = [n for step in self.instructions for n in step.pool]
         extra += [n for s in self.instructions if s.product for n in s.product.geometry]
+        extra += [n for s in self.instructions if s.dpai for n in self._update(s.dpai)]
         first_term = _ROW * len(self.instructions)
         first_extra = first_term + _TERM * len(terms)
         table = self.like.new_empty(first_extra + len(extra), dtype=torch.int64)
@@ -185,11 +239,15 @@ class FlowTable:
         numbers: list[int] = []
         term_at, extra_at = base + 8 * first_term, base + 8 * first_extra
         geometry_at = extra_at + 8 * sum(len(s.pool) for s in self.instructions)
+        updates_at = geometry_at + 8 * sum(
+            len(s.product.geometry) for s in self.instructions if s.product
+        )
         for step in self.instructions:
-            numbers += self._row(step, parity, term_at, extra_at, geometry_at)
+            numbers += self._row(step, parity, term_at, extra_at, geometry_at, updates_at)
             term_at += 8 * _TERM * len(step.terms)
             extra_at += 8 * len(step.pool)
             geometry_at += 8 * len(step.product.geometry) if step.product else 0
+            updates_at += 8 * _DPAI if step.dpai else 0
         for term in terms:
             to = term.values if term.to is None else term.to
             numbers += [term.values.data_ptr(), self._slot_at(term.slot),
@@ -197,8 +255,25 @@ class FlowTable:
         table.copy_(torch.tensor(numbers + extra))
         return table
 
+    def _update(self, d: Dpai) -> list[int]:
+        return [
+            *map(_at, (d.s, d.m, d.v, d.mask)),
+            d.first_bit,
+            *map(_at, (d.q, d.x.values, d.g.values)),
+            self._slot_at(d.x.slot),
+            self._slot_at(d.g.slot),
+            *map(_at, (d.live, d.rule, d.q_scale)),
+            d.found,
+            d.rows,
+            d.columns,
+            d.taps,
+            d.groups,
+            int(d.transposed),
+            int(self.counts),
+        ]
+
     def _row(
-        self, step: Instruction, parity: int, terms: int, pool: int, geometry: int
+        self, step: Instruction, parity: int, terms: int, pool: int, geometry: int, update: int
     ) -> list[int]:
         reset = step.kind == RESET
         row = [
@@ -217,8 +292,9 @@ class FlowTable:
             _at(step.factor),
             pool,
             _at(step.places),
-            step.data if isinstance(step.data, int) else step.data.data_ptr(),
+            update if step.dpai else _address(step.data),
             self._round.data_ptr(),
+            self.records.data_ptr(),
             int(self.counts),
             int(step.average),
         ]
@@ -253,14 +329,14 @@ class FlowTable:
         at = first
         while at < last:
             end = at
-            while end < last and wanted[end - first] <= together:
+            while end < last and wanted[end - first] <= _TURNS * together:
                 end += 1
             if end > at + 1:
-                blocks = max(wanted[at - first : end - first])
+                blocks = min(together, max(wanted[at - first : end - first]))
                 made.append(Step("paikern_flow", blocks, (table, at, end, arrived)))
             else:
                 end = at + 1
-                made.append(Step("paikern_flow", wanted[at - first], (table, at, end, arrived)))
+                made.append(Step(_alone(self.instructions[at]), wanted[at - first], (table, at)))
             at = end
         return made
 
@@ -268,11 +344,26 @@ class FlowTable:
         """Start instructions [first, last)."""
         cuda_launch.run(self.like, self.steps(parity, first, last))
 
+    def rounds_done(self) -> int:
+        """Rounds since the last start; waits for the device."""
+        return int(self._round) + 1
+
     def read(self, first: int, last: int) -> list[Record]:
         """The records of rounds [first, last); waits for the device."""
         rows = self.records[1 + first : 1 + last].cpu()
         mantissa = rows[:, 0].contiguous().view(torch.float64).tolist()
         return [Record(m, *row[1:]) for m, row in zip(mantissa, rows.tolist(), strict=True)]
+
+
+def _alone(step: Instruction) -> str:
+    """The kernel of one instruction."""
+    kernel = _ALONE.get(step.kind, "paikern_flow_small")
+    vector = step.kind in (FORWARD, ADJOINT) and step.product and one_vector(step.product.geometry)
+    return f"{kernel}_vector" if vector else kernel
+
+
+def _address(place: Tensor | int) -> int:
+    return place if isinstance(place, int) else place.data_ptr()
 
 
 def _at(tensor: Tensor | None) -> int:

@@ -89,8 +89,8 @@ def workspace(direction: str, geometry: Geometry, dtype: torch.dtype, power: int
         else:
             steps, others, width = bands, strips, strips * step
         parts = _cut(steps, others, _PARTS, _SHORTEST)
-        shared = parts > 1
-        return Workspace(parts * width * shared, others * shared, parts * others)
+        floats = parts * width if parts > 1 else 0
+        return Workspace(floats, others * _counters(parts), parts * others)
     batch, groups = geometry[0], geometry[3]
     size, kernel, stride = geometry[4:7], geometry[7:10], geometry[10:13]
     dilation, out = geometry[16:19], geometry[19:22]
@@ -107,8 +107,16 @@ def workspace(direction: str, geometry: Geometry, dtype: torch.dtype, power: int
     wide = _NARROW if n <= _NARROW else _HIGH
     tiles = _ceil(m, _HIGH) * _ceil(n, wide) * phases * groups
     parts = _cut(_ceil(deep, _DEPTH), tiles, _TILES, _LEAST)
-    shared = parts > 1
-    return Workspace(tiles * parts * _HIGH * wide * shared, tiles * shared, tiles * parts)
+    floats = tiles * parts * _HIGH * wide if parts > 1 else 0
+    return Workspace(floats, tiles * _counters(parts), tiles * parts)
+
+
+def _counters(parts: int) -> int:
+    """Of one sum of so many parts, which are added in sets, see pk_set."""
+    size = 8
+    while parts > size * 8 and size * size < parts:
+        size *= 2
+    return 1 + _ceil(parts, size) if parts > 1 else 0
 
 
 def linear_geometry(batch: int, rows: int, columns: int) -> Geometry:
@@ -155,6 +163,7 @@ class _Product:
         room = workspace(direction, geometry, weight.dtype, power)
         device = x.device
         self.blocks = room.blocks
+        self.shape = (geometry, weight.dtype, power)
         self.weight = weight.detach().contiguous() if power else None
         self.mask = None if mask is None else mask.contiguous()
         self.geometry = _on_device(geometry, device)
@@ -167,12 +176,18 @@ class _Product:
             _address(self.arrived), 0,
         )  # fmt: skip
 
-    def run(self, kernel: str, *more: int | float) -> None:
-        run(self.geometry, [Step(kernel, self.blocks, (*self.arguments, *more))])
+    def run(self, name: str, *more: int | float) -> None:
+        started = kernel(name, *self.shape)
+        run(self.geometry, [Step(started, self.blocks, (*self.arguments, *more))])
 
 
-def _kernel(name: str, geometry: Geometry) -> str:
-    return f"paikern_path_{name}" if one_vector(geometry) else f"paikern_path_conv_{name}"
+def kernel(name: str, geometry: Geometry, dtype: torch.dtype, power: int) -> str:
+    """The kernel of "forward", "backward", "sweep" or "score"."""
+    if not one_vector(geometry):
+        return f"paikern_path_conv_{name}"
+    if name in ("backward", "sweep"):
+        return f"paikern_path_{name}_{32 if dtype == torch.float32 and power else 16}"
+    return f"paikern_path_{name}"
 
 
 def _forward(
@@ -181,7 +196,7 @@ def _forward(
     if z.numel() == 0 or x.numel() == 0:
         return z.zero_()
     product = _Product("forward", geometry, weight, power, mask, as_map(x), z)
-    product.run(_kernel("forward", geometry))
+    product.run("forward")
     return z
 
 
@@ -191,7 +206,7 @@ def _backward(
     if x.numel() == 0 or g.numel() == 0:
         return x.zero_()
     product = _Product("adjoint", geometry, weight, power, mask, x, as_map(g))
-    product.run(_kernel("backward", geometry))
+    product.run("backward")
     return x
 
 
@@ -202,7 +217,7 @@ def _score(
     score = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
     if score.numel():
         product = _Product("score", geometry, weight, power, mask, as_map(x), as_map(g))
-        product.run(_kernel("score", geometry), float(pruned), score.data_ptr())
+        product.run("score", float(pruned), score.data_ptr())
     return score
 
 
@@ -244,7 +259,7 @@ def path_sweep(
         "adjoint", linear_geometry(1, *weight.shape), weight, power, mask, x, as_map(g)
     )
     more = (left.data_ptr(), floor32(threshold), words.data_ptr(), found.data_ptr())
-    product.run("paikern_path_sweep", *more)
+    product.run("sweep", *more)
     refuse_nan("path_sweep", 0 if int(found[1]) else -1)
     return x, bits, found[0]
 

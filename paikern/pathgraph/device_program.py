@@ -11,7 +11,7 @@ torch's own, on maps that are brought to one power of two first.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -57,7 +57,7 @@ class DeviceProgram:
         self,
         flow: Flow,
         state: State,
-        masks: dict[str, tuple[Tensor, ...]],
+        masks: Mapping[str, tuple[Tensor, ...]],
         keep: str,
         rounds: int,
         visit: Callable[[DeviceProgram, Visit], None] | None = None,
@@ -83,7 +83,7 @@ class DeviceProgram:
         self._back_slots: list[tuple[int, int]] = []
         # The numbers that change from round to round: filled before the first.
         self.per_round: list[tuple[Tensor, Tensor]] = []
-        self._reset = self.table.add(Instruction(table.RESET, data=self.table.records))
+        self._reset = self.table.add(Instruction(table.RESET))
         self._forward()
         self._backward()
         self.parities = parities
@@ -148,11 +148,7 @@ class DeviceProgram:
             elif not self._small(index, step, given, out, made):
                 self._call(index, step, given, out, made)
         self._outputs = list(dict.fromkeys(self._values[i].root for i in self.flow.plan.outputs))
-        add(
-            Instruction(
-                table.TOTAL, terms=[self._a(i) for i in self._outputs], data=self.table.records
-            )
-        )
+        add(Instruction(table.TOTAL, terms=[self._a(i) for i in self._outputs]))
 
     def _backward(self) -> None:
         add, slot = self.table.add, self.table.slot
@@ -354,7 +350,7 @@ class DeviceProgram:
         slot = self.table.slot()
         (copy,) = self._aligned([g], slot)
         # Each part has a place of its own: they come at once.
-        parts = []
+        parts: list[Term | None] = []
         first: dict[int, Term] = {}
         for i in inputs:
             v = self._values[i]
@@ -363,9 +359,9 @@ class DeviceProgram:
                 continue
             seen = arrived if v.root in arrived else first
             scratch = torch.empty(v.g.numel, device=self.device) if v.root in seen else None
-            to = self._target(seen, i, scratch)._replace(slot=slot)
-            first.setdefault(v.root, to)
-            parts.append(to)
+            place = self._target(seen, i, scratch)._replace(slot=slot)
+            first.setdefault(v.root, place)
+            parts.append(place)
 
         def call() -> None:
             with torch.no_grad():
@@ -399,12 +395,7 @@ class DeviceProgram:
         slots = self._weight_slots + self._back_slots
         nothing = self._arena[:0]
         terms = [Term(nothing, slot, index) for index, slot in slots]
-        self.table.add(
-            Instruction(
-                table.RECORD, terms=terms, channels=len(self._weight_slots),
-                data=self.table.records,
-            )
-        )  # fmt: skip
+        self.table.add(Instruction(table.RECORD, terms=terms, channels=len(self._weight_slots)))
 
     def check_bits(self, masks: Sequence[Tensor]) -> None:
         """Note the first layer without a weight."""

@@ -10,13 +10,14 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from paikern import ops
 from paikern.backends import cuda_launch, registry
-from paikern.backends.cuda_flow import Record
+from paikern.backends.cuda_flow import SCORE, Instruction, Record
 from paikern.backends.cuda_graph import Replay
 from paikern.backends.cuda_layers import Layer, path_layer
 from paikern.backends.cuda_select import SelectionPlan
@@ -29,6 +30,9 @@ from paikern.scorers.base import Run
 # Between two looks at the records: long enough that waiting costs little beside the rounds, short
 # enough for Ctrl-C and the progress.
 _SECONDS_A_BATCH = 0.1
+# A selection that makes a score again adds up its products one by one, for the sample, the filter
+# and the ties; from so many on, tiles of products that are stored cost less. Not yet measured.
+SCORES_STORED_FROM = 17
 
 
 class DeviceLoop:
@@ -81,6 +85,7 @@ class DeviceLoop:
             parts += [(name, visit) for visit in visits or [None]]
         self._names = [name for name, _ in parts]
         exponents = program.keep_maps([visit for _, visit in parts])
+        self._scores = [self._stored(visit) for _, visit in parts]
         k = exponents.new_zeros(len(counts[0]))
         planned = torch.tensor(counts, dtype=torch.int64).to(exponents.device)
         program.per_round.append((planned, k))
@@ -90,14 +95,26 @@ class DeviceLoop:
         program.record()
         program.finish()
         self._plans = [
-            SelectionPlan([self._layer(*part, parity) for part in parts], k, exponents)
+            SelectionPlan(
+                [self._layer(i, *part, parity) for i, part in enumerate(parts)], k, exponents
+            )
             for parity in range(2)
         ]
         self._replays = [
             Replay(functools.partial(self._round, parity), exponents) for parity in range(2)
         ]
 
-    def _layer(self, name: str, visit: Visit | None, parity: int) -> Layer:
+    def _stored(self, visit: Visit | None) -> Tensor | None:
+        """A place for the scores of a layer, where making them again costs more than reading."""
+        if visit is None or positions(visit.product.geometry) < SCORES_STORED_FROM:
+            return None
+        product = replace(visit.product, power=self._power, masks=())
+        assert product.weight is not None
+        scores = product.weight.new_empty(product.weight.numel(), dtype=torch.float32)
+        self._program.table.add(Instruction(SCORE, scores, product=product))
+        return scores
+
+    def _layer(self, index: int, name: str, visit: Visit | None, parity: int) -> Layer:
         now, then = self._masks[name][parity], self._masks[name][1 - parity]
         if visit is None:
             nothing = torch.zeros(self.run.shapes[name], device=now.device)
@@ -106,6 +123,8 @@ class DeviceLoop:
         assert weight is not None
         first = visit.product.first_bit // 8
         part = slice(first, first + (weight.numel() + 7) // 8)
+        if (scores := self._scores[index]) is not None:
+            return Layer(0, scores, then[part], candidates=now[part])
         maps = visit.x.values, visit.g.values
         return path_layer(weight, *maps, visit.product.geometry, self._power, now[part], then[part])
 
@@ -155,6 +174,11 @@ class DeviceLoop:
 
 def _full(shape: tuple[int, ...], device: torch.device) -> Tensor:
     return ops.pack_mask(torch.ones(shape, dtype=torch.bool, device=device))
+
+
+def positions(geometry: Sequence[int]) -> int:
+    """How many products a score of this layer adds up."""
+    return geometry[0] * math.prod(geometry[19:22])
 
 
 def log_total(record: Record) -> float:

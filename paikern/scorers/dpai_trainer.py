@@ -16,6 +16,7 @@ from paikern.errors import PaikernError
 from paikern.pathgraph import Program, Semantics, Visit, compiled, weights
 from paikern.pathgraph.device_program import device_of
 from paikern.scorers.base import Run
+from paikern.scorers.dpai_device import DeviceSteps, device_steps
 from paikern.scorers.dpai_nodes import Revival, hold_nodes
 from paikern.scorers.random import normal_scores
 from paikern.scores import Dense, Scores
@@ -372,7 +373,9 @@ class _NativeSteps:
             raise self.trainer.not_finite(list(self.trainer.s)[layer])
 
 
-def _native(trainer: DPaITrainer) -> _NativeSteps | None:
+def _native(trainer: DPaITrainer) -> _NativeSteps | DeviceSteps | None:
+    if (steps := device_steps(trainer)) is not None:
+        return steps
     program = compiled(trainer.flow, trainer.run.state, list(trainer.s), keep="nodes")
     return None if program is None else _NativeSteps(trainer, program)
 

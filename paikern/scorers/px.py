@@ -26,6 +26,7 @@ from paikern.pathgraph.gated import GatedModel
 from paikern.pathgraph.gated_program import GatedGraph, lower
 from paikern.pathgraph.steps import Norm, Reshape, Weight
 from paikern.scorers.base import Run, register_scorer
+from paikern.scorers.device_loop import DeviceLoop
 from paikern.scorers.path_loop import PathLoop, path_loop
 from paikern.scorers.synflow import PathScorer, note_closed_norms
 
@@ -63,7 +64,7 @@ class PX(PathScorer):
     def powers(self) -> tuple[int, int]:
         return 2, 2
 
-    def loop(self, run: Run) -> PathLoop | None:
+    def loop(self, run: Run) -> PathLoop | DeviceLoop | None:
         if not self.monotone:
             return None
         if self.norm == "scale":

@@ -93,4 +93,4 @@ def run_product(
     name = {"forward": "forward", "adjoint": "backward", "score": "score"}[direction]
     more = (0.0, score[0].data_ptr()) if score else ()
     with provided(provider):
-        product.run(cuda_path._kernel(name, geometry), *more)
+        product.run(name, *more)

@@ -143,6 +143,19 @@ def test_narrow_weights(dtype: torch.dtype, made: list[device_loop.DeviceLoop]) 
     assert differing(found, wanted) <= 1e-3
 
 
+@pytest.mark.parametrize("stored_from", [1, 10**9])
+def test_scores_that_are_stored_and_made_again(
+    stored_from: int, made: list[device_loop.DeviceLoop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(9)
+    monkeypatch.setattr(device_loop, "SCORES_STORED_FROM", stored_from)
+    net, x = NETS["branches"]()
+    found, wanted = both(net, x, made)
+    stored = sum(scores is not None for scores in made[0]._scores)
+    assert stored == (len(found) if stored_from == 1 else 0)
+    assert differing(found, wanted) <= 1e-3
+
+
 def test_runs_are_equal_bit_for_bit(made: list[device_loop.DeviceLoop]) -> None:
     torch.manual_seed(4)
     net, x = NETS["branches"]()
@@ -256,7 +269,7 @@ def test_what_has_no_device_loop_runs_by_operations(made: list[device_loop.Devic
 
 
 def test_log_total_of_a_record() -> None:
-    none = cuda_flow.Record(0.0, 0, 3, -1, -1, 0, 0, 0)
+    none = cuda_flow.Record(0.0, 0, 3, -1, -1, 0, 0, 0, 0)
     assert device_loop.log_total(none) == -math.inf
     assert device_loop.log_total(none._replace(mantissa=1.5, top=300)) == pytest.approx(
         math.log(1.5) + 300 * math.log(2)

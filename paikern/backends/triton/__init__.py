@@ -6,6 +6,7 @@ is the reference backend's. With TRITON_INTERPRET=1 the same kernels run on CPU 
 
 from __future__ import annotations
 
+from paikern.backends.triton.balanced import balanced_mask
 from paikern.backends.triton.bits import apply_mask_, pack_mask, unpack_mask
 from paikern.backends.triton.config import interpreting
 from paikern.backends.triton.dpai import dpai_step_, dpai_update_
@@ -37,6 +38,7 @@ from paikern.backends.triton.walks import phew_walks
 
 __all__ = [
     "apply_mask_",
+    "balanced_mask",
     "block_means",
     "block_means_factored",
     "dpai_step_",
@@ -69,8 +71,8 @@ __all__ = [
 ]
 
 _FLOAT64 = (
-    "apply_mask_", "pack_mask", "unpack_mask", "topk_mask", "phew_keep_", "phew_tables",
-    "phew_walks",
+    "apply_mask_", "balanced_mask", "pack_mask", "phew_keep_", "phew_tables", "phew_walks",
+    "topk_mask", "unpack_mask",
 )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import triton.language as tl
 
 from paikern.backends.triton import (
+    balanced,
     bits,
     config,
     dpai,
@@ -31,9 +32,10 @@ _POINTERS = {
     "g": "fp32", "lined": "u8", "live": "u8", "mask": "u8", "mean": "fp32",
     "nan": "i32", "out": "fp32", "parts": "fp32", "q": "fp32", "rule": "fp32", "s": "fp32",
     "scores": None, "share": "fp32", "square": "fp32", "state": "i64", "table": "i64",
-    "begins": "i32", "index": "i32", "links": "i64", "nodes": "i64", "owner": "i32",
-    "repeats": "u8", "shares": "fp32", "slots": "i64", "sums": "fp64", "tables": "fp32",
-    "walks": "i64", "words": "i32",
+    "begins": "i32", "extra": "u8", "favourites": "i32", "index": "i32", "kept": "i64",
+    "laps": "i64", "links": "i64", "nodes": "i64", "order": "i32", "owner": "i32",
+    "places": "i32", "repeats": "u8", "seen": "i32", "shares": "fp32", "slots": "i64",
+    "starts": "i64", "sums": "fp64", "tables": "fp32", "walks": "i64", "words": "i32",
     "tensor": None, "ties": "i64", "values": "fp32", "weight": None, "x": "fp32", "y": "fp32",
 }  # fmt: skip
 _INTEGERS = {"infinity": "i64", "low": "i64", "high": "i64"}
@@ -93,6 +95,7 @@ def builds(row: str) -> list[Build]:
         *_maps(sizes.flat),
         *_dpai(sizes.pattern),
         *_phew(sizes),
+        *_balanced(sizes),
     ]
     first = {build.kernel.fn.__name__: build for build in reversed(listed)}.values()
     wide = [
@@ -251,3 +254,26 @@ def _phew(sizes: config.Config) -> Iterator[Build]:
             walks.phew_walks_kernel, sizes.walk.warps, FORWARDS=forwards, WEIGHTING=weighting,
             WHOLE=whole, TYPE=kind, LANES=sizes.walk.lanes,
         )  # fmt: skip
+
+
+def _balanced(sizes: config.Config) -> Iterator[Build]:
+    (rows, warps), walk = sizes.flat, sizes.walk
+    yield _build(balanced.balanced_starts_kernel, warps, LANES=rows)
+    yield _build(balanced.balanced_laps_kernel, walk.warps, LANES=walk.lanes)
+    yield _build(balanced.balanced_deal_kernel, warps, LANES=rows)
+    tile, warps = 4 * sizes.pattern.rows, sizes.pattern.warps
+    for transposed, kind, wide in (
+        (False, "fp32", 16),
+        (True, "bf16", 1),
+        (False, "fp16", 128),
+        (True, "fp64", 2048),
+    ):
+        yield _build(
+            balanced.balanced_mark_kernel, sizes.flat.warps, TRANSPOSED=transposed, LANES=rows
+        )
+        same: dict[str, Any] = {
+            "TRANSPOSED": transposed, "KERNELS": max(1, tile // wide), "POSITIONS": wide,
+        }  # fmt: skip
+        threads = max(warps, wide // 256)
+        yield _build(balanced.balanced_draw_kernel, threads, types={"mask": "*u8"}, **same)
+        yield _build(balanced.balanced_rank_kernel, threads, kind, **same)
