@@ -93,9 +93,8 @@ def needs(nvrtc: Nvrtc, arches: Sequence[int] = check_cuda.DEFAULT) -> list[budg
     registers are tuned with nvcc. That it compiles, and holds every kernel, is what is asked.
     """
     text, found = cuda_jit.assemble(), []
-    names = set(
-        re.findall(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)', text)
-    )
+    declared = r'extern "C" __global__ void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\('
+    names = set(re.findall(declared, text))
     for arch in arches:
         options = (*cuda_jit.options_for(divmod(arch, 10)), "--ptxas-options=-v")
         whole = budgets.Need("paikern.cu", "nvrtc", f"sm_{arch}", check_cuda.THREADS, 0, 0, 0)
