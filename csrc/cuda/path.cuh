@@ -114,6 +114,33 @@ PK_DEVICE bool pk_last_of(unsigned *arrived, long long count) {
   return mine;
 }
 
+// Parts that are added by one block; so many such sums, or fewer, are added by another. About the root of the number of
+// parts: a block that adds hundreds of parts would be waited for.
+PK_DEVICE long long pk_set(long long parts) {
+  long long size = 8;
+  while (parts > size * 8 && size * size < parts) size *= 2;
+  return size;
+}
+
+// Counters of a sum of so many parts.
+PK_DEVICE long long pk_counters(long long parts) { return 1 + pk_ceil(parts, pk_set(parts)); }
+
+// Called by all threads of a block once it has written part number `part`: true in the last block, with all parts
+// added. add(first, count, apart) adds parts first, first + apart, ... one after the other; keep(part) writes a sum in
+// the place of a part, by the threads that read it.
+template <class Add, class Keep>
+PK_DEVICE bool pk_join(unsigned *arrived, long long parts, long long part, const Add &add, const Keep &keep) {
+  const long long size = pk_set(parts), set = part / size, first = set * size;
+  const long long count = pk_least(size, parts - first), sets = pk_ceil(parts, size);
+  if (!pk_last_of(arrived + 1 + set, count)) return false;
+  add(first, count, 1);
+  if (sets == 1) return true;
+  keep(first);
+  if (!pk_last_of(arrived, sets)) return false;
+  add(0, sets, size);
+  return true;
+}
+
 // A running maximum, NaN above infinity.
 PK_DEVICE void pk_note(unsigned *top, float value) {
   const unsigned bits = __float_as_uint(value) & 0x7fffffffu;

@@ -10,8 +10,8 @@
 // memory, the next sixteen on their way meanwhile; 4 x 4 sums a thread. Where an element lies is a sum of what k and
 // what m or n add to an address and to three coordinates: sixteen threads work that out for k, everybody once for n.
 //
-// Few tiles are cut along k into equal parts, whose sums the last block to arrive adds one after the other. Every sum
-// has one order, which follows from the shape: k ascending within a part, part after part.
+// Few tiles are cut along k into equal parts, whose sums the last block to arrive adds one after the other, many in
+// sets. Every sum has one order, which follows from the shape: k ascending within a part, part after part.
 //
 // Bytes moved: the weight once for every 64 n, the maps once for every 64 m and every tap, most of it out of the
 // caches. Limits: fp32 multiply-adds (no tensor cores: counts need fp32), and for few n the reads of the weight; groups
@@ -342,17 +342,23 @@ PK_DEVICE void pk_product(const PaikernProduct &p, float pruned, float *out, lon
     if (plan.cut.parts > 1) {
       constexpr long long kTile = kPkHigh * kWide;
       float *own = p.partial + tile * plan.cut.parts * kTile + t;
+      const auto add = [&](long long first, long long count, long long apart) {
 #pragma unroll
-      for (int i = 0; i < 4 * kMany; ++i) own[part * kTile + i * kPkBlock] = sums[i / kMany][i % kMany];
-      if (!pk_last_of(p.arrived + tile, plan.cut.parts)) continue;
+        for (int i = 0; i < 4 * kMany; ++i) sums[i / kMany][i % kMany] = own[first * kTile + i * kPkBlock];
+        for (long long other = 1; other < count; ++other) {
+          const float *from = own + (first + other * apart) * kTile;
 #pragma unroll
-      for (int i = 0; i < 4 * kMany; ++i) sums[i / kMany][i % kMany] = own[i * kPkBlock];
-      for (long long other = 1; other < plan.cut.parts; ++other) {
-#pragma unroll
-        for (int i = 0; i < 4 * kMany; ++i) {
-          sums[i / kMany][i % kMany] = __fadd_rn(sums[i / kMany][i % kMany], own[other * kTile + i * kPkBlock]);
+          for (int i = 0; i < 4 * kMany; ++i) {
+            sums[i / kMany][i % kMany] = __fadd_rn(sums[i / kMany][i % kMany], from[i * kPkBlock]);
+          }
         }
-      }
+      };
+      const auto keep = [&](long long to) {
+#pragma unroll
+        for (int i = 0; i < 4 * kMany; ++i) own[to * kTile + i * kPkBlock] = sums[i / kMany][i % kMany];
+      };
+      keep(part);
+      if (!pk_join(p.arrived + tile * pk_counters(plan.cut.parts), plan.cut.parts, part, add, keep)) continue;
     }
 #pragma unroll
     for (int j = 0; j < kMany; ++j) {

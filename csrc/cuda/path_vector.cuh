@@ -13,8 +13,9 @@
 //
 // Sums have one order, which follows from the shape: forward, a lane adds along its columns, then the 32 lanes
 // pairwise, then the parts of a row; adjoint, a warp adds down its rows, then the eight warps of a block, then the
-// parts of a column. Parts are added one after the other by the last block to arrive. path_sweep is the adjoint with
-// more to do at each weight, so that its sums have the bits of path_backward. Not yet measured on a GPU.
+// parts of a column. Parts are added one after the other, many of them in sets, by the last block to arrive. path_sweep
+// is the adjoint with more to do at each weight, so that its sums have the bits of path_backward. Not yet measured on a
+// GPU.
 #pragma once
 
 #include "path.cuh"
@@ -29,6 +30,14 @@ PK_DEVICE PaikernCut pk_cut(long long steps, long long others, long long most, l
   const long long wanted = pk_least(pk_ceil(steps, shortest), pk_ceil(most, others));
   const long long each = pk_ceil(steps, wanted);
   return {pk_ceil(steps, each), each};
+}
+
+// values[0] + values[apart] + ..., one after the other.
+PK_DEVICE float pk_add_parts(const float *values, long long count, long long apart) {
+  float sum = values[0];
+#pragma unroll 8
+  for (long long i = 1; i < count; ++i) sum = __fadd_rn(sum, values[i * apart]);
+  return sum;
 }
 
 // --- sixteen bytes of each of four rows -----------------------------------------------------------------------------
@@ -223,15 +232,18 @@ PK_DEVICE void pk_forward_rows(const PaikernProduct &p, long long block, long lo
       continue;
     }
     if (writes) p.partial[part * w.rows + row + lane] = mine;
-    if (!pk_last_of(p.arrived + group, cut.parts)) continue;
     const long long own = group * kPkBand + thread;
-    if (thread < kPkBand && own < w.rows) {
-      float sum = p.partial[own];
-#pragma unroll 4
-      for (long long i = 1; i < cut.parts; ++i) sum = __fadd_rn(sum, p.partial[i * w.rows + own]);
-      p.g[own] = sum;
-      pk_note(&top, sum);
-    }
+    const bool adds = thread < kPkBand && own < w.rows;
+    float sum = 0.0f;
+    const auto add = [&](long long first, long long count, long long apart) {
+      if (adds) sum = pk_add_parts(p.partial + first * w.rows + own, count, apart * w.rows);
+    };
+    const auto keep = [&](long long to) {
+      if (adds) p.partial[to * w.rows + own] = sum;
+    };
+    if (!pk_join(p.arrived + group * pk_counters(cut.parts), cut.parts, part, add, keep) || !adds) continue;
+    p.g[own] = sum;
+    pk_note(&top, sum);
   }
   pk_raise_top(p.top, __uint_as_float(top));
 }
@@ -250,12 +262,18 @@ struct PaikernSweep {
   const PaikernScale *a_scale;
   float threshold;
   unsigned *bits;             // packed, rows one after the other; zero before unless columns % 8 == 0
-  unsigned long long *found;  // how many bits are set, and whether a score is NaN
+  unsigned long long *found;  // how many bits are set, and whether a score is NaN; of a band only the latter
+  // Or a band instead of a threshold, as bits of scores: `bits` of those from `beyond` on, `inside` of those from
+  // `least` up to before it. Columns are a multiple of 8.
+  unsigned least, beyond;
+  unsigned *inside;
 };
+
+enum PaikernMeets { kPkMeetsNothing, kPkMeetsThreshold, kPkMeetsBand };
 
 // The bits of four rows, of which each lane has kWide.
 template <int kWide>
-PK_DEVICE void pk_store_bits(const PaikernSweep &sweep, long long columns, long long row, long long column, int rows,
+PK_DEVICE void pk_store_bits(unsigned *bits, long long columns, long long row, long long column, int rows,
                              const unsigned (&above)[kPkRows]) {
   const int lane = static_cast<int>(threadIdx.x % 32);
 #pragma unroll
@@ -269,18 +287,19 @@ PK_DEVICE void pk_store_bits(const PaikernSweep &sweep, long long columns, long 
     if (r >= rows || lane % each != 0 || column >= columns) continue;
     const long long bit = (row + r) * columns + column;
     if (bytes) {
-      reinterpret_cast<unsigned char *>(sweep.bits)[bit >> 3] = static_cast<unsigned char>(word);
+      reinterpret_cast<unsigned char *>(bits)[bit >> 3] = static_cast<unsigned char>(word);
       continue;
     }
     const int from = static_cast<int>(bit & 31);
-    unsigned *at = sweep.bits + (bit >> 5);
+    unsigned *at = bits + (bit >> 5);
     if (word << from != 0) atomicOr(at, word << from);
     if (from != 0 && word >> (32 - from) != 0) atomicOr(at + 1, word >> (32 - from));
   }
 }
 
-template <int kType, bool kSweep>
+template <int kType, int kMeets>
 PK_DEVICE void pk_adjoint_rows(const PaikernProduct &p, const PaikernSweep &sweep, long long block, long long blocks) {
+  constexpr bool kSweep = kMeets != kPkMeetsNothing, kBand = kMeets == kPkMeetsBand;
   constexpr int kWide = kPkWide<kType>, kStep = 32 * kWide;
   PaikernScratch &scratch = pk_scratch();
   float *shared = scratch.a[0];  // [8, kStep], a and b together
@@ -299,7 +318,7 @@ PK_DEVICE void pk_adjoint_rows(const PaikernProduct &p, const PaikernSweep &swee
     float sums[kWide] = {}, a[kWide] = {};
     if (kSweep) pk_load_vector<kWide>(sweep.a, column, w.columns, pk_reader(sweep.a_scale, p.counts != 0), a);
     for (long long row = part * cut.steps * kPkBand + warp * kPkRows; row < end; row += kPkBand) {
-      unsigned raw[kPkRows][4], bits[kPkRows], above[kPkRows] = {};
+      unsigned raw[kPkRows][4], bits[kPkRows], above[kPkRows] = {}, inside[kPkRows] = {};
       float g[kPkRows];
       pk_load_rows<kType>(w, row, column, raw);
       pk_load_bits<kType>(p, w, row, column, bits);
@@ -313,54 +332,54 @@ PK_DEVICE void pk_adjoint_rows(const PaikernProduct &p, const PaikernSweep &swee
           sums[j] = __fmaf_rn(value, g[r], sums[j]);
           if (!kSweep) continue;
           const float score = __fmul_rn(__fmul_rn(value, a[j]), g[r]);
-          above[r] |= static_cast<unsigned>(score > sweep.threshold) << j;
+          if constexpr (kBand) {
+            const unsigned key = __float_as_uint(score);
+            above[r] |= static_cast<unsigned>(key >= sweep.beyond) << j;
+            inside[r] |= static_cast<unsigned>(key >= sweep.least && key < sweep.beyond) << j;
+          } else {
+            above[r] |= static_cast<unsigned>(score > sweep.threshold) << j;
+          }
           broken = broken || (score != score && ((bits[r] >> j) & 1u) != 0);
         }
         if (kSweep) above[r] &= bits[r];
-        if (kSweep) set += static_cast<unsigned>(__popc(above[r]));
+        if (kBand) inside[r] &= bits[r];
+        if (kSweep && !kBand) set += static_cast<unsigned>(__popc(above[r]));
       }
-      if (kSweep) {
-        pk_store_bits<kWide>(sweep, w.columns, row, column, static_cast<int>(pk_least(kPkRows, w.rows - row)), above);
-      }
+      const int rows = static_cast<int>(pk_least(kPkRows, w.rows - row));
+      if (kSweep) pk_store_bits<kWide>(sweep.bits, w.columns, row, column, rows, above);
+      if (kBand) pk_store_bits<kWide>(sweep.inside, w.columns, row, column, rows, inside);
     }
-    // Those of the warps, one after the other; then those of the parts in the same way.
-    const auto join = [&](const float (&own)[kWide]) {
-      __syncthreads();
+    // Those of the warps, one after the other: column thread / 32 of lane thread % 32.
+    __syncthreads();
 #pragma unroll
-      for (int j = 0; j < kWide; ++j) shared[(warp * kWide + j) * 32 + lane] = own[j];
-      __syncthreads();
-      const int at = thread;
-      float sum = 0.0f;
-      if (at < kStep) {  // column at / 32 of lane at % 32
-        sum = shared[at];
+    for (int j = 0; j < kWide; ++j) shared[(warp * kWide + j) * 32 + lane] = sums[j];
+    __syncthreads();
+    float sum = 0.0f;
+    if (thread < kStep) {
+      sum = shared[thread];
 #pragma unroll
-        for (int other = 1; other < 8; ++other) sum = __fadd_rn(sum, shared[other * kStep + at]);
-      }
-      return sum;
-    };
+      for (int other = 1; other < 8; ++other) sum = __fadd_rn(sum, shared[other * kStep + thread]);
+    }
     const long long own = strip * kStep + lane * kWide + warp;
     const bool writes = thread < kStep && own < w.columns;
-    float sum = join(sums);
     if (cut.parts > 1) {
-      if (writes) p.partial[part * pitch + own] = sum;
-      if (!pk_last_of(p.arrived + strip, cut.parts)) continue;
-      float others[kWide] = {};
-#pragma unroll 2
-      for (long long i = warp; i < cut.parts; i += 8) {
-#pragma unroll
-        for (int j = 0; j < kWide; j += 4) {
-          const float4 four = *reinterpret_cast<const float4 *>(p.partial + i * pitch + column + j);
-          others[j] = __fadd_rn(others[j], four.x), others[j + 1] = __fadd_rn(others[j + 1], four.y);
-          others[j + 2] = __fadd_rn(others[j + 2], four.z), others[j + 3] = __fadd_rn(others[j + 3], four.w);
-        }
-      }
-      sum = join(others);
+      float *partial = p.partial + strip * kStep + thread;  // in the order of threads
+      const auto add = [&](long long first, long long count, long long apart) {
+        if (writes) sum = pk_add_parts(partial + first * pitch, count, apart * pitch);
+      };
+      const auto keep = [&](long long to) {
+        if (writes) partial[to * pitch] = sum;
+      };
+      keep(part);
+      if (!pk_join(p.arrived + strip * pk_counters(cut.parts), cut.parts, part, add, keep)) continue;
     }
     if (writes) p.x[own] = sum;
     if (writes) pk_note(&top, sum);
   }
   pk_raise_top(p.top, __uint_as_float(top));
-  if constexpr (kSweep) {
+  if constexpr (kBand) {
+    if (broken) atomicMax(sweep.found, 1ull);
+  } else if constexpr (kSweep) {
     for (int by = 16; by > 0; by /= 2) set += __shfl_xor_sync(0xffffffffu, set, by);
     if (lane == 0 && set != 0) atomicAdd(sweep.found, set);
     if (broken) atomicMax(sweep.found + 1, 1ull);
@@ -368,24 +387,24 @@ PK_DEVICE void pk_adjoint_rows(const PaikernProduct &p, const PaikernSweep &swee
 }
 
 // Of weights of two bytes, and of power 0.
-template <bool kSweep>
+template <int kMeets>
 PK_DEVICE void pk_adjoint_16(const PaikernProduct &p, const PaikernSweep &sweep, long long block, long long blocks) {
-  if (p.type == 1 || p.power == 0) return pk_adjoint_rows<1, kSweep>(p, sweep, block, blocks);
-  pk_adjoint_rows<2, kSweep>(p, sweep, block, blocks);
+  if (p.type == 1 || p.power == 0) return pk_adjoint_rows<1, kMeets>(p, sweep, block, blocks);
+  pk_adjoint_rows<2, kMeets>(p, sweep, block, blocks);
 }
 
-template <bool kSweep>
+template <int kMeets>
 PK_DEVICE void pk_adjoint_any(const PaikernProduct &p, const PaikernSweep &sweep, long long block, long long blocks) {
-  if (p.type == 0 && p.power != 0) return pk_adjoint_rows<0, kSweep>(p, sweep, block, blocks);
-  pk_adjoint_16<kSweep>(p, sweep, block, blocks);
+  if (p.type == 0 && p.power != 0) return pk_adjoint_rows<0, kMeets>(p, sweep, block, blocks);
+  pk_adjoint_16<kMeets>(p, sweep, block, blocks);
 }
 
 PK_DEVICE void pk_adjoint_vector(const PaikernProduct &p, long long block, long long blocks) {
-  pk_adjoint_any<false>(p, {}, block, blocks);
+  pk_adjoint_any<kPkMeetsNothing>(p, {}, block, blocks);
 }
 
 PK_DEVICE void pk_path_sweep(const PaikernProduct &p, const PaikernSweep &sweep, long long block, long long blocks) {
-  pk_adjoint_any<true>(p, sweep, block, blocks);
+  pk_adjoint_any<kPkMeetsThreshold>(p, sweep, block, blocks);
 }
 
 // --- score ----------------------------------------------------------------------------------------------------------

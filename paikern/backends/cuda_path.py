@@ -89,8 +89,8 @@ def workspace(direction: str, geometry: Geometry, dtype: torch.dtype, power: int
         else:
             steps, others, width = bands, strips, strips * step
         parts = _cut(steps, others, _PARTS, _SHORTEST)
-        shared = parts > 1
-        return Workspace(parts * width * shared, others * shared, parts * others)
+        floats = parts * width if parts > 1 else 0
+        return Workspace(floats, others * _counters(parts), parts * others)
     batch, groups = geometry[0], geometry[3]
     size, kernel, stride = geometry[4:7], geometry[7:10], geometry[10:13]
     dilation, out = geometry[16:19], geometry[19:22]
@@ -107,8 +107,16 @@ def workspace(direction: str, geometry: Geometry, dtype: torch.dtype, power: int
     wide = _NARROW if n <= _NARROW else _HIGH
     tiles = _ceil(m, _HIGH) * _ceil(n, wide) * phases * groups
     parts = _cut(_ceil(deep, _DEPTH), tiles, _TILES, _LEAST)
-    shared = parts > 1
-    return Workspace(tiles * parts * _HIGH * wide * shared, tiles * shared, tiles * parts)
+    floats = tiles * parts * _HIGH * wide if parts > 1 else 0
+    return Workspace(floats, tiles * _counters(parts), tiles * parts)
+
+
+def _counters(parts: int) -> int:
+    """Of one sum of so many parts, which are added in sets, see pk_set."""
+    size = 8
+    while parts > size * 8 and size * size < parts:
+        size *= 2
+    return 1 + _ceil(parts, size) if parts > 1 else 0
 
 
 def linear_geometry(batch: int, rows: int, columns: int) -> Geometry:

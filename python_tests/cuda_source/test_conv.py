@@ -28,6 +28,7 @@ MORE = (
     Geometry((9, 30), (3, 3), (1, 1), (1, 1), (1, 1), rows=67, channels=7, batch=1),
     Geometry((3, 3), (3, 3), (1, 1), (1, 1), (1, 1), rows=66, channels=130, batch=1),
     Geometry((25, 24), (3, 3), (1, 1), (1, 1), (1, 1), groups=3, rows=1, channels=1, batch=1),
+    Geometry((40, 36), (3, 3), (1, 1), (1, 1), (1, 1), rows=3, channels=2, batch=1),
     Geometry((11, 10), (3, 2), (4, 2), (1, 0), (2, 2), rows=6, channels=5, batch=2),
     Geometry((10,), (2,), (4,), (1,), (2,), rows=3, channels=2, batch=1),
     Geometry((1, 1), (1, 1), (3, 1), (1, 0), (1, 1), rows=3, channels=4, batch=1),
@@ -73,7 +74,7 @@ def test_batches_of_odd_weights(shape: tuple[int, int]) -> None:
     close(*both(lambda: ops.path_score(weight, x, g)))
 
 
-@pytest.mark.parametrize("geometry", [MORE[1], MORE[2], GEOMETRIES[8]], ids=str)
+@pytest.mark.parametrize("geometry", [MORE[1], MORE[2], MORE[3], GEOMETRIES[8]], ids=str)
 def test_bits_do_not_depend_on_the_blocks(geometry: Geometry) -> None:
     weight, x, g = geometry.weight(), geometry.x(), geometry.g()
     size, args = list(x.shape), geometry.args
