@@ -17,6 +17,7 @@
 #pragma once
 
 #include "flow_steps.cuh"
+#include "select_band.cuh"
 
 // --- instructions of one block -----------------------------------------------------------------------------------
 
@@ -116,6 +117,27 @@ PK_DEVICE void pk_flow_live(const PaikernFlowStep &step, long long block, long l
   by = by < -2000 ? -2000 : by > 2000 ? 2000 : by;
   const long long half = by / 2;
   *step.out = static_cast<float>(1.0 / now.mantissa * pk_double_power(half) * pk_double_power(by - half));
+}
+
+// --- sweeps that meet scores ----------------------------------------------------------------------------------------
+
+// What a sweep knows of the selection; false where it is an adjoint and nothing else. *terms is the map that comes in,
+// `inner` the layer.
+PK_DEVICE bool pk_flow_band(const PaikernFlowStep &step, PaikernSweep *sweep) {
+  const PaikernSelect &plan = *static_cast<const PaikernSelect *>(step.data);
+  const PaikernLayer &layer = plan.layers[step.inner];
+  const long long exponent = pk_exponent_of(*step.terms[0].scale) + pk_exponent_of(*step.product.g_scale);
+  unsigned least, beyond;
+  if (!pk_band_of(plan, exponent, &least, &beyond)) return false;
+  *sweep = {step.terms[0].values,
+            step.terms[0].scale,
+            0.0f,
+            reinterpret_cast<unsigned *>(layer.bits),
+            &plan.stream->nan,
+            least,
+            beyond,
+            reinterpret_cast<unsigned *>(layer.inside)};
+  return true;
 }
 
 // --- the table -----------------------------------------------------------------------------------------------------
@@ -227,6 +249,26 @@ extern "C" __global__ void __launch_bounds__(256, 2) paikern_flow_adjoint(const 
 extern "C" __global__ void __launch_bounds__(256)
     paikern_flow_adjoint_vector(const PaikernFlowStep *steps, long long at) {
   pk_adjoint_vector(steps[at].product, blockIdx.x, gridDim.x);
+  pk_flow_exponent(steps[at], blockIdx.x);
+}
+
+extern "C" __global__ void __launch_bounds__(256, 2) paikern_flow_sweep_32(const PaikernFlowStep *steps, long long at) {
+  PaikernSweep sweep = {};
+  if (pk_flow_band(steps[at], &sweep)) {
+    pk_adjoint_rows<0, kPkMeetsBand>(steps[at].product, sweep, blockIdx.x, gridDim.x);
+  } else {
+    pk_adjoint_rows<0, kPkMeetsNothing>(steps[at].product, sweep, blockIdx.x, gridDim.x);
+  }
+  pk_flow_exponent(steps[at], blockIdx.x);
+}
+
+extern "C" __global__ void __launch_bounds__(256, 2) paikern_flow_sweep_16(const PaikernFlowStep *steps, long long at) {
+  PaikernSweep sweep = {};
+  if (pk_flow_band(steps[at], &sweep)) {
+    pk_adjoint_16<kPkMeetsBand>(steps[at].product, sweep, blockIdx.x, gridDim.x);
+  } else {
+    pk_adjoint_16<kPkMeetsNothing>(steps[at].product, sweep, blockIdx.x, gridDim.x);
+  }
   pk_flow_exponent(steps[at], blockIdx.x);
 }
 

@@ -17,25 +17,25 @@ extern "C" __global__ void __launch_bounds__(256, 3) paikern_path_forward(PK_PRO
 
 // Of fp32 and of two-byte weights: together they would need more registers than three blocks leave each other.
 extern "C" __global__ void __launch_bounds__(256, 3) paikern_path_backward_32(PK_PRODUCT_PARAMETERS) {
-  pk_adjoint_rows<0, false>(PK_PRODUCT, {}, blockIdx.x, gridDim.x);
+  pk_adjoint_rows<0, kPkMeetsNothing>(PK_PRODUCT, {}, blockIdx.x, gridDim.x);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 3) paikern_path_backward_16(PK_PRODUCT_PARAMETERS) {
-  pk_adjoint_16<false>(PK_PRODUCT, {}, blockIdx.x, gridDim.x);
+  pk_adjoint_16<kPkMeetsNothing>(PK_PRODUCT, {}, blockIdx.x, gridDim.x);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 3)
     paikern_path_sweep_32(PK_PRODUCT_PARAMETERS, const float *a, double threshold, unsigned *bits,
                           unsigned long long *found) {
-  const PaikernSweep sweep = {a, nullptr, static_cast<float>(threshold), bits, found};
-  pk_adjoint_rows<0, true>(PK_PRODUCT, sweep, blockIdx.x, gridDim.x);
+  const PaikernSweep sweep = {a, nullptr, static_cast<float>(threshold), bits, found, 0, 0, nullptr};
+  pk_adjoint_rows<0, kPkMeetsThreshold>(PK_PRODUCT, sweep, blockIdx.x, gridDim.x);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2)
     paikern_path_sweep_16(PK_PRODUCT_PARAMETERS, const float *a, double threshold, unsigned *bits,
                           unsigned long long *found) {
-  const PaikernSweep sweep = {a, nullptr, static_cast<float>(threshold), bits, found};
-  pk_adjoint_16<true>(PK_PRODUCT, sweep, blockIdx.x, gridDim.x);
+  const PaikernSweep sweep = {a, nullptr, static_cast<float>(threshold), bits, found, 0, 0, nullptr};
+  pk_adjoint_16<kPkMeetsThreshold>(PK_PRODUCT, sweep, blockIdx.x, gridDim.x);
 }
 
 extern "C" __global__ void __launch_bounds__(256) paikern_path_score(PK_PRODUCT_PARAMETERS, double pruned, float *out) {

@@ -262,12 +262,18 @@ struct PaikernSweep {
   const PaikernScale *a_scale;
   float threshold;
   unsigned *bits;             // packed, rows one after the other; zero before unless columns % 8 == 0
-  unsigned long long *found;  // how many bits are set, and whether a score is NaN
+  unsigned long long *found;  // how many bits are set, and whether a score is NaN; of a band only the latter
+  // Or a band instead of a threshold, as bits of scores: `bits` of those from `beyond` on, `inside` of those from
+  // `least` up to before it. Columns are a multiple of 8.
+  unsigned least, beyond;
+  unsigned *inside;
 };
+
+enum PaikernMeets { kPkMeetsNothing, kPkMeetsThreshold, kPkMeetsBand };
 
 // The bits of four rows, of which each lane has kWide.
 template <int kWide>
-PK_DEVICE void pk_store_bits(const PaikernSweep &sweep, long long columns, long long row, long long column, int rows,
+PK_DEVICE void pk_store_bits(unsigned *bits, long long columns, long long row, long long column, int rows,
                              const unsigned (&above)[kPkRows]) {
   const int lane = static_cast<int>(threadIdx.x % 32);
 #pragma unroll
@@ -281,18 +287,19 @@ PK_DEVICE void pk_store_bits(const PaikernSweep &sweep, long long columns, long 
     if (r >= rows || lane % each != 0 || column >= columns) continue;
     const long long bit = (row + r) * columns + column;
     if (bytes) {
-      reinterpret_cast<unsigned char *>(sweep.bits)[bit >> 3] = static_cast<unsigned char>(word);
+      reinterpret_cast<unsigned char *>(bits)[bit >> 3] = static_cast<unsigned char>(word);
       continue;
     }
     const int from = static_cast<int>(bit & 31);
-    unsigned *at = sweep.bits + (bit >> 5);
+    unsigned *at = bits + (bit >> 5);
     if (word << from != 0) atomicOr(at, word << from);
     if (from != 0 && word >> (32 - from) != 0) atomicOr(at + 1, word >> (32 - from));
   }
 }
 
-template <int kType, bool kSweep>
+template <int kType, int kMeets>
 PK_DEVICE void pk_adjoint_rows(const PaikernProduct &p, const PaikernSweep &sweep, long long block, long long blocks) {
+  constexpr bool kSweep = kMeets != kPkMeetsNothing, kBand = kMeets == kPkMeetsBand;
   constexpr int kWide = kPkWide<kType>, kStep = 32 * kWide;
   PaikernScratch &scratch = pk_scratch();
   float *shared = scratch.a[0];  // [8, kStep], a and b together
@@ -311,7 +318,7 @@ PK_DEVICE void pk_adjoint_rows(const PaikernProduct &p, const PaikernSweep &swee
     float sums[kWide] = {}, a[kWide] = {};
     if (kSweep) pk_load_vector<kWide>(sweep.a, column, w.columns, pk_reader(sweep.a_scale, p.counts != 0), a);
     for (long long row = part * cut.steps * kPkBand + warp * kPkRows; row < end; row += kPkBand) {
-      unsigned raw[kPkRows][4], bits[kPkRows], above[kPkRows] = {};
+      unsigned raw[kPkRows][4], bits[kPkRows], above[kPkRows] = {}, inside[kPkRows] = {};
       float g[kPkRows];
       pk_load_rows<kType>(w, row, column, raw);
       pk_load_bits<kType>(p, w, row, column, bits);
@@ -325,15 +332,22 @@ PK_DEVICE void pk_adjoint_rows(const PaikernProduct &p, const PaikernSweep &swee
           sums[j] = __fmaf_rn(value, g[r], sums[j]);
           if (!kSweep) continue;
           const float score = __fmul_rn(__fmul_rn(value, a[j]), g[r]);
-          above[r] |= static_cast<unsigned>(score > sweep.threshold) << j;
+          if constexpr (kBand) {
+            const unsigned key = __float_as_uint(score);
+            above[r] |= static_cast<unsigned>(key >= sweep.beyond) << j;
+            inside[r] |= static_cast<unsigned>(key >= sweep.least && key < sweep.beyond) << j;
+          } else {
+            above[r] |= static_cast<unsigned>(score > sweep.threshold) << j;
+          }
           broken = broken || (score != score && ((bits[r] >> j) & 1u) != 0);
         }
         if (kSweep) above[r] &= bits[r];
-        if (kSweep) set += static_cast<unsigned>(__popc(above[r]));
+        if (kBand) inside[r] &= bits[r];
+        if (kSweep && !kBand) set += static_cast<unsigned>(__popc(above[r]));
       }
-      if (kSweep) {
-        pk_store_bits<kWide>(sweep, w.columns, row, column, static_cast<int>(pk_least(kPkRows, w.rows - row)), above);
-      }
+      const int rows = static_cast<int>(pk_least(kPkRows, w.rows - row));
+      if (kSweep) pk_store_bits<kWide>(sweep.bits, w.columns, row, column, rows, above);
+      if (kBand) pk_store_bits<kWide>(sweep.inside, w.columns, row, column, rows, inside);
     }
     // Those of the warps, one after the other: column thread / 32 of lane thread % 32.
     __syncthreads();
@@ -363,7 +377,9 @@ PK_DEVICE void pk_adjoint_rows(const PaikernProduct &p, const PaikernSweep &swee
     if (writes) pk_note(&top, sum);
   }
   pk_raise_top(p.top, __uint_as_float(top));
-  if constexpr (kSweep) {
+  if constexpr (kBand) {
+    if (broken) atomicMax(sweep.found, 1ull);
+  } else if constexpr (kSweep) {
     for (int by = 16; by > 0; by /= 2) set += __shfl_xor_sync(0xffffffffu, set, by);
     if (lane == 0 && set != 0) atomicAdd(sweep.found, set);
     if (broken) atomicMax(sweep.found + 1, 1ull);
@@ -371,24 +387,24 @@ PK_DEVICE void pk_adjoint_rows(const PaikernProduct &p, const PaikernSweep &swee
 }
 
 // Of weights of two bytes, and of power 0.
-template <bool kSweep>
+template <int kMeets>
 PK_DEVICE void pk_adjoint_16(const PaikernProduct &p, const PaikernSweep &sweep, long long block, long long blocks) {
-  if (p.type == 1 || p.power == 0) return pk_adjoint_rows<1, kSweep>(p, sweep, block, blocks);
-  pk_adjoint_rows<2, kSweep>(p, sweep, block, blocks);
+  if (p.type == 1 || p.power == 0) return pk_adjoint_rows<1, kMeets>(p, sweep, block, blocks);
+  pk_adjoint_rows<2, kMeets>(p, sweep, block, blocks);
 }
 
-template <bool kSweep>
+template <int kMeets>
 PK_DEVICE void pk_adjoint_any(const PaikernProduct &p, const PaikernSweep &sweep, long long block, long long blocks) {
-  if (p.type == 0 && p.power != 0) return pk_adjoint_rows<0, kSweep>(p, sweep, block, blocks);
-  pk_adjoint_16<kSweep>(p, sweep, block, blocks);
+  if (p.type == 0 && p.power != 0) return pk_adjoint_rows<0, kMeets>(p, sweep, block, blocks);
+  pk_adjoint_16<kMeets>(p, sweep, block, blocks);
 }
 
 PK_DEVICE void pk_adjoint_vector(const PaikernProduct &p, long long block, long long blocks) {
-  pk_adjoint_any<false>(p, {}, block, blocks);
+  pk_adjoint_any<kPkMeetsNothing>(p, {}, block, blocks);
 }
 
 PK_DEVICE void pk_path_sweep(const PaikernProduct &p, const PaikernSweep &sweep, long long block, long long blocks) {
-  pk_adjoint_any<true>(p, sweep, block, blocks);
+  pk_adjoint_any<kPkMeetsThreshold>(p, sweep, block, blocks);
 }
 
 // --- score ----------------------------------------------------------------------------------------------------------

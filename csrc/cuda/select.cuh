@@ -64,7 +64,8 @@ struct PaikernStream {
   long long lowest;             // exponent, of the last round's layers and some below
   long long failed;             // 1: a layer could not be met by the band
   long long settled;            // 1: the band held
-  long long rounds;             // in which it did
+  unsigned long long nan;       // 1: a sweep met NaN, which the ordinary filter is left to name
+  long long rounds;             // in which the band held
 };
 
 struct PaikernSelect {

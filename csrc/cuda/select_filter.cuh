@@ -18,7 +18,7 @@ PK_DEVICE void pk_check_band(const PaikernSelect &plan, int ranking) {
   const unsigned long long k = static_cast<unsigned long long>(plan.k[ranking]), above = state.above;
   const unsigned long long inside = state.inside;
   bool complete = inside <= static_cast<unsigned long long>(plan.rankings[ranking].capacity);
-  if (kStreamed && plan.stream->failed != 0) complete = false;
+  if (kStreamed && (plan.stream->failed != 0 || plan.stream->nan != 0)) complete = false;
   if (complete && k == above && plan.emit) {
     state.stage = kPkDone;  // everything above the band and nothing else
   } else if (k > above && k - above <= inside && complete) {

@@ -15,10 +15,10 @@
 // GPU.
 #pragma once
 
+#include "select_band.cuh"
 #include "select_filter.cuh"
 
 constexpr double kPkFirstReach = 0.2, kPkLeastReach = 0.002, kPkLargestReach = 2.0;  // of log2
-constexpr long long kPkMargin = 100000;  // exponents below those of the last round that a band can still meet
 
 // The key among all layers of 2**log2.
 PK_DEVICE unsigned long long pk_key_of_log2(const PaikernSelect &plan, double log2, long long lowest) {
@@ -38,6 +38,7 @@ extern "C" __global__ void paikern_select_forecast(const PaikernSelect *plan_at)
   state.need = state.left = state.all = 0;
   state.stage = kPkMissed;
   stream.failed = stream.settled = 0;
+  stream.nan = 0;
   stream.guess = 0.0;
   if (stream.points < 2 || k < 1.0 || k >= total) return;
   const double odds = log2(k / (total - k)), step = stream.odds[0] - stream.odds[1];

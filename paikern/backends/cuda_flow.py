@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 (RESET, FILL, FORWARD, ADJOINT, JOIN, NORMALISE, SCALE, MEAN, SPREAD, POOL, UNPOOL, TOTAL, RECORD,
- EXPONENTS, BITS, SCORE, LIVE, DPAI) = range(18)  # fmt: skip
+ EXPONENTS, BITS, SCORE, LIVE, DPAI, SWEEP) = range(19)  # fmt: skip
 # Numbers in a PaikernFlowStep, a PaikernTerm, a PaikernScale, a PaikernDpai.
 _ROW, _TERM, _SLOT, _DPAI = 20 + 14, 4, 2, 20
 _FIELDS = 9  # of a PaikernFlowRecord
@@ -126,7 +126,7 @@ class Instruction:
     factor: Tensor | None = None
     pool: Sequence[int] = ()
     places: Tensor | None = None
-    data: Tensor | int = 0
+    data: Tensor | int | tuple[int, ...] = 0  # a tuple: for each parity
     average: bool = False
     product: Product | None = None
     dpai: Dpai | None = None
@@ -135,7 +135,8 @@ class Instruction:
         """What the product of this instruction takes."""
         p = self.product
         assert p is not None
-        direction = {FORWARD: "forward", ADJOINT: "adjoint", SCORE: "score"}[self.kind]
+        ways = {FORWARD: "forward", ADJOINT: "adjoint", SWEEP: "adjoint", SCORE: "score"}
+        direction = ways[self.kind]
         dtype = torch.float32 if p.weight is None else p.weight.dtype
         return cuda_path.workspace(direction, p.geometry, dtype, p.power)
 
@@ -292,7 +293,7 @@ class FlowTable:
             _at(step.factor),
             pool,
             _at(step.places),
-            update if step.dpai else _address(step.data),
+            update if step.dpai else _address(step.data, parity),
             self._round.data_ptr(),
             self.records.data_ptr(),
             int(self.counts),
@@ -330,6 +331,8 @@ class FlowTable:
         while at < last:
             end = at
             while end < last and wanted[end - first] <= _TURNS * together:
+                if self.instructions[end].kind == SWEEP:
+                    break
                 end += 1
             if end > at + 1:
                 blocks = min(together, max(wanted[at - first : end - first]))
@@ -357,12 +360,18 @@ class FlowTable:
 
 def _alone(step: Instruction) -> str:
     """The kernel of one instruction."""
+    if step.kind == SWEEP:
+        assert step.product is not None
+        assert step.product.weight is not None
+        return f"paikern_flow_sweep_{8 * step.product.weight.element_size()}"
     kernel = _ALONE.get(step.kind, "paikern_flow_small")
     vector = step.kind in (FORWARD, ADJOINT) and step.product and one_vector(step.product.geometry)
     return f"{kernel}_vector" if vector else kernel
 
 
-def _address(place: Tensor | int) -> int:
+def _address(place: Tensor | int | tuple[int, ...], parity: int) -> int:
+    if isinstance(place, tuple):
+        return place[parity]
     return place if isinstance(place, int) else place.data_ptr()
 
 

@@ -184,7 +184,7 @@ class SelectionPlan:
 
 def new_stream(like: Tensor) -> Tensor:
     """What rounds remember of each other (PaikernStream)."""
-    return like.new_zeros(11, dtype=torch.int64)
+    return like.new_zeros(12, dtype=torch.int64)
 
 
 def settled_rounds(stream: Tensor) -> int:

@@ -72,6 +72,8 @@ class DeviceProgram:
         self._arena = arena
         self.table = FlowTable(arena, rounds, flow.counts)
         self.visits: list[Visit] = []
+        # Those that read a stored matrix by columns, by the number of the step.
+        self.adjoints: dict[int, Instruction] = {}
         self._held: list[Tensor] = []
         self._saved: dict[int, Any] = {}
         self._calls: list[tuple[int, Callable[[], None]]] = []
@@ -189,7 +191,10 @@ class DeviceProgram:
         to = self._target(arrived, i)
         product = self._product(step, to, g, False)
         kind = table.FORWARD if step.transposed else table.ADJOINT
-        self.table.add(Instruction(kind, to.values, to.slot, g.slot, product=product))
+        adjoint = Instruction(kind, to.values, to.slot, g.slot, product=product)
+        self.table.add(adjoint)
+        if not step.transposed:
+            self.adjoints[index] = adjoint
         self._back_slots.append((index, to.slot))
         self._landed(arrived, i, to)
 

@@ -33,12 +33,17 @@ def tensor(step: Weight, state: State, like: Tensor) -> Tensor:
     return w.double() if like.dtype == torch.float64 else w
 
 
-def mask(step: Weight, masks: Mapping[str, Tensor], shape: torch.Size) -> Tensor | None:
+def mask(
+    step: Weight, masks: Mapping[str, Tensor], shape: torch.Size, like: Tensor
+) -> Tensor | None:
     """The packed mask of the stored weight, or of the rows that this step uses.
 
-    `shape` is that of the rows in use. Rows that begin inside a byte are repacked.
+    `shape` is that of the rows in use. Rows that begin inside a byte are repacked. Masks from a
+    file lie on the CPU, whatever the device of `like`, where they are needed.
     """
     packed = masks.get(step.parameter)
+    if packed is not None and not (packed.is_cpu and like.is_cpu):
+        packed = packed.to(like.device)
     if packed is None or step.rows is None:
         return packed
     row = shape.numel() // shape[0] if shape[0] else 0
@@ -81,7 +86,7 @@ def _apply(
     shape: tuple[int, ...],
 ) -> Tensor:
     w = tensor(step, state, x)
-    m = mask(step, masks, w.shape)
+    m = mask(step, masks, w.shape, x)
     if step.kind == "linear":
         run = kernel("path_backward" if backward else "path_forward", w, x)
         return run(w, x.reshape(-1, x.shape[-1]), power, m).reshape(shape)
@@ -103,7 +108,7 @@ def score(
 ) -> Tensor:
     """`|W|**power * M * (g^T x)`, float32, shape of the rows in use; `pruned` where M is 0."""
     w = tensor(step, state, x)
-    m = mask(step, masks, w.shape)
+    m = mask(step, masks, w.shape, x)
     if step.transposed:
         x, g = g, x  # the stored rows are the inputs
     if step.kind == "linear":

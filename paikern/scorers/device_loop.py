@@ -17,10 +17,10 @@ from torch import Tensor
 
 from paikern import ops
 from paikern.backends import cuda_launch, registry
-from paikern.backends.cuda_flow import SCORE, Instruction, Record
+from paikern.backends.cuda_flow import SCORE, SWEEP, Instruction, Record, one_vector
 from paikern.backends.cuda_graph import Replay
 from paikern.backends.cuda_layers import Layer, path_layer
-from paikern.backends.cuda_select import SelectionPlan
+from paikern.backends.cuda_select import SelectionPlan, new_stream
 from paikern.errors import NonFiniteScoreError, PaikernError
 from paikern.pathgraph import Flow
 from paikern.pathgraph.device_program import DeviceProgram, Visit, can_run, device_of
@@ -33,6 +33,9 @@ _SECONDS_A_BATCH = 0.1
 # A selection that makes a score again adds up its products one by one, for the sample, the filter
 # and the ties; from so many on, tiles of products that are stored cost less. Not yet measured.
 SCORES_STORED_FROM = 17
+# Weights of a matrix from which on the sweep back meets its scores: a read of them is saved,
+# against two bits a weight and a kernel of its own. Not yet measured.
+MET_FROM = 1 << 20
 
 
 class DeviceLoop:
@@ -89,20 +92,46 @@ class DeviceLoop:
         k = exponents.new_zeros(len(counts[0]))
         planned = torch.tensor(counts, dtype=torch.int64).to(exponents.device)
         program.per_round.append((planned, k))
+        inside = [self._inside(visit, len(counts[0])) for _, visit in parts]
+        streams = any(bits is not None for bits in inside) and len(parts) > 1
+        self.stream = new_stream(exponents) if streams else None
         self._swept = len(program.table.instructions)
         for parity in range(2):
             program.check_bits([pair[parity] for pair in self._masks.values()])
         program.record()
-        program.finish()
         self._plans = [
             SelectionPlan(
-                [self._layer(i, *part, parity) for i, part in enumerate(parts)], k, exponents
+                [
+                    self._layer(i, *part, parity)._replace(inside=inside[i] if streams else None)
+                    for i, part in enumerate(parts)
+                ],
+                k,
+                exponents,
+                stream=self.stream,
             )
             for parity in range(2)
         ]
+        for layer, (_, met) in enumerate(parts):
+            if met is not None and streams and inside[layer] is not None:
+                adjoint = program.adjoints[met.number]
+                adjoint.kind, adjoint.terms, adjoint.inner = SWEEP, (met.x,), layer
+                adjoint.data = tuple(plan.address for plan in self._plans)
+        program.finish()
         self._replays = [
             Replay(functools.partial(self._round, parity), exponents) for parity in range(2)
         ]
+
+    def _inside(self, visit: Visit | None, rankings: int) -> Tensor | None:
+        """A place for the bits of scores that the sweep back is to meet, or None."""
+        if visit is None or rankings > 1 or visit.number not in self._program.adjoints:
+            return None
+        p = visit.product
+        assert p.weight is not None
+        if self._power != p.power or not one_vector(p.geometry):
+            return None
+        if p.weight.shape[1] % 8 or p.weight.numel() < MET_FROM:
+            return None
+        return p.weight.new_empty(p.weight.numel() // 8, dtype=torch.uint8)
 
     def _stored(self, visit: Visit | None) -> Tensor | None:
         """A place for the scores of a layer, where making them again costs more than reading."""
@@ -130,7 +159,9 @@ class DeviceLoop:
 
     def _round(self, parity: int) -> None:
         written = self._swept + 1 - parity
-        self._program.run(parity, 0, self._swept)
+        self._program.run(parity, 0, 1)
+        self._plans[parity].forecast()
+        self._program.run(parity, 1, self._swept)
         self._plans[parity].launch()
         self._program.run(parity, written, written + 1)
         self._program.run(parity, self._swept + 2)
@@ -217,5 +248,5 @@ def _apart(uses: Sequence[Weight], shape: tuple[int, ...]) -> bool:
     rows = sorted(step.rows for step in uses if step.rows is not None)
     ends = [0, *(stop for _, stop in rows)]
     joined = all(start == end for (start, _), end in zip(rows, ends, strict=False))
-    bits = math.prod(shape[1:])
-    return joined and ends[-1] == shape[0] and all(end * bits % 8 == 0 for end in ends[:-1])
+    bits = math.prod(shape[1:])  # masks are read and written by words
+    return joined and ends[-1] == shape[0] and all(end * bits % 32 == 0 for end in ends[:-1])

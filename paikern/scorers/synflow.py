@@ -85,7 +85,7 @@ class PathScorer(Scorer):
         for name, steps in uses.items():
             if name in found and self.monotone and (len(steps) > 1 or steps[0].rows):
                 _exclude_pruned(found[name], run, name)
-        none = {n: Dense(torch.zeros(run.shapes[n])) for n in run.layers if n not in found}
+        none = {n: Dense(_zeros(run, n)) for n in run.layers if n not in found}
         return Scores({name: {**found, **none}[name] for name in run.layers}, run.shapes)
 
     def loop(self, run: Run) -> PathLoop | DeviceLoop | None:
@@ -229,11 +229,15 @@ def note_closed_norms(run: Run) -> None:
         )
 
 
+def _zeros(run: Run, name: str) -> Tensor:
+    return torch.zeros(run.shapes[name], device=run.weight(name).device)
+
+
 def _gather(held: Score | None, step: Weight, part: Score, shape: tuple[int, ...]) -> Dense:
     """Place the rows of a fused projection; sum over the uses of a shared parameter."""
     new = part.dense() if isinstance(part, Factored) else part
     if not isinstance(held, Dense):
-        held = Dense(torch.zeros(shape), new.exponent)
+        held = Dense(new.values.new_zeros(shape), new.exponent)
     top = max(held.exponent, new.exponent)
     values = held.values * 2.0 ** (held.exponent - top)
     rows = slice(None) if step.rows is None else slice(*step.rows)

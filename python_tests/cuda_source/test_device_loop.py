@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import paikern as pk
 from paikern.backends import cuda_flow, registry
+from paikern.backends.cuda_select import settled_rounds
 from paikern.errors import NonFiniteScoreError, PaikernError
 from paikern.scorers import device_loop
 from python_tests.cuda_source import shim
@@ -154,6 +155,75 @@ def test_scores_that_are_stored_and_made_again(
     stored = sum(scores is not None for scores in made[0]._scores)
     assert stored == (len(found) if stored_from == 1 else 0)
     assert differing(found, wanted) <= 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", ["synflow", "synflow_l2"])
+def test_sweeps_meet_the_scores(
+    method: str,
+    dtype: torch.dtype,
+    made: list[device_loop.DeviceLoop],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The selection of most rounds needs no read of its own, and the masks stay what they were."""
+    torch.manual_seed(10)
+    monkeypatch.setattr(device_loop, "MET_FROM", 0)
+    net = pk.zoo.create("mlp", sizes=(40, 64, 96, 200, 10)).to(dtype)
+    x = torch.ones(1, 40, dtype=dtype)
+    found, wanted = both(net, x, made, method, rounds=20, sparsity=0.95)
+    assert differing(found, wanted) <= 1e-3
+    assert made[0].stream is not None
+    assert settled_rounds(made[0].stream) >= 12
+    monkeypatch.setattr(device_loop, "MET_FROM", 10**9)
+    read = pk.prune(
+        net, method, backend="cuda_source", rounds=20, sparsity=0.95, example_inputs=x, apply=False
+    )
+    assert made[1].stream is None
+    assert all(torch.equal(found.packed(n), read.packed(n)) for n in read)
+
+
+@pytest.mark.parametrize("schedule", ["exponential", "linear"])
+def test_a_band_that_misses_costs_a_read(
+    schedule: str, made: list[device_loop.DeviceLoop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two groups of weights far apart: the k-th score jumps in the middle of the run."""
+    torch.manual_seed(11)
+    monkeypatch.setattr(device_loop, "MET_FROM", 0)
+    net = pk.zoo.create("mlp", sizes=(16, 64, 64, 16))
+    for m in net.modules():
+        if isinstance(m, nn.Linear):
+            m.weight.data = torch.where(torch.rand(m.weight.shape) < 0.4, 1e-6, 1.0) * m.weight
+    options: dict[str, Any] = {"schedule": schedule, "rounds": 16, "sparsity": 0.9}
+    found, wanted = both(net, torch.ones(1, 16), made, **options)
+    assert differing(found, wanted) <= 1e-3
+    assert made[0].stream is not None
+    assert 0 < settled_rounds(made[0].stream) < 14
+
+
+def test_nan_under_a_sweep_that_meets_scores(
+    made: list[device_loop.DeviceLoop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A weight that becomes NaN while rounds run is named by the parameter, not kept in silence."""
+    torch.manual_seed(12)
+    monkeypatch.setattr(device_loop, "MET_FROM", 0)
+    net = pk.zoo.create("mlp", sizes=(16, 64, 64, 8))
+    layer = [m for m in net.modules() if isinstance(m, nn.Linear)][1]
+    turn, calls = device_loop.DeviceLoop._round, 0
+
+    def spoiled(self: device_loop.DeviceLoop, parity: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 9:
+            layer.weight.data.fill_(float("nan"))
+        turn(self, parity)
+
+    monkeypatch.setattr(device_loop.DeviceLoop, "_round", spoiled)
+    with pytest.raises(NonFiniteScoreError, match=r"layers.*\.weight"):
+        pk.prune(
+            net, "synflow", backend="cuda_source", rounds=12, sparsity=0.9,
+            example_inputs=torch.ones(1, 16), apply=False,
+        )  # fmt: skip
+    assert calls >= 9
 
 
 def test_runs_are_equal_bit_for_bit(made: list[device_loop.DeviceLoop]) -> None:
