@@ -33,7 +33,7 @@ from typing import IO, Any, NamedTuple
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[1]
-NEEDED = ("torch", "numpy", "safetensors", "tqdm", "rich", "matplotlib", "pybind11", "setuptools")
+NEEDED = ("torch", "numpy", "safetensors", "tqdm", "rich", "matplotlib", "pybind11")
 WANTED = ("triton", "cupy", "pytest", "hypothesis", "xdist", "pytest_timeout")
 SUITES = "python_tests/gpu/test_suites.py"
 MEMCHECK_EVERY = 6  # tests: it is that much slower
@@ -113,19 +113,43 @@ class Check:
         return DONE, words + (f"; without {', '.join(wanting)}" if wanting else "")
 
     def build(self, budget: float) -> tuple[str, str]:
-        """With this interpreter and what it has: no environment of its own, nothing fetched."""
-        switches = {"PAIKERN_CUDA": "ON" if self.on_gpu else "OFF"}
-        arch = self.about.get("versions", {}).get("arch")
-        if arch:
-            switches["PAIKERN_CUDA_ARCHS"] = f"{arch}-real"
-        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-        ended = self._started(command, budget, switches)
-        if ended.code != 0:
-            return (CUT if ended.code is None else FAILED), last_line(ended.output)
+        """By CMake with this interpreter: no environment of its own, nothing fetched."""
+        until = time.monotonic() + budget
+        for command in self.build_commands():
+            left = until - time.monotonic()
+            ended = self._started(
+                command, max(1.0, left), {"CUDACXX": self.about.get("nvcc") or ""}
+            )
+            if ended.code != 0:
+                return (CUT if ended.code is None else FAILED), _error_line(ended.output)
         usable = self._started([sys.executable, "-c", _USABLE], 60)
-        if usable.code:
-            return FAILED, last_line(usable.output)
-        return DONE, last_line(usable.output)
+        return (FAILED if usable.code else DONE), last_line(usable.output)
+
+    def build_commands(self) -> list[list[str]]:
+        """Configure, build, and put each module beside the package's sources."""
+        import pybind11
+
+        folder, package = ROOT / "build/gpu_check", ROOT / "paikern"
+        modules = ["_C", "_cuda"] if self.on_gpu else ["_C"]
+        switches = [
+            f"-DPAIKERN_CUDA={'ON' if self.on_gpu else 'OFF'}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            "-DCMAKE_BUILD_TYPE=Release",
+        ]
+        if arch := self.about.get("versions", {}).get("arch"):
+            switches.append(f"-DPAIKERN_CUDA_ARCHS={arch}-real")
+        if shutil.which("ninja", path=_tools_path()):
+            switches.append("-GNinja")
+        jobs = str(os.cpu_count() or 1)
+        return [
+            ["cmake", "-S", str(ROOT), "-B", str(folder), *switches],
+            ["cmake", "--build", str(folder), "--target", *modules, "--parallel", jobs],
+            *(
+                ["cmake", "--install", str(folder), "--component", name, "--prefix", str(package)]
+                for name in modules
+            ),
+        ]
 
     def tests(self, budget: float) -> tuple[str, str]:
         if importlib.util.find_spec("pytest") is None:
@@ -273,7 +297,8 @@ def _tools_path() -> str:
     """The PATH and where a toolkit puts nvcc and compute-sanitizer."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     more = [f"{home}/bin", f"{home}/compute-sanitizer"]
-    return os.pathsep.join([os.environ.get("PATH", os.defpath), *more])
+    own = str(Path(sys.executable).parent)  # where packages put cmake and ninja
+    return os.pathsep.join([os.environ.get("PATH", os.defpath), own, *more])
 
 
 def _pytest() -> list[str]:
@@ -313,6 +338,12 @@ def _of_tests(ended: Ended, report: Path) -> tuple[str, str]:
 def _broken(left_out: Sequence[str]) -> bool:
     """Parts that failed, not those for which there was no time or no compiler."""
     return any(re.search(r": \w+(Error|Exception): ", words) for words in left_out)
+
+
+def _error_line(words: str) -> str:
+    """The first line that a compiler calls an error, else the last one."""
+    found = (line.strip() for line in words.splitlines() if re.search(r"\berror\b", line, re.I))
+    return next(found, last_line(words))
 
 
 def last_line(words: str) -> str:

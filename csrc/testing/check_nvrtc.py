@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -86,27 +87,31 @@ def find() -> tuple[Nvrtc | None, str]:
     return None, why
 
 
-def needs(nvrtc: Nvrtc, arches: Sequence[int] = check_cuda.DEFAULT) -> list[budgets.Need]:
+def needs(
+    nvrtc: Nvrtc, arches: Sequence[int] = check_cuda.DEFAULT, jobs: int | None = None
+) -> list[budgets.Need]:
     """The kernels of the whole text.
 
     A spill is shown and no fault: another version of the compiler is in every installation, and
     registers are tuned with nvcc. That it compiles, and holds every kernel, is what is asked.
     """
-    text, found = cuda_jit.assemble(), []
-    names = set(
-        re.findall(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)', text)
-    )
-    for arch in arches:
+    text = cuda_jit.assemble()
+    declared = r'extern "C" __global__ void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\('
+    names = set(re.findall(declared, text))
+
+    def one(arch: int) -> list[budgets.Need]:
         options = (*cuda_jit.options_for(divmod(arch, 10)), "--ptxas-options=-v")
         whole = budgets.Need("paikern.cu", "nvrtc", f"sm_{arch}", check_cuda.THREADS, 0, 0, 0)
         try:
             cubin, words = nvrtc.compiled(text, options)
         except RuntimeError as error:
-            found.append(whole._replace(error=str(error)))
-            continue
+            return [whole._replace(error=str(error))]
         told = list(check_cuda.parse(words, f"sm_{arch}", "nvrtc"))
-        found += [need._replace(tolerated=need.spilled) for need in told]
+        found = [need._replace(tolerated=need.spilled) for need in told]
         missing = {name for name in names if name.encode() not in cubin}
         if missing or not cubin.startswith(b"\x7fELF"):
             found.append(whole._replace(error=f"the cubin lacks {', '.join(sorted(missing))}"))
-    return found
+        return found
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return [need for found in pool.map(one, arches) for need in found]

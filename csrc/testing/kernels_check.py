@@ -46,7 +46,7 @@ def nvrtc(jobs: int | None) -> list[budgets.Need] | str:
     import check_nvrtc
 
     library, where = check_nvrtc.find()
-    return where if library is None else check_nvrtc.needs(library)
+    return where if library is None else check_nvrtc.needs(library, jobs=jobs)
 
 
 CHECKS = {"triton": triton, "nvcc": nvcc, "nvrtc": nvrtc}

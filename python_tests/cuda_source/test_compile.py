@@ -67,15 +67,32 @@ def test_bounds_of_kernels_are_read_from_the_source() -> None:
     assert set(found.values()) <= {32 * warps for warps in range(1, 33)}
 
 
-def test_the_text_compiles_through_nvrtc() -> None:
-    nvrtc, why = check_nvrtc.find()
-    if nvrtc is None:
+@pytest.fixture
+def nvrtc() -> check_nvrtc.Nvrtc:
+    found, why = check_nvrtc.find()
+    if found is None:
         pytest.skip(why)
+    return found
+
+
+@pytest.mark.slow
+def test_the_text_compiles_through_nvrtc(nvrtc: check_nvrtc.Nvrtc) -> None:
     found = check_nvrtc.needs(nvrtc, [90])
     assert budgets.verdict(found) == []
     assert len({need.kernel for need in found}) == len(found)
+
+
+def test_an_error_of_nvrtc_is_told_with_its_line(nvrtc: check_nvrtc.Nvrtc) -> None:
     with pytest.raises(RuntimeError, match=r"NVRTC_ERROR_COMPILATION.*\n.*paikern\.cu\(1\)"):
         nvrtc.compiled("wrong", ())
+    cubin, words = nvrtc.compiled(
+        'extern "C" __global__ void k(float *x) { x[threadIdx.x] = 1; }',
+        ("--gpu-architecture=sm_90", "--ptxas-options=-v"),
+    )
+    assert cubin.startswith(b"\x7fELF")
+    (need,) = check_cuda.parse(words, "sm_90", "nvrtc")
+    assert (need.kernel, need.spilled) == ("k", 0)
+    assert need.registers > 0
 
 
 def test_device_code_needs_no_standard_header() -> None:
