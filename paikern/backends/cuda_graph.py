@@ -46,9 +46,9 @@ class Replay:
         here = torch.cuda.current_stream()
         stream.wait_stream(here)
         collecting = gc.isenabled()
-        # `torch.cuda.graph` collects garbage and empties the cache first, which can take longer than
-        # the rounds of a small network. What it fears is a collection in between that frees memory
-        # of the device: there is none. Other threads (a loader that pins memory) may go on.
+        # `torch.cuda.graph` collects garbage and empties the cache first, which can take longer
+        # than the rounds of a small network. What it fears is a collection in between that frees
+        # memory of the device: there is none. Other threads may go on calling CUDA.
         gc.disable()
         try:
             with torch.cuda.stream(stream):
