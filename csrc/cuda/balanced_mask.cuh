@@ -22,6 +22,7 @@
 // Device code without standard headers: nvcc, NVRTC and csrc/testing/cuda_on_cpu.h compile the same text.
 #pragma once
 
+#include "block_scan.cuh"
 #include "philox.cuh"
 
 // Nineteen numbers that paikern/backends/cuda_balanced_mask.py fills.
@@ -46,25 +47,6 @@ struct PaikernBalanced {
 
 constexpr int kPkDealThreads = 256;
 
-// The sum of the values of this thread and those before it; *total of all. Barriers on both sides.
-PK_DEVICE long long pk_upto_in_block(long long value, long long *total) {
-  __shared__ long long sums[kPkDealThreads / 32];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  for (int by = 1; by < 32; by *= 2) {
-    const long long other = __shfl_up_sync(0xffffffffu, value, by);
-    if (lane >= by) value += other;
-  }
-  if (lane == 31) sums[warp] = value;
-  __syncthreads();
-  *total = 0;
-  for (int w = 0; w < kPkDealThreads / 32; ++w) {
-    if (w == warp) value += *total;
-    *total += sums[w];
-  }
-  __syncthreads();
-  return value;
-}
-
 extern "C" __global__ void __launch_bounds__(256) paikern_balanced_starts(const PaikernBalanced *task_at) {
   const PaikernBalanced &task = *task_at;
   const long long *rows = task.rows + blockIdx.x * task.inputs;
@@ -74,10 +56,10 @@ extern "C" __global__ void __launch_bounds__(256) paikern_balanced_starts(const 
     const long long i = from + threadIdx.x, row = i < task.inputs ? rows[i] : 0;
     const long long round = row / task.outputs;
     long long total;
-    const long long upto = pk_upto_in_block(row - round * task.outputs, &total);
+    const long long upto = pk_upto_in_block<kPkDealThreads>(row - round * task.outputs, &total);
     if (i < task.inputs) starts[i + 1] = dealt + upto;
     dealt += total;
-    pk_upto_in_block(round, &total);
+    pk_upto_in_block<kPkDealThreads>(round, &total);
     covered += total;
   }
   if (threadIdx.x != 0) return;
@@ -149,12 +131,12 @@ PK_DEVICE void pk_exchange(int *order, const int *seen, int row, long long outpu
     const long long k = from + thread;
     const bool twice = k < end && seen[order[k]] == row;
     long long wanted;
-    const long long turn = pk_upto_in_block(twice, &wanted);
+    const long long turn = pk_upto_in_block<kPkDealThreads>(twice, &wanted);
     for (long long given = 0; given < wanted;) {  // a block of threads of the lap at a time
       const long long place = next + thread;
       const bool free = place < border + outputs && seen[order[place]] != row;
       long long found;
-      const long long number = given + pk_upto_in_block(free, &found);
+      const long long number = given + pk_upto_in_block<kPkDealThreads>(free, &found);
       if (free && number <= wanted) places[number - 1] = place;
       if (free && number == wanted) last = place;
       __syncthreads();
@@ -166,7 +148,6 @@ PK_DEVICE void pk_exchange(int *order, const int *seen, int row, long long outpu
       }
       given += found;
       next = given < wanted ? next + kPkDealThreads : last + 1;
-      __syncthreads();
     }
   }
 }
@@ -178,7 +159,7 @@ PK_DEVICE void pk_favour(int *order, const int *favourites, const int *seen, lon
     const long long k = from + threadIdx.x;
     const bool wanted = k < outputs && seen[favourites[k]] != row;
     long long found;
-    const long long place = at + pk_upto_in_block(wanted, &found) - 1;
+    const long long place = at + pk_upto_in_block<kPkDealThreads>(wanted, &found) - 1;
     if (wanted && place < end) order[place] = favourites[k];
     at += found;
   }
@@ -199,6 +180,7 @@ extern "C" __global__ void __launch_bounds__(256) paikern_balanced_deal(const Pa
     __syncthreads();
     if (border < dealt) {
       pk_exchange(order, seen, row, outputs, border, end);
+      __syncthreads();
     } else {
       pk_favour(order, favourites, seen, outputs, row, border, end);
     }

@@ -20,10 +20,10 @@
 // Device code without standard headers: nvcc, NVRTC and csrc/testing/cuda_on_cpu.h compile the same text.
 #pragma once
 
-#include "scores.cuh"
+#include "block_scan.cuh"
 
 constexpr int kPkKeepThreads = 1024;
-constexpr long long kPkWindow = 1000;
+constexpr int kPkWindow = 1000;
 
 struct PaikernKept {
   long long kept, walks, window_new, window_skipped, skipped;
@@ -41,32 +41,14 @@ extern "C" __global__ void paikern_phew_repeats(const long long *walks, long lon
   repeats[i] = again;
 }
 
-// The sum of the values of this thread and those before it; *total of all. Not twice without a barrier between.
-PK_DEVICE long long pk_sum_upto(long long value, long long *total) {
-  __shared__ long long sums[kPkKeepThreads / 32];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  for (int by = 1; by < 32; by *= 2) {
-    const long long other = __shfl_up_sync(0xffffffffu, value, by);
-    if (lane >= by) value += other;
-  }
-  if (lane == 31) sums[warp] = value;
-  __syncthreads();
-  *total = 0;
-  for (int w = 0; w < kPkKeepThreads / 32; ++w) {
-    if (w == warp) value += *total;
-    *total += sums[w];
-  }
-  return value;
-}
-
 // The first thread that says yes, or the number of threads. Not twice without a barrier between.
-PK_DEVICE long long pk_first_yes(bool yes) {
+PK_DEVICE int pk_first_yes(bool yes) {
   __shared__ unsigned votes[kPkKeepThreads / 32];
   const unsigned word = __ballot_sync(0xffffffffu, yes);
   if (threadIdx.x % 32 == 0) votes[threadIdx.x / 32] = word;
   __syncthreads();
   for (int w = 0; w < kPkKeepThreads / 32; ++w) {
-    if (votes[w] != 0) return 32ll * w + __ffs(static_cast<int>(votes[w])) - 1;
+    if (votes[w] != 0) return 32 * w + __ffs(static_cast<int>(votes[w])) - 1;
   }
   return kPkKeepThreads;
 }
@@ -89,48 +71,47 @@ PK_DEVICE long long pk_set_bits(const long long *walk, long long width, unsigned
   return found;
 }
 
+// Every thread counts what all of them do, from the same sums.
 extern "C" __global__ void __launch_bounds__(1024)
     paikern_phew_keep(unsigned *words, PaikernKept *state, const long long *walks, const unsigned char *repeats,
                       long long count, long long width, long long target, long long stall, long long exact) {
-  __shared__ PaikernKept now;
-  const long long thread = threadIdx.x;
-  if (thread == 0) {
-    now = *state;
-    if (now.kept >= target) now.status = 1;
-  }
-  __syncthreads();
-  for (long long at = 0; at < count && now.status == 0;) {
-    const long long missing = target - now.kept, left = kPkWindow - now.walks % kPkWindow;
-    const long long size = left < count - at ? left : count - at;
+  const int thread = threadIdx.x;
+  const bool whole = exact != 0;
+  long long kept = state->kept, window_new = state->window_new, at = 0;
+  int left = kPkWindow - static_cast<int>(state->walks % kPkWindow);  // walks of the window
+  int window_skipped = static_cast<int>(state->window_skipped), skipped = 0;
+  int status = kept >= target ? 1 : static_cast<int>(state->status);
+  while (at < count && status == 0) {
+    const int size = left < count - at ? left : static_cast<int>(count - at);
     const long long own = (at + thread) * width;
-    long long begin = 0, end = size, skipped = 0, gained = 0;
-    if (missing < size * width) {
+    long long total;
+    int begin = 0, end = size;
+    if (target - kept < size * width) {
+      const long long missing = target - kept;
       const long long fresh = thread < size ? pk_new_bits(walks + own, repeats + own, width, words) : 0;
-      begin = pk_first_yes(fresh > 0 && (fresh <= missing || exact == 0));
-      skipped = __syncthreads_count(thread < begin && fresh > missing);
-      long long total;
-      const long long upto = pk_sum_upto(thread < begin ? 0 : fresh, &total);
+      begin = pk_first_yes(fresh > 0 && (fresh <= missing || !whole));
+      const int many = __syncthreads_count(thread < begin && fresh > missing);
+      const long long upto = pk_upto_in_block<kPkKeepThreads>(thread < begin ? 0 : fresh, &total);
       end = pk_first_yes(thread > begin && (upto > missing || upto - fresh >= missing));
       end = end < size ? end : size;
+      skipped += many;
+      window_skipped += many;
     }
-    if (thread >= begin && thread < end) gained = pk_set_bits(walks + own, width, words);
-    long long total;
-    pk_sum_upto(gained, &total);
-    if (thread == 0) {
-      now.kept += total;
-      now.window_new += total;
-      now.walks += end;
-      now.skipped += skipped;
-      now.window_skipped += skipped;
-      if (now.kept >= target) {
-        now.status = 1;
-      } else if (now.walks % kPkWindow == 0) {
-        if (now.window_new < stall) now.status = now.window_skipped > 0 ? 3 : 2;
-        now.window_new = now.window_skipped = 0;
-      }
-    }
-    __syncthreads();
+    const bool mine = thread >= begin && thread < end;
+    pk_upto_in_block<kPkKeepThreads>(mine ? pk_set_bits(walks + own, width, words) : 0, &total);
+    kept += total;
+    window_new += total;
     at += end;
+    left -= end;
+    if (kept >= target) {
+      status = 1;
+    } else if (left == 0) {
+      if (window_new < stall) status = window_skipped > 0 ? 3 : 2;
+      window_new = window_skipped = 0;
+    }
+    if (left == 0) left = kPkWindow;
   }
-  if (thread == 0) *state = now;
+  // Without a round nothing changes but the status, which nobody who reads it late minds.
+  if (thread != 0) return;
+  *state = {kept, state->walks + at, window_new, window_skipped, state->skipped + skipped, status};
 }

@@ -131,7 +131,7 @@ PK_DEVICE long long pk_drawn(long long count, double aim, Value value) {
   return first < count ? first : reached;
 }
 
-// A kernel of the block at `first`, and one of its elements.
+// The number of a kernel in the block that begins with `first`, and that of one of its elements.
 template <int kType>
 PK_DEVICE long long pk_draw(const PaikernWalkWeight &weight, long long first, long long stride, long long size,
                             double at, long long weighting, unsigned word, bool whole, long long *tap) {
@@ -150,20 +150,21 @@ PK_DEVICE long long pk_draw(const PaikernWalkWeight &weight, long long first, lo
                     [&](long long t) { return pk_magnitude<kType>(weight.data, kernel * weight.taps + t, weighting); });
     if (*tap < 0) *tap = static_cast<long long>(__dmul_rn(u, static_cast<double>(weight.taps)));
   }
-  return kernel;
+  return chosen;
 }
 
 // The walk stands before a weight by a unit of one side and leaves it by one of the other. Returns the kernel.
 PK_DEVICE long long pk_through(const PaikernWalkWeight &weight, const float *tables, PaikernWalk *walk,
                                long long weighting, bool whole, long long *tap) {
-  const long long group_rows = weight.rows / weight.groups;
+  // Units, rows and columns have 32 bits, and so have their quotients: those of 64 are routines.
+  const int cols = static_cast<int>(weight.cols), unit = static_cast<int>(walk->unit);
+  const int group_rows = static_cast<int>(weight.rows) / static_cast<int>(weight.groups);
   const bool along = walk->forwards == (weight.transposed != 0);  // a row
-  const long long most = weight.taps >= 4 ? (along ? 4 : 1) : (along ? 16 : 4);
-  const long long length = along ? weight.cols : group_rows, stride = along ? 1 : weight.cols;
-  const long long blocks = (length + most - 1) / most;
-  const float *table = tables + (along ? weight.by_row : weight.by_col) + walk->unit * blocks;
-  long long first = walk->unit * weight.cols;
-  if (!along) first = walk->unit / weight.cols * group_rows * weight.cols + walk->unit % weight.cols;
+  const int group = unit / (along ? group_rows : cols), block = (along ? 4 : 2) - (weight.taps >= 4 ? 2 : 0);
+  const long long most = 1ll << block, length = along ? cols : group_rows, stride = along ? 1 : cols;
+  const long long blocks = (length + most - 1) >> block;
+  const float *table = tables + (along ? weight.by_row : weight.by_col) + unit * blocks;
+  long long first = static_cast<long long>(along ? unit : group * (group_rows - 1)) * cols + (along ? 0 : unit);
   const unsigned long long mantissa = (static_cast<unsigned long long>(walk->words.x) << 21) | (walk->words.y >> 11);
   const double u = __dmul_rn(static_cast<double>(mantissa), 0x1p-53);
   const long long found = pk_first_above(table, blocks, u);
@@ -174,23 +175,22 @@ PK_DEVICE long long pk_through(const PaikernWalkWeight &weight, const float *tab
   } else {
     const double below = found == 0 ? 0.0 : static_cast<double>(table[found - 1]);
     at = __ddiv_rn(__dadd_rn(u, -below), __dadd_rn(static_cast<double>(table[found]), -below));
-    begin = found * most;
+    begin = found << block;
     size = most < length - begin ? most : length - begin;
   }
   first += begin * stride;
-  long long kernel;
+  long long chosen;
   if (weight.type == 0) {
-    kernel = pk_draw<0>(weight, first, stride, size, at, weighting, walk->words.z, whole, tap);
+    chosen = pk_draw<0>(weight, first, stride, size, at, weighting, walk->words.z, whole, tap);
   } else if (weight.type == 1) {
-    kernel = pk_draw<1>(weight, first, stride, size, at, weighting, walk->words.z, whole, tap);
+    chosen = pk_draw<1>(weight, first, stride, size, at, weighting, walk->words.z, whole, tap);
   } else if (weight.type == 2) {
-    kernel = pk_draw<2>(weight, first, stride, size, at, weighting, walk->words.z, whole, tap);
+    chosen = pk_draw<2>(weight, first, stride, size, at, weighting, walk->words.z, whole, tap);
   } else {
-    kernel = pk_draw<3>(weight, first, stride, size, at, weighting, walk->words.z, whole, tap);
+    chosen = pk_draw<3>(weight, first, stride, size, at, weighting, walk->words.z, whole, tap);
   }
-  const long long row = kernel / weight.cols, col = row / group_rows * weight.cols + (kernel - row * weight.cols);
-  walk->unit = along ? col : row;
-  return kernel;
+  walk->unit = static_cast<long long>(group) * (along ? cols : group_rows) + begin + chosen;
+  return first + chosen * stride;
 }
 
 // out [count, width], filled with -1: the bits that walks first .. first + count - 1 pass.

@@ -1,22 +1,11 @@
-"""Every barrier of the kernels is needed: without it a result is wrong, or threads wait in vain.
+"""Every barrier of a selection is needed, see `barriers`.
 
-The shim leaves one barrier out at a time and lets warps run ahead of each other in three ways, of
-which a missing barrier is seen in at least one. Compared are the masks and what the kernels leave
-in device memory: a wrong sample costs time, not a wrong mask.
-
-Those that say "between blocks" order what one block writes before another reads: here blocks run
-one after the other, so that only a GPU can miss them.
-
-A kernel without its barrier may write anywhere, so that each runs in a process of its own, forked
-by `python -m python_tests.cuda_source.test_barriers`, where nothing else has threads.
+Compared are the masks and what the kernels leave in device memory: a wrong sample costs time, not a
+wrong mask.
 """
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -26,15 +15,10 @@ from torch import Tensor
 from paikern.backends.cuda_launch import provided
 from paikern.backends.cuda_layers import dense
 from paikern.backends.cuda_select import SelectionPlan
-from python_tests.cuda_source import shim
+from python_tests.cuda_source import barriers, shim
 
 pytestmark = pytest.mark.cuda_source
-BARRIERS = [
-    (path.name, number)
-    for path in sorted((shim.ROOT / "csrc/cuda").glob("select*.cuh"))
-    for number, line in enumerate(path.read_text().splitlines(), 1)
-    if re.match(r"\s*__syncthreads\(\);", line) and "between blocks" not in line
-]
+BARRIERS = barriers.of("select*.cuh")
 
 
 def selected(
@@ -63,48 +47,14 @@ def cases() -> list[tuple[list[Tensor], list[int], list[int]]]:
     ]
 
 
-def seen(on_cpu: shim.OnCpu, file: str, line: int, wanted: list[list[Tensor]]) -> bool:
-    """Whether something is wrong without this barrier."""
-    for case, right in zip(cases(), wanted, strict=True):
-        for way in (1, 2, 0):
-            on_cpu.order(way)
-            on_cpu.without_barrier(file, line)
-            try:
-                found = selected(on_cpu, *case)
-            except RuntimeError as error:
-                if "cuda_on_cpu: block" in str(error):
-                    return True
-                raise
-            if not all(map(torch.equal, found, right)):
-                return True
-    return False
-
-
-def main() -> None:
-    """One line for each barrier: file, line, and 1 if it is missed."""
-    on_cpu = shim.OnCpu(shim.build())
-    wanted = [selected(on_cpu, *case) for case in cases()]
-    for file, line in [("none", 1), *BARRIERS]:
-        child = os.fork()
-        if child == 0:
-            os._exit(0 if seen(on_cpu, file, line, wanted) else 1)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        # A signal is a write to where nothing is: seen as well.
-        print(file, line, int(status == 0 or status < 0), flush=True)
+def all_selected(on_cpu: shim.OnCpu) -> Iterator[list[Tensor]]:
+    for case in cases():
+        yield selected(on_cpu, *case)
 
 
 @pytest.fixture(scope="module")
 def missed() -> dict[tuple[str, int], bool]:
-    done = subprocess.run(
-        [sys.executable, "-m", "python_tests.cuda_source.test_barriers"],
-        cwd=shim.ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(shim.ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    rows = [row.split() for row in done.stdout.splitlines()]
-    return {(file, int(line)): found == "1" for file, line, found in rows}
+    return barriers.missed("python_tests.cuda_source.test_barriers")
 
 
 @pytest.fixture
@@ -135,4 +85,4 @@ def test_a_missing_barrier_is_seen(
 
 
 if __name__ == "__main__":
-    main()
+    barriers.main(BARRIERS, all_selected)
