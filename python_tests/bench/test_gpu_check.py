@@ -145,6 +145,9 @@ def test_stages_on_stand_ins(
     tool.write_text(SANITIZER.format(errors=3))
     status, said = check.__class__(check.out, "cpu", 60.0).memcheck(60.0)
     assert (status, said.split(";")[0]) == ("FAILED", "memory errors, see memcheck.txt")
+    tool.write_text('#!/bin/sh\necho "Device not supported" > "${3#--log-file=}"\nexit 1\n')
+    status, said = check.__class__(check.out, "cpu", 60.0).memcheck(60.0)
+    assert status == "skipped"
 
 
 def test_a_failing_stage_stops_no_other(
