@@ -76,7 +76,7 @@ constexpr long long kPkShare = 8192;  // values of a part
 PK_DEVICE double pk_block_sum(double value) {
   PaikernScratch &scratch = pk_scratch();
   for (int by = 16; by > 0; by /= 2) value = __dadd_rn(value, __shfl_xor_sync(0xffffffffu, value, by));
-  __syncthreads();
+  __syncthreads();  // between functions: whoever had the scratch before
   if (threadIdx.x % 32 == 0) scratch.sums[threadIdx.x / 32] = value;
   __syncthreads();
   double sum = scratch.sums[0];

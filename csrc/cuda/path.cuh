@@ -103,7 +103,7 @@ PK_DEVICE long long pk_least(long long a, long long b) { return a < b ? a : b; }
 PK_DEVICE bool pk_last_of(unsigned *arrived, long long count) {
   PaikernScratch &scratch = pk_scratch();
   __threadfence();
-  __syncthreads();
+  __syncthreads();  // between blocks: what all threads wrote is there before the count says so
   if (threadIdx.x == 0) {
     scratch.last = atomicAdd(arrived, 1u) + 1u == static_cast<unsigned>(count);
     if (scratch.last) *arrived = 0;  // by the last: from any other it could be counted before it is put back

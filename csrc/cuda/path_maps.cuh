@@ -222,7 +222,7 @@ PK_DEVICE void pk_product(const PaikernProduct &p, float pruned, float *out, lon
   const PaikernMaps &maps = scratch.maps;
   const PaikernPlan &plan = scratch.plan;
   const PaikernPhase &phase = scratch.phase;
-  __syncthreads();
+  __syncthreads();  // between functions: whoever had the scratch before
   if (pk_thread() == 0) {
     scratch.maps = pk_maps(p.geometry);
     scratch.plan = pk_plan<kWay, kWide>(maps);
