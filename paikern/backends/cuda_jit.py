@@ -1,8 +1,9 @@
 """The CUDA kernels where `paikern._cuda` was not built: the same text, compiled at run time.
 
-NVRTC, reached through CuPy, makes a cubin for the exact device, once: it lies in the cache folder
-under the hash of everything it was made from. The operations are those of `paikern.backends.cuda`,
-with their kernels from here.
+NVRTC, reached through CuPy, makes cubins for the exact device, each once: they lie in the cache
+folder under the hash of everything they were made from. What is compiled is the file of a kernel
+that is wanted, not all of them: that takes seconds instead of a minute. The operations are those of
+`paikern.backends.cuda`, with their kernels from here.
 
 The folder is `$PAIKERN_CACHE`, else `$XDG_CACHE_HOME/paikern`, else `~/.cache/paikern`.
 """
@@ -10,6 +11,7 @@ The folder is `$PAIKERN_CACHE`, else `$XDG_CACHE_HOME/paikern`, else `~/.cache/p
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import os
@@ -28,6 +30,9 @@ from paikern.backends.cuda_launch import Step, through
 __all__ = ["Jit", "assemble", "backend", "cached", "why_not"]
 
 _INCLUDE = re.compile(r'^#include "([^"]+)"$', re.MULTILINE)
+_KERNEL = re.compile(
+    r'extern "C" __global__ void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(', re.MULTILINE
+)
 _ROOT = Path(__file__).parents[1]
 
 
@@ -39,8 +44,11 @@ def folders() -> list[Path]:
     return [_ROOT.parent / "csrc/cuda", _ROOT.parent / "csrc/include"]
 
 
-def assemble(places: Sequence[Path] | None = None) -> str:
-    """All kernels as one text without includes, each file once, in the order they need."""
+def assemble(places: Sequence[Path] | None = None, only: str | None = None) -> str:
+    """All kernels, or those of the file `only`, as one text without includes.
+
+    Each file is in it once, in the order they need.
+    """
     where = list(folders() if places is None else places)
     done: set[str] = set()
 
@@ -57,7 +65,17 @@ def assemble(places: Sequence[Path] | None = None) -> str:
     names = sorted(path.name for path in where[0].glob("*.cuh"))
     if not names:
         raise FileNotFoundError(f"no CUDA source in {where[0]}; install paikern again")
-    return "".join(file(name) for name in names)
+    return "".join(file(name) for name in ([only] if only else names))
+
+
+@functools.cache
+def files() -> dict[str, str]:
+    """Kernel -> the file that defines it."""
+    found = {}
+    for path in sorted(folders()[0].glob("*.cuh")):
+        text = path.read_text(encoding="utf-8")
+        found.update(dict.fromkeys(_KERNEL.findall(text), path.name))
+    return found
 
 
 def cache_folder() -> Path:
@@ -124,26 +142,27 @@ def compiled(nvrtc: Any, text: str, options: Sequence[str]) -> bytes:
 
 
 class Jit:
-    """Kernels from CuPy's modules, one a device."""
+    """Kernels from CuPy's modules, one a device and file."""
 
     def __init__(self, cupy: Any, nvrtc: Any) -> None:
         self._cupy, self._nvrtc = cupy, nvrtc
-        self._modules: dict[int, Any] = {}
+        self._modules: dict[tuple[int, str], Any] = {}
         self._kernels: dict[tuple[int, str], Any] = {}
 
-    def _module(self, device: int) -> Any:
-        if device not in self._modules:
-            text = assemble()
+    def _module(self, device: int, file: str) -> Any:
+        if (device, file) not in self._modules:
+            text = assemble(only=file)
             options = options_for(torch.cuda.get_device_capability(device))
             name = f"{key(text, options, self._nvrtc.getVersion())}.cubin"
             path = cached(name, lambda: compiled(self._nvrtc, text, options))
-            self._modules[device] = self._cupy.RawModule(path=str(path))
-        return self._modules[device]
+            self._modules[device, file] = self._cupy.RawModule(path=str(path))
+        return self._modules[device, file]
 
     def _kernel(self, device: int, name: str) -> Any:
         found = self._kernels.get((device, name))
         if found is None:
-            found = self._kernels[device, name] = self._module(device).get_function(name)
+            module = self._module(device, files()[name])
+            found = self._kernels[device, name] = module.get_function(name)
         return found
 
     def run(self, steps: Sequence[Step], device: int, stream: int) -> None:

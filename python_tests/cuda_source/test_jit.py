@@ -23,13 +23,20 @@ pytestmark = pytest.mark.cuda_source
 
 def test_all_kernels_are_in_the_text_and_each_once(on_cpu: shim.OnCpu) -> None:
     text = cuda_jit.assemble()
-    named = re.findall(
-        r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(', text
-    )
-    assert sorted(named) == sorted(on_cpu.module.kernels())
+    bare = re.sub(r"__launch_bounds__\([^)]*\)", "", text)
+    named = re.findall(r'extern "C" __global__ void\s+(\w+)\(', bare)
+    assert sorted(named) == sorted(on_cpu.module.kernels()) == sorted(cuda_jit.files())
     assert "#include" not in text
     assert text.count("struct PaikernLayer {") == 1
     assert text.index("struct PaikernLayer {") < text.index("struct PaikernSelect {")
+
+
+def test_a_kernel_comes_with_what_its_file_needs_and_no_more() -> None:
+    text = cuda_jit.assemble(only=cuda_jit.files()["paikern_pack_mask"])
+    assert "paikern_pack_mask" in text
+    assert "paikern_select_filter" not in text
+    text = cuda_jit.assemble(only=cuda_jit.files()["paikern_select_filter"])
+    assert text.index("struct PaikernLayer {") < text.index("paikern_select_filter(")
 
 
 def test_a_file_that_is_missing_is_named(tmp_path: Path) -> None:
@@ -228,8 +235,9 @@ def test_operations_run_through_cupys_modules(
             found += [cuda.pack_mask(scores > 0)]
         wanted = [*ops.topk_mask(scores, 1234, absolute=True), ops.pack_mask(scores > 0)]
         assert all(map(torch.equal, found, wanted))
-    assert nvrtc.compiled == nvrtc.destroyed == 1
-    assert cupy.loaded == ["cubin", "cubin"]
+    # bits, and the sample, filter, digits and bits of a selection
+    assert nvrtc.compiled == nvrtc.destroyed == 5
+    assert cupy.loaded == ["cubin"] * 10
 
 
 def test_an_error_of_the_compiler_is_told_in_full() -> None:

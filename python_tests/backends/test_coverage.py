@@ -1,0 +1,55 @@
+"""Every operation has a kernel in every GPU backend, and tests that name it there."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+
+import paikern as pk
+from paikern.backends import cuda, reference
+from paikern.ops import maps
+
+ROOT = Path(__file__).parents[2]
+OPERATIONS = sorted(
+    {
+        name.split("::")[1].split(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("paikern::")
+    }
+)
+MAPS = ("map_maximum", "map_scale_", "live_nodes", "through_maximum_")
+
+
+def listed(path: Path) -> set[str]:
+    """`__all__` of a module, without importing it: triton reads its settings when it is."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+            return set(ast.literal_eval(node.value))
+    raise AssertionError(f"{path} has no __all__")
+
+
+def test_there_are_operations() -> None:
+    assert len(OPERATIONS) > 20
+    assert {"topk_mask", "path_forward", "dpai_step_", "balanced_mask"} <= set(OPERATIONS)
+    public = {name.rstrip("_") for name in dir(pk.ops) if not name.startswith("_")}
+    assert {name.rstrip("_") for name in OPERATIONS} <= public
+    assert maps.map_maximum(torch.tensor([1.0])) == 1.0
+
+
+@pytest.mark.parametrize("operation", [*OPERATIONS, *MAPS])
+def test_every_backend_has_it(operation: str) -> None:
+    assert hasattr(reference, operation)
+    assert operation in cuda.__all__
+    assert operation in listed(ROOT / "paikern/backends/triton/__init__.py")
+
+
+@pytest.mark.parametrize("lane", ["cuda_source", "triton"])
+@pytest.mark.parametrize("operation", [*OPERATIONS, *MAPS])
+def test_every_lane_tests_it(operation: str, lane: str) -> None:
+    texts = [path.read_text() for path in (ROOT / "python_tests" / lane).glob("*.py")]
+    if any("python_tests.ops.walk_cases" in text for text in texts):
+        texts.append((ROOT / "python_tests/ops/walk_cases.py").read_text())
+    assert any(operation.rstrip("_") in text for text in texts)
