@@ -75,7 +75,7 @@ def synflow_run(clock: Clock, effort: Effort, bandwidth: float) -> Iterator[Row]
     agreed = agreement(_here(masks["ours"]), _here(masks["reference"]))
     few = max(1, effort.rounds // 5)
     short = clock.whole(lambda: _pruned(model, x, few, "published"), 3)
-    a_round = (seconds - short) / (effort.rounds - few)
+    a_round = _each(seconds, effort.rounds, short, few)
     for rounds, ours_took in ((effort.rounds, seconds), (1, a_round)):
         share = rounds / effort.rounds
         yield {
@@ -92,6 +92,12 @@ def synflow_run(clock: Clock, effort: Effort, bandwidth: float) -> Iterator[Row]
             "bandwidth_fraction": floor * share / ours_took,
             "mask_agreement": agreed,
         }
+
+
+def _each(long: float, many: int, short: float, few: int) -> float:
+    """What one more round takes; where runs are too short to tell, its share of the whole run."""
+    more = (long - short) / (many - few)
+    return more if more > 0.05 * long / many else long / many
 
 
 def dpai_steps(clock: Clock, effort: Effort, bandwidth: float) -> Iterator[Row]:
@@ -178,7 +184,7 @@ def synflow_round(clock: Clock, effort: Effort, bandwidth: float) -> Iterator[Ro
     for rounds in (1, few, many):
         run: Callable[[], object] = lambda n=rounds: _pruned(model, x, n, "paper")  # noqa: E731
         taken[rounds] = clock.whole(run, 1 if rounds == 1 else 2)
-    seconds = (taken[many] - taken[few]) / (many - few)
+    seconds = _each(taken[many], many, taken[few], few)
     weights = sum(_weights(model))
     floor = (2 * 2 * weights + weights / 8) / bandwidth
     yield {

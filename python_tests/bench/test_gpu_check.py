@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu_check, gpu_cub, gpu_selection, gpu_sweeps, run_gpu
+from bench import gpu_check, gpu_cub, gpu_runs, gpu_selection, gpu_sweeps, run_gpu
 from bench.gpu_clock import Clock, normal, rotated
 from bench.timing import RESULTS
+from python_tests.cuda_source import shim
 
 SANITIZER = """#!/bin/sh
 for word in "$@"; do
@@ -49,6 +50,11 @@ def test_benchmark_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     late = ["--out", str(tmp_path), "--device", "cpu", "--tiny", "--seconds", "1e-9"]
     assert run_gpu.main(late) == 1
     assert "SynFlow: no time left" in json.loads((tmp_path / "gpu.json").read_text())["left_out"]
+
+
+def test_a_round_is_what_more_rounds_take() -> None:
+    assert math.isclose(gpu_runs._each(1.3, 100, 0.5, 20), 0.01)
+    assert gpu_runs._each(1.0, 100, 1.1, 20) == 0.01  # noise
 
 
 def test_benchmark_wants_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,6 +128,9 @@ def test_stages_on_stand_ins(
     check: gpu_check.Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The tests and memcheck at their smallest: a few tests, a sanitizer that only writes."""
+    if shim.missing():
+        pytest.skip(shim.missing())
+    shim.build()  # outside the time of a stage
     tool = tmp_path / "bin/compute-sanitizer"
     tool.parent.mkdir()
     tool.write_text(SANITIZER.format(errors=0))
@@ -136,6 +145,9 @@ def test_stages_on_stand_ins(
     tool.write_text(SANITIZER.format(errors=3))
     status, said = check.__class__(check.out, "cpu", 60.0).memcheck(60.0)
     assert (status, said.split(";")[0]) == ("FAILED", "memory errors, see memcheck.txt")
+    tool.write_text('#!/bin/sh\necho "Device not supported" > "${3#--log-file=}"\nexit 1\n')
+    status, said = check.__class__(check.out, "cpu", 60.0).memcheck(60.0)
+    assert status == "skipped"
 
 
 def test_a_failing_stage_stops_no_other(

@@ -58,17 +58,17 @@ class Moved:
                 for value, held in pairs:
                     if not torch.equal(_bits(value), _bits(held.cpu())):
                         value.copy_(held)
-            return back(found)
+            return back(found, {id(held): value for value, held in pairs})
 
         return call
 
 
-def back(value: Any) -> Any:
-    """Tensors on the CPU, in the same nest of lists and tuples."""
+def back(value: Any, given: dict[int, Tensor]) -> Any:
+    """Tensors on the CPU, in the same nest of lists and tuples; what was given as it was given."""
     if isinstance(value, Tensor):
-        return value.cpu()
+        return given.get(id(value), value.cpu())
     if isinstance(value, (list, tuple)):
-        return type(value)(back(item) for item in value)
+        return type(value)(back(item, given) for item in value)
     return value
 
 
