@@ -16,7 +16,8 @@ from paikern import ops, zoo
 from paikern.backends import registry
 from paikern.errors import NonFiniteScoreError
 from paikern.pathgraph import Flow, Semantics, compiled, trace
-from paikern.pathgraph.program import Program, _Map, _place
+from paikern.pathgraph.places import Map, _place
+from paikern.pathgraph.program import Program
 
 SEMANTICS = {
     "counts": (Semantics(power=0), "exponent"),
@@ -177,7 +178,7 @@ def test_what_the_native_sweeps_cannot_run_is_left_to_flow(why: str) -> None:
     )
 )
 def test_maps_alive_together_do_not_overlap(rows: list[tuple[int, int, int]]) -> None:
-    maps = [_Map(numel, min(a, b), max(a, b)) for numel, a, b in rows]
+    maps = [Map(numel, min(a, b), max(a, b)) for numel, a, b in rows]
     top = _place(maps)
     for i, m in enumerate(maps):
         assert m.offset % 16 == 0
