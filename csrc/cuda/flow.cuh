@@ -235,7 +235,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) paikern_flow_forward(const 
   pk_flow_exponent(steps[at], blockIdx.x);
 }
 
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 3)
     paikern_flow_forward_vector(const PaikernFlowStep *steps, long long at) {
   pk_forward_vector(steps[at].product, blockIdx.x, gridDim.x);
   pk_flow_exponent(steps[at], blockIdx.x);
@@ -246,9 +246,15 @@ extern "C" __global__ void __launch_bounds__(256, 2) paikern_flow_adjoint(const 
   pk_flow_exponent(steps[at], blockIdx.x);
 }
 
-extern "C" __global__ void __launch_bounds__(256)
-    paikern_flow_adjoint_vector(const PaikernFlowStep *steps, long long at) {
-  pk_adjoint_vector(steps[at].product, blockIdx.x, gridDim.x);
+extern "C" __global__ void __launch_bounds__(256, 3)
+    paikern_flow_adjoint_vector_32(const PaikernFlowStep *steps, long long at) {
+  pk_adjoint_rows<0, kPkMeetsNothing>(steps[at].product, {}, blockIdx.x, gridDim.x);
+  pk_flow_exponent(steps[at], blockIdx.x);
+}
+
+extern "C" __global__ void __launch_bounds__(256, 3)
+    paikern_flow_adjoint_vector_16(const PaikernFlowStep *steps, long long at) {
+  pk_adjoint_16<kPkMeetsNothing>(steps[at].product, {}, blockIdx.x, gridDim.x);
   pk_flow_exponent(steps[at], blockIdx.x);
 }
 

@@ -375,13 +375,15 @@ class FlowTable:
 
 def _alone(step: Instruction) -> str:
     """The kernel of one instruction."""
-    if step.kind == SWEEP:
-        assert step.product is not None
-        assert step.product.weight is not None
-        return f"paikern_flow_sweep_{8 * step.product.weight.element_size()}"
     kernel = _ALONE.get(step.kind, "paikern_flow_small")
-    vector = step.kind in (FORWARD, ADJOINT) and step.product and one_vector(step.product.geometry)
-    return f"{kernel}_vector" if vector else kernel
+    p = step.product
+    if p is None or step.kind == SCORE or not one_vector(p.geometry):
+        return kernel
+    if step.kind == FORWARD:
+        return "paikern_flow_forward_vector"
+    # fp32 and two bytes apart, for their registers; power 0 reads none and goes with the latter.
+    bits = 32 if p.weight is not None and p.weight.dtype == torch.float32 else 16
+    return f"paikern_flow_{'sweep' if step.kind == SWEEP else 'adjoint_vector'}_{bits}"
 
 
 def _address(place: Tensor | int | tuple[int, ...], parity: int) -> int:

@@ -22,7 +22,7 @@ from paikern.backends.cuda_flow import FlowTable, Instruction, Product, Term
 from paikern.backends.cuda_layers import geometry
 from paikern.errors import NonFiniteScoreError
 from paikern.pathgraph import steps as kinds
-from paikern.pathgraph.flow import Flow, not_finite
+from paikern.pathgraph.flow import Flow, device_of, not_finite
 from paikern.pathgraph.places import Map, lay_out, pair, shapes_of, values_of
 from paikern.pathgraph.steps import State, Step
 
@@ -416,11 +416,6 @@ def stored_geometry(step: kinds.Weight, weight: Tensor, x: Tensor, g: Tensor) ->
     return geometry(weight, x, g, shapes)
 
 
-def device_of(state: State) -> torch.device:
-    real = (t.device for t in state.values() if not t.is_meta)
-    return next(real, torch.device("cpu"))
-
-
 def can_run(flow: Flow, state: State) -> bool:
     """Whether the device sweeps can run this.
 
@@ -440,4 +435,4 @@ def can_run(flow: Flow, state: State) -> bool:
     return all(math.prod(shape) > 0 for shape in shapes_of(flow).values())
 
 
-__all__ = ["DeviceProgram", "Visit", "can_run", "device_of", "stored_geometry"]
+__all__ = ["DeviceProgram", "Visit", "can_run", "stored_geometry"]

@@ -139,8 +139,7 @@ class Flow:
         self.state, self._masks = state, {} if masks is None else masks
         if self.semantics.power:
             _refuse_meta(self.graph, state)
-        real = (t.device for t in state.values() if not t.is_meta)
-        device = next(real, torch.device("cpu"))
+        device = device_of(state)
         values: dict[int, _Value] = {
             id_: (torch.ones(shape, dtype=self.dtype, device=device), 0)
             for id_, shape in self.graph.inputs.items()
@@ -313,6 +312,12 @@ class Flow:
         if by == 0:
             return t
         return ops.map_scale(t.clone(), by, floor=_FLOOR if self.counts else 0.0)
+
+
+def device_of(state: State) -> torch.device:
+    """Where the tensors of a model lie that have values; the CPU if none has."""
+    real = (t.device for t in state.values() if not t.is_meta)
+    return next(real, torch.device("cpu"))
 
 
 def not_finite(place: str) -> NonFiniteScoreError:

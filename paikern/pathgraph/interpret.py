@@ -91,6 +91,10 @@ def _on_parameters(target: Any, name: str, args: Any, kwargs: Any, value: Any) -
             return x.tensor if isinstance(x, DataValue) else x
 
         a, k = pytree.tree_map(resolve, (args, kwargs), is_leaf=rules.is_value)
+        held = [t for t in pytree.tree_leaves((a, k)) if isinstance(t, Tensor)]
+        away = next((t.device for t in held if not t.is_cpu), None)
+        if away is not None:  # constants were found while tracing, on the CPU
+            a, k = pytree.tree_map(lambda t: t.to(away) if isinstance(t, Tensor) else t, (a, k))
         result = target(*a, **k)
         return result if pick is None else result[pick]
 

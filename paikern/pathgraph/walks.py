@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from paikern.backends.walk_blocks import table_blocks
+from paikern.pathgraph.flow import device_of
 from paikern.pathgraph.steps import State, Weight
 from paikern.pathgraph.units import INPUT, WEIGHT, Node, Slot, WalkGraph, owners
 
@@ -49,10 +50,11 @@ def flattened(
         size = (torch.Size(shape).numel() + 7) // 8
         parts[name] = (nbytes, size)
         nbytes += size
+    device = device_of(state)
     held, rows, at = [], [], 0
     for node in graph.nodes:
         if node.step is not None:
-            tensor, row = _geometry(node.step, state, parts)
+            tensor, row = _geometry(node.step, state, parts, device)
             across, down = table_blocks(*row[:4])
             held.append(tensor)
             rows.append([*row, at, at + row[0] * across])
@@ -62,16 +64,17 @@ def flattened(
     if not len(tensors[-1]) or not graph.nodes[-1].units:
         raise ValueError("no unit of the input or none of the output carries a path")
     width = _longest(graph, geometry, whole)
-    return Walks(held, geometry, tensors, at, width, parts, nbytes)
+    lists = [tensor.to(device) for tensor in tensors]
+    return Walks(held, geometry.to(device), lists, at, width, parts, nbytes)
 
 
 def _geometry(
-    step: Weight, state: State, parts: Mapping[str, tuple[int, int]]
+    step: Weight, state: State, parts: Mapping[str, tuple[int, int]], device: torch.device
 ) -> tuple[Tensor, list[int]]:
     """The weight as stored and its rows, cols, taps, groups, transposed, first bit."""
     whole = state[step.parameter].detach()
     w = whole if step.rows is None else whole[step.rows[0] : step.rows[1]]
-    w = (w.flatten(1) if step.kind == "linear" else w).to("cpu").contiguous()
+    w = (w.flatten(1) if step.kind == "linear" else w).to(device).contiguous()
     base = -1
     if step.parameter in parts:
         before = 0 if step.rows is None else step.rows[0] * w[0].numel()

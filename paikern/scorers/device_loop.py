@@ -23,7 +23,8 @@ from paikern.backends.cuda_layers import Layer, path_layer
 from paikern.backends.cuda_select import SelectionPlan, new_stream
 from paikern.errors import NonFiniteScoreError, PaikernError
 from paikern.pathgraph import Flow
-from paikern.pathgraph.device_program import DeviceProgram, Visit, can_run, device_of
+from paikern.pathgraph.device_program import DeviceProgram, Visit, can_run
+from paikern.pathgraph.flow import device_of
 from paikern.pathgraph.steps import Weight
 from paikern.scorers.base import Run
 

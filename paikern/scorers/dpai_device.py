@@ -21,7 +21,8 @@ from paikern.backends.cuda_flow import Dpai, Instruction, Record
 from paikern.backends.cuda_graph import Replay
 from paikern.backends.cuda_layers import Layer
 from paikern.backends.cuda_select import SelectionPlan
-from paikern.pathgraph.device_program import DeviceProgram, Visit, can_run, device_of
+from paikern.pathgraph.device_program import DeviceProgram, Visit, can_run
+from paikern.pathgraph.flow import device_of
 from paikern.pathgraph.steps import Weight
 from paikern.scorers.device_loop import log_total, provider_of
 

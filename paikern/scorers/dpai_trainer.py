@@ -14,7 +14,7 @@ from paikern import ops
 from paikern.backends import registry
 from paikern.errors import PaikernError
 from paikern.pathgraph import Program, Semantics, Visit, compiled, weights
-from paikern.pathgraph.device_program import device_of
+from paikern.pathgraph.flow import device_of
 from paikern.scorers.base import Run
 from paikern.scorers.dpai_device import DeviceSteps, device_steps
 from paikern.scorers.dpai_nodes import Revival, hold_nodes

@@ -24,6 +24,7 @@ from paikern import ops
 from paikern.errors import SparsityError
 from paikern.ops.balanced_mask import KernelGrid
 from paikern.pathgraph import Flow, Semantics
+from paikern.pathgraph.flow import device_of
 from paikern.pathgraph.steps import Weight
 from paikern.prunable import Prunable
 from paikern.scorers.base import MaskBuilder, Report, Run, register_scorer
@@ -130,7 +131,8 @@ class NPB(MaskBuilder):
         for name in (name for name in counts if name not in masks):
             run.notes.append(f"npb: the inputs of {name}, which no path uses, were taken as equal")
             placed[name] = layer = self.layer(run.layers[name], run.shapes[name], counts[name])
-            masks[name] = build(layer, name, np.ones((layer.grid.groups, layer.grid.inputs)))
+            equal = np.ones((layer.grid.groups, layer.grid.inputs))
+            masks[name] = build(layer, name, equal).to(device_of(run.state))
         if self.repair:
             move_dead_weights(run, flow, masks, placed)
         return {name: masks[name] for name in run.layers}
@@ -203,9 +205,9 @@ class NPB(MaskBuilder):
             if math.prod(layer.shape) < weight.numel():
                 along, size = (1, layer.shape[1]) if layer.transposed else (0, layer.shape[0])
                 weight = weight.narrow(along, piece * size, size)
-            weight = weight.cpu().reshape(layer.shape)
+            weight = weight.reshape(layer.shape)
         return ops.balanced_mask(
-            torch.from_numpy(rows.reshape(-1)),
+            torch.from_numpy(rows.reshape(-1)).to(device_of(run.state)),
             layer.shape,
             groups=layer.grid.groups,
             transposed=layer.transposed,

@@ -30,6 +30,7 @@ from paikern import ops
 from paikern.analysis import shortcuts
 from paikern.ops.balanced_mask import KernelGrid
 from paikern.pathgraph import Flow, PathGraph, Semantics, Visit, weights
+from paikern.pathgraph.flow import device_of
 from paikern.pathgraph.steps import Add, Weight
 from paikern.scorers.base import Report, Run
 from paikern.scorers.npb_graph import incoming, sum_pools
@@ -71,7 +72,9 @@ class Published:
         self.flow.forward(self.state, self.masks, arrive=arrive)
         for name in self.counts:
             if name not in self.masks:
-                self.masks[name] = ops.pack_mask(torch.ones(self.run.shapes[name]).bool())
+                device = device_of(self.run.state)
+                ones = torch.ones(self.run.shapes[name], dtype=torch.bool, device=device)
+                self.masks[name] = ops.pack_mask(ones)
                 self.run.notes.append(f"npb: {name}, which no path uses, is left dense")
         if self.method.repair:
             _FineTune(self).run()
@@ -102,7 +105,7 @@ class Published:
         grid, outputs_at = layer.grid, 1 if layer.transposed else 0
         paths = incoming(step, x, grid, self.flow)
         size = self._chunk(grid, step)
-        mask = torch.ones(layer.shape, dtype=torch.bool)
+        mask = torch.ones(layer.shape, dtype=torch.bool, device=device_of(self.run.state))
         numel, solved = mask.numel(), []
         for number in range(grid.outputs // size):
             part = list(layer.shape)

@@ -104,7 +104,7 @@ class PHEW(MaskBuilder):
         )
         _note_zeros(run, graph, walks, tables)
         bits = self._start(run, walks)
-        state = torch.zeros(len(STATE), dtype=torch.int64)
+        state = walks.geometry.new_zeros(len(STATE))
         begin = 0 if self.grow_from is None else count_kept(bits)
         state[0] = begin
         if begin > target:
@@ -157,7 +157,7 @@ class PHEW(MaskBuilder):
 
     def _start(self, run: Run, walks: Walks) -> Tensor:
         """The bits to begin with: none, or those of `grow_from`."""
-        bits = torch.zeros(walks.nbytes, dtype=torch.uint8)
+        bits = walks.geometry.new_zeros(walks.nbytes, dtype=torch.uint8)
         if self.grow_from is None:
             return bits
         unknown = [name for name in self.grow_from if name not in walks.parts]
@@ -173,8 +173,8 @@ class PHEW(MaskBuilder):
             bits[first : first + size] = (
                 self.grow_from.packed(name)
                 if isinstance(self.grow_from, MaskSet)
-                else ops.pack_mask(mask.cpu())
-            )
+                else ops.pack_mask(mask)
+            ).to(bits.device)
         return bits
 
     def _stalled(
@@ -217,17 +217,17 @@ def _note_zeros(run: Run, graph: WalkGraph, walks: Walks, tables: Tensor) -> Non
     """Say where draws are uniform for want of magnitude."""
     found = []
     steps = [node.step for node in graph.nodes if node.step is not None]
-    for step, row in zip(steps, walks.geometry.tolist(), strict=True):
-        rows, cols, taps, groups, _, _, by_row, by_col = row
+    for rows, cols, taps, groups, _, _, by_row, by_col in walks.geometry.tolist():
         across, down = table_blocks(rows, cols, taps, groups)
         ends = (
             tables[by_row : by_row + rows * across].view(-1, across)[:, -1],
             tables[by_col : by_col + groups * cols * down].view(-1, down)[:, -1],
         )
-        if any(bool((end == 0).any()) for end in ends):
-            found.append(step.parameter)
-    if found:
+        found.append(torch.stack([(end == 0).any() for end in ends]).any())
+    zeros = torch.stack(found).tolist() if found else []  # read once: each look waits for a GPU
+    names = [step.parameter for step, zero in zip(steps, zeros, strict=True) if zero]
+    if names:
         run.notes.append(
             "phew: units without a weight other than zero, from which walks go on uniformly, in "
-            + ", ".join(dict.fromkeys(found))
+            + ", ".join(dict.fromkeys(names))
         )

@@ -21,6 +21,11 @@ def fill_up(bits: Tensor, walks: Walks, drawn: Tensor, missing: int) -> tuple[in
     such weights in the order of the walks are set. Where they do not suffice, the first others
     follow: a walk that is cut.
     """
+    if not bits.is_cpu:  # a bit at a time: on the host
+        held = bits.cpu()
+        counted = fill_up(held, walks, drawn.cpu(), missing)
+        bits.copy_(held)
+        return counted
     joints = _Joints(bits, walks)
     found: list[int] = []
     others: list[int] = []

@@ -78,7 +78,10 @@ def _replay_with(tracer: Tracer, args: Any, kwargs: Any) -> Any:
     takes_first = tracer.op.startswith(("aten.max", "aten.adaptive_max"))
 
     def run(x: Tensor) -> Tensor:
-        y = packet(x, *rest[0], **rest[1])
+        a, k = rest
+        if not x.is_cpu:  # indices were found while tracing, on the CPU
+            a, k = pytree.tree_map(lambda t: t.to(x.device) if isinstance(t, Tensor) else t, rest)
+        y = packet(x, *a, **k)
         return y[0] if isinstance(y, tuple) else y
 
     maximum = tracer.op.removeprefix("aten.") in _MAX_REPLAYS
