@@ -7,6 +7,7 @@ back to the host: a CUDA graph can hold a whole round.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -44,8 +45,9 @@ _ALONE = {
     DPAI: "paikern_flow_dpai",
 }
 # A multiprocessor holds one block of `paikern_flow`, which has the registers of every instruction.
-# Instructions that would keep it busy for more than two turns are launched by themselves, on as
-# many blocks as they want. Not yet measured.
+# Products of more multiplications than these, and passes that keep a multiprocessor busy for more
+# than two turns, are launched by themselves, on as many blocks as they want. Not yet measured.
+_SMALL_MAPS, _SMALL_MATRIX = 1 << 24, 1 << 20
 _BLOCKS_TOGETHER, _TURNS = 1, 2
 
 
@@ -139,6 +141,17 @@ class Instruction:
         direction = ways[self.kind]
         dtype = torch.float32 if p.weight is None else p.weight.dtype
         return cuda_path.workspace(direction, p.geometry, dtype, p.power)
+
+    def is_small(self) -> bool:
+        """Whether a kernel that goes through several instructions may take this one."""
+        if self.kind == SWEEP:
+            return False
+        if self.product is None:
+            return True
+        g = self.product.geometry
+        depth = g[2] // g[3] * math.prod(g[7:10])
+        most = _SMALL_MATRIX if one_vector(g) else _SMALL_MAPS
+        return g[0] * g[1] * depth * math.prod(g[19:22]) <= most
 
     def blocks(self) -> int:
         """How many blocks have something to do."""
@@ -326,13 +339,15 @@ class FlowTable:
         arrived = self._arrived.data_ptr()
         together = cuda_launch.together(self.like, _BLOCKS_TOGETHER)
         wanted = [self.instructions[i].blocks() for i in range(first, last)]
+        joins = [
+            self.instructions[i].is_small() and wanted[i - first] <= _TURNS * together
+            for i in range(first, last)
+        ]
         made: list[Step] = []
         at = first
         while at < last:
             end = at
-            while end < last and wanted[end - first] <= _TURNS * together:
-                if self.instructions[end].kind == SWEEP:
-                    break
+            while end < last and joins[end - first]:
                 end += 1
             if end > at + 1:
                 blocks = min(together, max(wanted[at - first : end - first]))

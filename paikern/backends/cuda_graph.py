@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import torch
@@ -41,13 +42,27 @@ class Replay:
             self._graph.replay()
 
     def _record(self) -> bool:
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        here = torch.cuda.current_stream()
+        stream.wait_stream(here)
+        collecting = gc.isenabled()
+        # `torch.cuda.graph` collects garbage and empties the cache first, which can take longer
+        # than the rounds of a small network. What it fears is a collection in between that frees
+        # memory of the device: there is none. Other threads may go on calling CUDA.
+        gc.disable()
         try:
-            # Other threads (a loader that pins memory) may go on calling CUDA meanwhile.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._run()
+            with torch.cuda.stream(stream):
+                graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    self._run()
+                finally:
+                    graph.capture_end()
         except RuntimeError as error:
             self._plain, self.why = True, str(error).splitlines()[0]
             return False
+        finally:
+            if collecting:
+                gc.enable()
+            here.wait_stream(stream)
         self._graph = graph
         return True

@@ -18,8 +18,8 @@ def map_scale_(t: Tensor, by: int, floor: float) -> Tensor:
 
 
 def live_nodes(y: Tensor, g: Tensor, dim: int) -> Tensor:
-    on_path = (y > 0) & (g != 0)
-    return on_path.transpose(0, dim).flatten(1).any(1).to(torch.uint8)
+    on_path = ((y > 0) & (g != 0)).transpose(0, dim)
+    return (on_path.flatten(1).any(1) if on_path.dim() > 1 else on_path).to(torch.uint8)
 
 
 def through_maximum_(g: Tensor, x: Tensor, maximum: float) -> Tensor:

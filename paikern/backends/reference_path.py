@@ -6,6 +6,7 @@ own convolution, its adjoint and its weight gradient.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -209,7 +210,7 @@ def dpai_update_(
     transposed: bool,
 ) -> Tensor:
     rows, columns = s.shape[:2]
-    kept = _kept(mask, s.shape).reshape(rows, columns, -1)
+    kept = _kept(mask, s.shape).reshape(rows, columns, math.prod(s.shape[2:]))
     q = q.to(s.dtype).reshape(kept.shape)
     effective = kept & (q != 0)
     kernel = effective.any(2, keepdim=True)  # [rows, columns, 1]
