@@ -5,17 +5,8 @@ namespace paikern::cuda {
 namespace {
 
 const Kernel kKernels[] = {
-    PK_KERNEL(paikern_flow),
-    PK_KERNEL(paikern_flow_forward),
-    PK_KERNEL(paikern_flow_forward_vector),
-    PK_KERNEL(paikern_flow_adjoint),
-    PK_KERNEL(paikern_flow_adjoint_vector_32),
-    PK_KERNEL(paikern_flow_adjoint_vector_16),
-    PK_KERNEL(paikern_flow_sweep_32),
-    PK_KERNEL(paikern_flow_sweep_16),
-    PK_KERNEL(paikern_flow_score),
-    PK_KERNEL(paikern_flow_dpai),
-    PK_KERNEL(paikern_flow_small),
+    PK_KERNEL(paikern_flow),      PK_KERNEL(paikern_flow_sweep_32), PK_KERNEL(paikern_flow_sweep_16),
+    PK_KERNEL(paikern_flow_dpai), PK_KERNEL(paikern_flow_small),
 };
 
 }  // namespace

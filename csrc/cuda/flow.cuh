@@ -9,7 +9,7 @@
 //
 // `paikern_flow` runs instructions [from, to) of the table on a grid whose blocks are all on the device at the same
 // time, with a barrier between two instructions: a network of many small layers is one launch a sweep. Large layers are
-// launched one by one (`paikern_flow_forward`, ...), on as many blocks as they can use. Results have
+// launched one by one, on as many blocks as they can use. Results have
 // the same bits either way, since no instruction depends on the grid.
 //
 // Bytes moved: those of the products (path_*.cuh), and each map once or twice. Limit: for small layers the barriers,
@@ -229,35 +229,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
   }
 }
 
-// One instruction. Vectors have kernels of their own, so that what maps need of registers does not limit their loads.
-extern "C" __global__ void __launch_bounds__(256, 2) paikern_flow_forward(const PaikernFlowStep *steps, long long at) {
-  pk_path_forward(steps[at].product, blockIdx.x, gridDim.x);
-  pk_flow_exponent(steps[at], blockIdx.x);
-}
-
-extern "C" __global__ void __launch_bounds__(256, 3)
-    paikern_flow_forward_vector(const PaikernFlowStep *steps, long long at) {
-  pk_forward_vector(steps[at].product, blockIdx.x, gridDim.x);
-  pk_flow_exponent(steps[at], blockIdx.x);
-}
-
-extern "C" __global__ void __launch_bounds__(256, 2) paikern_flow_adjoint(const PaikernFlowStep *steps, long long at) {
-  pk_path_adjoint(steps[at].product, blockIdx.x, gridDim.x);
-  pk_flow_exponent(steps[at], blockIdx.x);
-}
-
-extern "C" __global__ void __launch_bounds__(256, 3)
-    paikern_flow_adjoint_vector_32(const PaikernFlowStep *steps, long long at) {
-  pk_adjoint_rows<0, kPkMeetsNothing>(steps[at].product, {}, blockIdx.x, gridDim.x);
-  pk_flow_exponent(steps[at], blockIdx.x);
-}
-
-extern "C" __global__ void __launch_bounds__(256, 3)
-    paikern_flow_adjoint_vector_16(const PaikernFlowStep *steps, long long at) {
-  pk_adjoint_16<kPkMeetsNothing>(steps[at].product, {}, blockIdx.x, gridDim.x);
-  pk_flow_exponent(steps[at], blockIdx.x);
-}
-
+// One instruction; products by themselves are the kernels of path_kernels.cuh.
 extern "C" __global__ void __launch_bounds__(256, 2) paikern_flow_sweep_32(const PaikernFlowStep *steps, long long at) {
   PaikernSweep sweep = {};
   if (pk_flow_band(steps[at], &sweep)) {
@@ -276,10 +248,6 @@ extern "C" __global__ void __launch_bounds__(256, 2) paikern_flow_sweep_16(const
     pk_adjoint_16<kPkMeetsNothing>(steps[at].product, sweep, blockIdx.x, gridDim.x);
   }
   pk_flow_exponent(steps[at], blockIdx.x);
-}
-
-extern "C" __global__ void __launch_bounds__(256, 2) paikern_flow_score(const PaikernFlowStep *steps, long long at) {
-  pk_path_score(steps[at].product, 0.0f, steps[at].out, blockIdx.x, gridDim.x);
 }
 
 extern "C" __global__ void __launch_bounds__(256) paikern_flow_dpai(const PaikernFlowStep *steps, long long at) {

@@ -28,10 +28,11 @@ struct PaikernProduct {
   float *g;                   // the map of the rows, [batch, rows, *out]; adjoint reads, forward writes it
   const PaikernScale *x_scale;  // how x is read, null for as it is
   const PaikernScale *g_scale;
-  PaikernScale *top;  // raised to the maximum of what is written, or null
-  float *partial;     // of sums that several blocks share, 16-byte aligned as x and g are
-  unsigned *arrived;  // counters of those, zero between launches
-  long long counts;   // 1: see pk_reader
+  PaikernScale *top;           // raised to the maximum of what is written, or null
+  float *partial;              // of sums that several blocks share, 16-byte aligned as x and g are
+  unsigned *arrived;           // counters of those, zero between launches
+  long long counts;            // 1: see pk_reader
+  const PaikernScale *source;  // whose exponent *top gets: that of the map that is read; or null
 };
 
 // Where an element lies, see path_maps.cuh.

@@ -33,16 +33,18 @@ __all__ = [
 
 (RESET, FILL, FORWARD, ADJOINT, JOIN, NORMALISE, SCALE, MEAN, SPREAD, POOL, UNPOOL, TOTAL, RECORD,
  EXPONENTS, BITS, SCORE, LIVE, DPAI, SWEEP) = range(19)  # fmt: skip
-# Numbers in a PaikernFlowStep, a PaikernTerm, a PaikernScale, a PaikernDpai.
-_ROW, _TERM, _SLOT, _DPAI = 20 + 14, 4, 2, 20
+# Numbers in a PaikernProduct, a PaikernTerm, a PaikernScale, a PaikernDpai, a PaikernFlowStep.
+_PRODUCT, _TERM, _SLOT, _DPAI = 15, 4, 2, 20
+_ROW = 20 + _PRODUCT
 _FIELDS = 9  # of a PaikernFlowRecord
 _FLAT = 1024  # scores that a block updates at a time
 _EACH = 4  # elements of a map that a thread takes
-_ALONE = {
-    FORWARD: "paikern_flow_forward",
-    ADJOINT: "paikern_flow_adjoint",
-    SCORE: "paikern_flow_score",
-    DPAI: "paikern_flow_dpai",
+# How a product is called in `cuda_path.workspace` and `cuda_path.kernel`.
+_WAYS = {
+    FORWARD: ("forward", "forward"),
+    ADJOINT: ("adjoint", "backward"),
+    SWEEP: ("adjoint", "sweep"),
+    SCORE: ("score", "score"),
 }
 # A multiprocessor holds one block of `paikern_flow`, which has the registers of every instruction.
 # Products of more multiplications than these, and passes that keep a multiprocessor busy for more
@@ -137,10 +139,8 @@ class Instruction:
         """What the product of this instruction takes."""
         p = self.product
         assert p is not None
-        ways = {FORWARD: "forward", ADJOINT: "adjoint", SWEEP: "adjoint", SCORE: "score"}
-        direction = ways[self.kind]
         dtype = torch.float32 if p.weight is None else p.weight.dtype
-        return cuda_path.workspace(direction, p.geometry, dtype, p.power)
+        return cuda_path.workspace(_WAYS[self.kind][0], p.geometry, dtype, p.power)
 
     def is_small(self) -> bool:
         """Whether a kernel that goes through several instructions may take this one."""
@@ -203,6 +203,7 @@ class FlowTable:
         self._arrived = like.new_zeros(1, dtype=torch.int64)
         self._slots = 0
         self._tables: list[Tensor] = []
+        self._numbers: list[list[int]] = []
         self._held: list[object] = []
 
     def slot(self) -> int:
@@ -267,6 +268,7 @@ class FlowTable:
             numbers += [term.values.data_ptr(), self._slot_at(term.slot),
                         term.numel or term.values.numel(), to.data_ptr()]  # fmt: skip
         table.copy_(torch.tensor(numbers + extra))
+        self._numbers.append(numbers)
         return table
 
     def _update(self, d: Dpai) -> list[int]:
@@ -313,11 +315,12 @@ class FlowTable:
             int(step.average),
         ]
         if step.product is None:
-            return [*row, *(0,) * 14]
-        p = step.product
+            return [*row, *(0,) * _PRODUCT]
+        return [*row, *self._product(step, step.product, parity, geometry)]
+
+    def _product(self, step: Instruction, p: Product, parity: int, geometry: int) -> list[int]:
         return [
-            *row,
-            0 if p.weight is None else p.weight.data_ptr(),
+            _at(p.weight),
             0 if p.weight is None else TYPES[p.weight.dtype],
             p.power,
             p.masks[parity].data_ptr() if p.masks else 0,
@@ -331,7 +334,23 @@ class FlowTable:
             self._spaces[1].data_ptr(),
             self._spaces[2].data_ptr(),
             int(self.counts),
+            self._slot_at(step.source),
         ]
+
+    def _alone(self, parity: int, index: int) -> Step:
+        """The launch of one instruction: for products the kernel of the operation."""
+        step, table = self.instructions[index], self._tables[parity].data_ptr()
+        p, blocks = step.product, step.blocks()
+        if p is None or step.kind == SWEEP:
+            kernel = "paikern_flow_dpai" if step.kind == DPAI else "paikern_flow_small"
+            if p is not None and p.weight is not None:
+                kernel = f"paikern_flow_sweep_{8 * p.weight.element_size()}"
+            return Step(kernel, blocks, (table, index))
+        dtype = torch.float32 if p.weight is None else p.weight.dtype
+        kernel = cuda_path.kernel(_WAYS[step.kind][1], p.geometry, dtype, p.power)
+        row = self._numbers[parity][index * _ROW : (index + 1) * _ROW]
+        more = (0.0, _at(step.out)) if step.kind == SCORE else ()
+        return Step(kernel, blocks, (*row[-_PRODUCT:], *more))
 
     def steps(self, parity: int, first: int, last: int) -> list[Step]:
         """The launches of instructions [first, last)."""
@@ -354,7 +373,7 @@ class FlowTable:
                 made.append(Step("paikern_flow", blocks, (table, at, end, arrived)))
             else:
                 end = at + 1
-                made.append(Step(_alone(self.instructions[at]), wanted[at - first], (table, at)))
+                made.append(self._alone(parity, at))
             at = end
         return made
 
@@ -371,19 +390,6 @@ class FlowTable:
         rows = self.records[1 + first : 1 + last].cpu()
         mantissa = rows[:, 0].contiguous().view(torch.float64).tolist()
         return [Record(m, *row[1:]) for m, row in zip(mantissa, rows.tolist(), strict=True)]
-
-
-def _alone(step: Instruction) -> str:
-    """The kernel of one instruction."""
-    kernel = _ALONE.get(step.kind, "paikern_flow_small")
-    p = step.product
-    if p is None or step.kind == SCORE or not one_vector(p.geometry):
-        return kernel
-    if step.kind == FORWARD:
-        return "paikern_flow_forward_vector"
-    # fp32 and two bytes apart, for their registers; power 0 reads none and goes with the latter.
-    bits = 32 if p.weight is not None and p.weight.dtype == torch.float32 else 16
-    return f"paikern_flow_{'sweep' if step.kind == SWEEP else 'adjoint_vector'}_{bits}"
 
 
 def _address(place: Tensor | int | tuple[int, ...], parity: int) -> int:

@@ -173,7 +173,7 @@ class _Product:
         self.arguments = (
             _address(self.weight), TYPES.get(weight.dtype, 0), power, _address(self.mask), 0,
             self.geometry.data_ptr(), x.data_ptr(), g.data_ptr(), 0, 0, 0, _address(self.partial),
-            _address(self.arrived), 0,
+            _address(self.arrived), 0, 0,
         )  # fmt: skip
 
     def run(self, name: str, *more: int | float) -> None:

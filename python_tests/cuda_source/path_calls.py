@@ -89,7 +89,7 @@ def run_product(
     product = cuda_path._Product(direction, geometry, weight, 1, mask, x, g)
     scales = (0 if s is None else s.data_ptr() for s in (x_scale, g_scale, top))
     head, tail = product.arguments[:4], product.arguments[11:13]
-    product.arguments = (*head, first_bit, *product.arguments[5:8], *scales, *tail, counts)
+    product.arguments = (*head, first_bit, *product.arguments[5:8], *scales, *tail, counts, 0)
     name = {"forward": "forward", "adjoint": "backward", "score": "score"}[direction]
     more = (0.0, score[0].data_ptr()) if score else ()
     with provided(provider):
