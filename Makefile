@@ -13,7 +13,7 @@ export OMP_WAIT_POLICY ?= passive
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-$(VENV)/.base: constraints.txt pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/include/paikern/*.h)
+$(VENV)/.base: constraints.txt pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/cuda/*.cu csrc/cuda/*.cuh csrc/include/paikern/*.h)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade setuptools wheel ninja pybind11
 	$(PIP) torch
