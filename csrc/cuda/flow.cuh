@@ -203,7 +203,8 @@ PK_DEVICE void pk_flow_step(const PaikernFlowStep &step, long long block, long l
   pk_flow_exponent(step, block);
 }
 
-// Waits until all blocks of the grid have come here; `arrived` only ever grows.
+// Waits until all blocks of the grid have come here: the last one resets the count and opens the next turn. Grids of
+// other sizes may follow.
 PK_DEVICE void pk_grid_barrier(unsigned long long *arrived) {
 #ifdef PAIKERN_CUDA_ON_CPU
   if (gridDim.x > 1) paikern::on_cpu::complain("a grid barrier: blocks run one after the other here");
@@ -211,10 +212,17 @@ PK_DEVICE void pk_grid_barrier(unsigned long long *arrived) {
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
-    const unsigned long long before = atomicAdd(arrived, 1ull), end = (before / gridDim.x + 1) * gridDim.x;
-    while (*const_cast<volatile unsigned long long *>(arrived) < end) {
+    volatile unsigned long long *turn = arrived + 1;
+    const unsigned long long mine = *turn;
+    __threadfence();  // the turn is read before anyone can know that this block has come
+    if (atomicAdd(arrived, 1ull) + 1 == gridDim.x) {
+      *const_cast<volatile unsigned long long *>(arrived) = 0;
+      __threadfence();
+      *turn = mine + 1;
+    } else {
+      while (*turn == mine) {
+      }
     }
-    __threadfence();
   }
   __syncthreads();
   __threadfence();  // by every thread: lines that its multiprocessor holds from before are read again

@@ -167,7 +167,7 @@ class Instruction:
             return 1
         count = self.out.numel() if self.out is not None else 0
         if self.kind == NORMALISE:
-            count = max((term.numel for term in self.terms), default=0)
+            count = max((term.values.numel() for term in self.terms), default=0)
         return max(1, -(-count // (THREADS * _EACH)))
 
 
@@ -200,7 +200,7 @@ class FlowTable:
         self.counts = counts
         self.records = like.new_zeros((rounds + 1, _FIELDS), dtype=torch.int64)
         self._round = like.new_full((1,), -1, dtype=torch.int64)
-        self._arrived = like.new_zeros(1, dtype=torch.int64)
+        self._arrived = like.new_zeros(2, dtype=torch.int64)
         self._slots = 0
         self._tables: list[Tensor] = []
         self._numbers: list[list[int]] = []

@@ -138,7 +138,8 @@ class DeviceLoop:
         """A place for the scores of a layer, where making them again costs more than reading."""
         if visit is None or positions(visit.product.geometry) < SCORES_STORED_FROM:
             return None
-        product = replace(visit.product, power=self._power, masks=())
+        # By then both maps lie in [1, 2): nothing is to be taken out when they are read.
+        product = replace(visit.product, power=self._power, masks=(), x_slot=-1, g_slot=-1)
         assert product.weight is not None
         scores = product.weight.new_empty(product.weight.numel(), dtype=torch.float32)
         self._program.table.add(Instruction(SCORE, scores, product=product))

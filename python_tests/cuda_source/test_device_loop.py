@@ -67,10 +67,24 @@ def transformer(name: str, inputs: Tensor, **options: Any) -> tuple[nn.Module, T
 
 
 TOKENS = torch.zeros(1, 6, dtype=torch.long)
+
+
+def plain() -> nn.Module:
+    """Convolutions one after the other: maps are read by the next one as they were written."""
+    net = nn.Sequential(
+        nn.Conv2d(2, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 7, 3, stride=2), nn.ReLU(),
+        nn.Conv2d(7, 5, 2, groups=1), nn.Flatten(), nn.Linear(45, 9), nn.ReLU(), nn.Linear(9, 3),
+    )  # fmt: skip
+    for scale, p in zip((90.0, 1, 1e-3, 1, 7.0, 1, 0.3, 1, 2.0, 1), net.parameters(), strict=True):
+        p.data.mul_(scale)
+    return net
+
+
 NETS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "mlp": lambda: (pk.zoo.create("mlp", sizes=(20, 33, 17, 5)), torch.ones(1, 20)),
     "branches": lambda: (Branches(), torch.ones(1, 3, 8, 8)),
     "pooled": lambda: (pooled(), torch.ones(2, 2, 9, 9)),
+    "plain": lambda: (plain(), torch.ones(1, 2, 10, 10)),
     "deep": lambda: (deep(), torch.ones(1, 24)),
     "resnet20": lambda: (pk.zoo.create("resnet20"), torch.ones(1, 3, 8, 8)),
     "gpt2": lambda: transformer(
@@ -150,7 +164,7 @@ def test_scores_that_are_stored_and_made_again(
 ) -> None:
     torch.manual_seed(9)
     monkeypatch.setattr(device_loop, "SCORES_STORED_FROM", stored_from)
-    net, x = NETS["branches"]()
+    net, x = NETS["plain"]()
     found, wanted = both(net, x, made)
     stored = sum(scores is not None for scores in made[0]._scores)
     assert stored == (len(found) if stored_from == 1 else 0)
