@@ -6,11 +6,9 @@ nvidia-cuda-nvrtc; it needs no GPU. Called through ctypes, so that nothing else 
 
 from __future__ import annotations
 
-import ctypes
-import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,70 +19,20 @@ import budgets
 import check_cuda
 
 from paikern.backends import cuda_jit
+from paikern.backends.nvrtc import Nvrtc
 
 
-def candidates() -> Iterator[Path]:
-    """Libraries of NVRTC: in packages, then in toolkits, the newest first."""
-    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
-    folders = [Path(home) for home in [*homes, "/usr/local/cuda"] if home]
-    for place, pattern in [
-        *((Path(path), "nvidia/*/lib*/libnvrtc.so.*") for path in sys.path if path),
-        *((folder, "lib*/libnvrtc.so.*") for folder in folders),
-        *((folder, "targets/*/lib/libnvrtc.so.*") for folder in folders),
-    ]:
-        yield from sorted(place.glob(pattern), reverse=True)
-
-
-class Nvrtc:
-    """The few calls that are needed; RuntimeError with NVRTC's name of an error."""
-
-    def __init__(self, library: str) -> None:
-        self._library = ctypes.CDLL(library)
-        self._library.nvrtcGetErrorString.restype = ctypes.c_char_p
-        major, minor = ctypes.c_int(), ctypes.c_int()
-        self._call("Version", ctypes.byref(major), ctypes.byref(minor))
-        self.version = (major.value, minor.value)
-
-    def _call(self, name: str, *arguments: object) -> None:
-        code = getattr(self._library, f"nvrtc{name}")(*arguments)
-        if code:
-            raise RuntimeError(self._library.nvrtcGetErrorString(code).decode())
-
-    def compiled(self, text: str, options: Sequence[str]) -> tuple[bytes, str]:
-        """The cubin and what the compiler says; RuntimeError where it does not compile."""
-        program = ctypes.c_void_p()
-        self._call(
-            "CreateProgram", ctypes.byref(program), text.encode(), b"paikern.cu", 0, None, None
-        )
+def compiled(nvrtc: Nvrtc, text: str, options: Sequence[str]) -> tuple[bytes, str]:
+    """The cubin and what the compiler says; RuntimeError where it does not compile."""
+    program = nvrtc.createProgram(text, "paikern.cu", (), ())
+    try:
         try:
-            listed = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
-            try:
-                self._call("CompileProgram", program, len(options), listed)
-            except RuntimeError as error:
-                raise RuntimeError(f"{error}\n{self._bytes('ProgramLog', program)!r}") from error
-            words = self._bytes("ProgramLog", program).rstrip(b"\0").decode()
-            return self._bytes("CUBIN", program), words
-        finally:
-            self._call("DestroyProgram", ctypes.byref(program))
-
-    def _bytes(self, name: str, program: ctypes.c_void_p) -> bytes:
-        size = ctypes.c_size_t()
-        self._call(f"Get{name}Size", program, ctypes.byref(size))
-        held = ctypes.create_string_buffer(size.value)
-        self._call(f"Get{name}", program, held)
-        return held.raw
-
-
-def find() -> tuple[Nvrtc | None, str]:
-    """NVRTC and where it is, or None and why not."""
-    why = "no libnvrtc.so; pip install nvidia-cuda-nvrtc"
-    for path in [*map(str, candidates()), "libnvrtc.so"]:
-        try:
-            return Nvrtc(path), path
-        except (OSError, AttributeError, RuntimeError) as error:
-            if path != "libnvrtc.so":
-                why = f"{path}: {error}"
-    return None, why
+            nvrtc.compileProgram(program, options)
+        except RuntimeError as error:
+            raise RuntimeError(f"{error}\n{nvrtc.getProgramLog(program)}") from error
+        return nvrtc.getCUBIN(program), nvrtc.getProgramLog(program)
+    finally:
+        nvrtc.destroyProgram(program)
 
 
 def needs(
@@ -103,7 +51,7 @@ def needs(
         options = (*cuda_jit.options_for(divmod(arch, 10)), "--ptxas-options=-v")
         whole = budgets.Need("paikern.cu", "nvrtc", f"sm_{arch}", check_cuda.THREADS, 0, 0, 0)
         try:
-            cubin, words = nvrtc.compiled(text, options)
+            cubin, words = compiled(nvrtc, text, options)
         except RuntimeError as error:
             return [whole._replace(error=str(error))]
         told = list(check_cuda.parse(words, f"sm_{arch}", "nvrtc"))

@@ -1,9 +1,10 @@
 """The CUDA kernels where `paikern._cuda` was not built: the same text, compiled at run time.
 
-NVRTC, reached through CuPy, makes cubins for the exact device, each once: they lie in the cache
-folder under the hash of everything they were made from. What is compiled is the file of a kernel
-that is wanted, not all of them: that takes seconds instead of a minute. The operations are those of
-`paikern.backends.cuda`, with their kernels from here.
+NVRTC makes cubins for the exact device, each once: they lie in the cache folder under the hash of
+everything they were made from. It is reached through CuPy where that is installed, else by ctypes:
+PyTorch's CUDA builds bring the library, and the driver launches. What is compiled is the file of a
+kernel that is wanted, not all of them: that takes seconds instead of a minute. The operations are
+those of `paikern.backends.cuda`, with their kernels from here.
 
 The folder is `$PAIKERN_CACHE`, else `$XDG_CACHE_HOME/paikern`, else `~/.cache/paikern`.
 """
@@ -13,9 +14,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import importlib.util
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import Any
 
 import torch
 
-from paikern.backends import cuda
+from paikern.backends import cuda, cuda_driver, nvrtc
 from paikern.backends.cuda_launch import Step, through
 
 __all__ = ["Jit", "assemble", "backend", "cached", "why_not"]
@@ -127,25 +128,25 @@ def options_for(capability: tuple[int, int]) -> tuple[str, ...]:
     return ("--std=c++17", "--fmad=false", f"--gpu-architecture=sm_{arch}")
 
 
-def compiled(nvrtc: Any, text: str, options: Sequence[str]) -> bytes:
+def compiled(compiler: Any, text: str, options: Sequence[str]) -> bytes:
     """The cubin; RuntimeError with the compiler's words, whose lines are those of the text."""
-    program = nvrtc.createProgram(text, "paikern.cu", (), ())
+    program = compiler.createProgram(text, "paikern.cu", (), ())
     try:
         try:
-            nvrtc.compileProgram(program, tuple(options))
+            compiler.compileProgram(program, tuple(options))
         except Exception as error:
-            words = nvrtc.getProgramLog(program)
+            words = compiler.getProgramLog(program)
             raise RuntimeError(f"the CUDA kernels did not compile: {error}\n{words}") from error
-        return nvrtc.getCUBIN(program)
+        return compiler.getCUBIN(program)
     finally:
-        nvrtc.destroyProgram(program)
+        compiler.destroyProgram(program)
 
 
 class Jit:
-    """Kernels from CuPy's modules, one a device and file."""
+    """Kernels from modules of CuPy or of `cuda_driver`, one a device and file."""
 
-    def __init__(self, cupy: Any, nvrtc: Any) -> None:
-        self._cupy, self._nvrtc = cupy, nvrtc
+    def __init__(self, cupy: Any, compiler: Any) -> None:
+        self._cupy, self._nvrtc = cupy, compiler
         self._modules: dict[tuple[int, str], Any] = {}
         self._kernels: dict[tuple[int, str], Any] = {}
 
@@ -192,29 +193,37 @@ def _extra() -> str:
 
 
 def why_not() -> tuple[Any, Any, str]:
-    """CuPy and its NVRTC, and why they cannot be used; empty if they can."""
-    if not _installed():
-        return None, None, f"CuPy is not installed; {_extra()}"
+    """What launches, what compiles, and why they cannot be used; empty if they can."""
     if not torch.cuda.is_available():
         return None, None, "no GPU that this build of PyTorch can use"
+    if torch.version.cuda is None:
+        return None, None, "CUDA kernels need NVIDIA's build of PyTorch; use the triton backend"
+    cupy, compiler, why = _cupy()
+    if not why:
+        return cupy, compiler, ""
+    own, place = nvrtc.find(torch.version.cuda.split(".")[0])
+    if own is None:
+        return None, None, f"{why}; and without CuPy: {place}"
+    try:
+        return cuda_driver.Driver(), own, ""
+    except (OSError, RuntimeError) as error:
+        return None, None, f"{why}; and without CuPy: the driver says {_line(error)}"
+
+
+def _cupy() -> tuple[Any, Any, str]:
+    """CuPy and its NVRTC, and why they cannot be used; empty if they can."""
     try:
         import cupy
-        from cupy.cuda import nvrtc
+        from cupy.cuda import nvrtc as compiler
     except ImportError as error:
+        if getattr(error, "name", None) == "cupy" or "cupy" not in sys.modules:
+            return None, None, f"CuPy is not installed; {_extra()}"
         return None, None, f"CuPy could not be imported ({_line(error)}); {_extra()}"
     try:
-        nvrtc.getVersion()
+        compiler.getVersion()
     except Exception as error:
         return None, None, f"NVRTC could not be loaded ({_line(error)}); {_extra()}"
-    return cupy, nvrtc, ""
-
-
-def _installed() -> bool:
-    """Whether there is a CuPy; not imported where there is no GPU for it."""
-    try:
-        return importlib.util.find_spec("cupy") is not None
-    except ValueError:  # imported by other means
-        return True
+    return cupy, compiler, ""
 
 
 def _line(error: Exception) -> str:

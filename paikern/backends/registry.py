@@ -98,10 +98,10 @@ def _load_triton() -> Backend:
 def _load_cuda_jit() -> Backend:
     from paikern.backends import cuda_jit
 
-    cupy, nvrtc, why = cuda_jit.why_not()
+    launcher, compiler, why = cuda_jit.why_not()
     if why:
         return Backend(None, ("cuda",), why)
-    module = cuda_jit.backend(cuda_jit.Jit(cupy, nvrtc))
+    module = cuda_jit.backend(cuda_jit.Jit(launcher, compiler))
     return Backend(module, ("cuda",), "native kernels, compiled by NVRTC when first used")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import shutil
 import subprocess
@@ -9,13 +10,14 @@ import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from paikern import ops
-from paikern.backends import cuda, cuda_jit
-from paikern.backends.cuda_launch import provided
+from paikern.backends import cuda, cuda_driver, cuda_jit, nvrtc
+from paikern.backends.cuda_launch import Step, provided
 from python_tests.cuda_source import shim
 
 pytestmark = pytest.mark.cuda_source
@@ -69,10 +71,16 @@ def test_the_text_compiles_for_a_device(tmp_path: Path) -> None:
 
 
 def test_the_text_compiles_through_nvrtc() -> None:
-    nvrtc = pytest.importorskip("cupy.cuda.nvrtc", reason="CuPy is not installed")
-    for capability in ((8, 0), (9, 0)):
-        cubin = cuda_jit.compiled(nvrtc, cuda_jit.assemble(), cuda_jit.options_for(capability))
+    compiler, why = nvrtc.find()
+    if compiler is None:
+        pytest.skip(why)
+    for kernel in ("paikern_pack_mask", "paikern_select_filter"):
+        text = cuda_jit.assemble(only=cuda_jit.files()[kernel])
+        cubin = cuda_jit.compiled(compiler, text, cuda_jit.options_for((9, 0)))
         assert cubin.startswith(b"\x7fELF")
+        assert kernel.encode() in cubin
+    with pytest.raises(RuntimeError, match=r"did not compile: NVRTC_ERROR_COMPILATION"):
+        cuda_jit.compiled(compiler, "this is no CUDA", ())
 
 
 def test_a_key_is_of_everything_that_a_cubin_is_made_from() -> None:
@@ -141,15 +149,42 @@ def test_without_cupy_the_extra_is_named(
     monkeypatch: pytest.MonkeyPatch, version: str, extra: str
 ) -> None:
     monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", version)
+    asked: list[str] = []
+    monkeypatch.setattr(nvrtc, "find", lambda major: asked.append(major) or (None, "no library"))
     why = cuda_jit.why_not()[2]
     assert why.startswith("CuPy is not installed; ")
     assert f"pip install 'paikern[{extra}]'" in why
+    assert why.endswith("; and without CuPy: no library")
     assert "\n" not in why
+    assert asked == [version.split(".")[0]]
+
+
+def test_without_cupy_the_driver_and_pytorchs_nvrtc_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(nvrtc, "find", lambda major: ("compiler", "somewhere"))
+    monkeypatch.setattr(cuda_driver, "Driver", lambda: "driver")
+    assert cuda_jit.why_not() == ("driver", "compiler", "")
+
+    def missing() -> None:
+        raise OSError("libcuda.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(cuda_driver, "Driver", missing)
+    assert cuda_jit.why_not()[2].endswith(
+        "the driver says libcuda.so.1: cannot open shared object file"
+    )
+
+
+def test_on_rocm_there_is_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "use the triton backend" in cuda_jit.why_not()[2]
 
 
 def test_without_a_gpu_cupy_is_not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_jit, "_installed", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setitem(sys.modules, "cupy", None)
     assert cuda_jit.why_not()[2] == "no GPU that this build of PyTorch can use"
@@ -159,10 +194,12 @@ def test_without_nvrtc_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     def missing() -> None:
         raise RuntimeError("DynamicLibNotFoundError: libnvrtc.so\nmore words")
 
-    nvrtc = SimpleNamespace(getVersion=missing)
+    compiler = SimpleNamespace(getVersion=missing)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(nvrtc, "find", lambda major: (None, "no library"))
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "cupy.cuda", SimpleNamespace(nvrtc=nvrtc))
+    monkeypatch.setitem(sys.modules, "cupy.cuda", SimpleNamespace(nvrtc=compiler))
     why = cuda_jit.why_not()[2]
     assert why.startswith("NVRTC could not be loaded (DynamicLibNotFoundError: libnvrtc.so)")
     assert "pip install 'paikern[cuda" in why
@@ -226,9 +263,9 @@ def test_operations_run_through_cupys_modules(
     """With a stand-in for CuPy: compiled once, kept, launched by name with numbers of 8 bytes."""
     monkeypatch.setenv("PAIKERN_CACHE", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    cupy, nvrtc, scores = _FakeCupy(on_cpu), _FakeNvrtc(), torch.randn(9000)
+    cupy, compiler, scores = _FakeCupy(on_cpu), _FakeNvrtc(), torch.randn(9000)
     for _ in range(2):  # two processes
-        jit = cuda_jit.Jit(cupy, nvrtc)
+        jit = cuda_jit.Jit(cupy, compiler)
         jit.multiprocessors = lambda device: 3  # type: ignore[method-assign]
         with provided(jit):
             found = cuda.topk_mask([scores], [1234], [], True, [], None)
@@ -236,12 +273,86 @@ def test_operations_run_through_cupys_modules(
         wanted = [*ops.topk_mask(scores, 1234, absolute=True), ops.pack_mask(scores > 0)]
         assert all(map(torch.equal, found, wanted))
     # bits, and the sample, filter, digits and bits of a selection
-    assert nvrtc.compiled == nvrtc.destroyed == 5
+    assert compiler.compiled == compiler.destroyed == 5
     assert cupy.loaded == ["cubin"] * 10
 
 
+class _FakeLibrary:
+    """libcuda.so.1 as far as it is called, with the kernels of the shim behind it."""
+
+    def __init__(self, on_cpu: shim.OnCpu) -> None:
+        self._on_cpu = on_cpu
+        self._names: list[str] = []
+        self.pushed, self.streams = 0, set[int]()
+
+    def cuInit(self, flags: int) -> int:  # noqa: N802
+        return 0
+
+    def cuDeviceGet(self, handle: Any, device: int) -> int:  # noqa: N802
+        handle._obj.value = device + 40
+        return 0 if device < 8 else 101
+
+    def cuDevicePrimaryCtxRetain(self, context: Any, handle: Any) -> int:  # noqa: N802
+        context._obj.value = handle.value
+        return 0
+
+    def cuCtxPushCurrent_v2(self, context: Any) -> int:  # noqa: N802
+        self.pushed += 1
+        return 0
+
+    def cuCtxPopCurrent_v2(self, context: Any) -> int:  # noqa: N802
+        self.pushed -= 1
+        return 0
+
+    def cuModuleLoadData(self, module: Any, image: ctypes.c_char_p) -> int:  # noqa: N802
+        assert self.pushed
+        assert image.value == b"cubin"
+        module._obj.value = 1
+        return 0
+
+    def cuModuleGetFunction(self, function: Any, module: Any, name: bytes) -> int:  # noqa: N802
+        self._names.append(name.decode())
+        function._obj.value = len(self._names)
+        return 0
+
+    def cuLaunchKernel(self, function: Any, *rest: Any) -> int:  # noqa: N802
+        x, _, _, threads, _, _, shared, stream, places, _ = rest
+        name = self._names[function.value - 1]
+        count = self._on_cpu.module.kernels()[name]
+        # Whatever the type: the shim takes the eight bytes as they are.
+        numbers = tuple(ctypes.c_int64.from_address(places[i]).value for i in range(count))
+        self.streams.add(stream.value or 0)
+        self._on_cpu.module.run([(name, x, threads, shared, numbers)], 0, 0)
+        return 0
+
+    def cuGetErrorString(self, code: int, words: Any) -> int:  # noqa: N802
+        words._obj.value = b"invalid device ordinal"
+        return 0
+
+
+def test_operations_run_through_the_driver(
+    on_cpu: shim.OnCpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PAIKERN_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    library = _FakeLibrary(on_cpu)
+    jit = cuda_jit.Jit(cuda_driver.Driver(library), _FakeNvrtc())
+    jit.multiprocessors = lambda device: 3  # type: ignore[method-assign]
+    scores, t = torch.randn(9000), torch.tensor([1.0, 3.0])
+    with provided(jit):
+        (found,) = cuda.topk_mask([scores], [1234], [], True, [], None)
+        scaled = cuda.map_scale_(t, -1, 0.0)  # with parameters that are no integers
+    assert torch.equal(found, ops.topk_mask(scores, 1234, absolute=True)[0])
+    assert scaled.tolist() == [0.5, 1.5]
+    assert library.pushed == 0
+    jit.run([Step("paikern_pack_mask", 1, (scores.data_ptr(), 0, t.data_ptr()))], 0, 77)
+    assert library.streams == {0, 77}
+    with pytest.raises(RuntimeError, match="cuDeviceGet: invalid device ordinal"):
+        jit.run([Step("paikern_pack_mask", 1, ())], 9, 0)
+
+
 def test_an_error_of_the_compiler_is_told_in_full() -> None:
-    nvrtc = _FakeNvrtc(fails=True)
+    compiler = _FakeNvrtc(fails=True)
     with pytest.raises(RuntimeError, match=r"did not compile: NVRTC_ERROR.*\npaikern\.cu\(7\)"):
-        cuda_jit.compiled(nvrtc, "text", ())
-    assert nvrtc.destroyed == 1
+        cuda_jit.compiled(compiler, "text", ())
+    assert compiler.destroyed == 1
