@@ -171,6 +171,12 @@ PK_DEVICE void pk_flow_small(const PaikernFlowStep &step, long long block, long 
     case kPkFlowBits:
       pk_flow_bits(step, block, blocks);
       break;
+    case kPkFlowRectify:
+      pk_flow_rectify(step, block, blocks);
+      break;
+    case kPkFlowUnrectify:
+      pk_flow_unrectify(step, block, blocks);
+      break;
     case kPkFlowLive:
       pk_flow_live(step, block, blocks);
       break;

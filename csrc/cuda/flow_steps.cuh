@@ -1,7 +1,8 @@
 // The instructions of a device sweep between its products: each is one pass over maps of the size of an activation.
 //
 //   fill       y = 1, or what is given                     join     y = sum of terms, each brought to one power of two
-//   scale      y[o, c, i] = x[o, c, i] * factor[c]         normalise  x = x as it is read, for many maps
+//   scale      y[o, c, i] = x[o, c, i] * factor[c] + offset[c]   normalise  x = x as it is read, for many maps
+//   rectify    y = x where it is above 0                unrectify  its adjoint
 //   mean       y[o, i] = sum over c of x[o, c, i] / C      spread   its adjoint
 //   pool       maxima of windows, and where they were      unpool   its adjoint, gathered: no atomics
 //   bits       layers without a weight
@@ -20,7 +21,8 @@
 constexpr long long kPkFlowReset = 0, kPkFlowFill = 1, kPkFlowForward = 2, kPkFlowAdjoint = 3, kPkFlowJoin = 4,
                     kPkFlowNormalise = 5, kPkFlowScale = 6, kPkFlowMean = 7, kPkFlowSpread = 8, kPkFlowPool = 9,
                     kPkFlowUnpool = 10, kPkFlowTotal = 11, kPkFlowRecord = 12, kPkFlowExponents = 13, kPkFlowBits = 14,
-                    kPkFlowScore = 15, kPkFlowLive = 16, kPkFlowDpai = 17;
+                    kPkFlowScore = 15, kPkFlowLive = 16, kPkFlowDpai = 17, kPkFlowRectify = 19,
+                    kPkFlowUnrectify = 20;  // 18: a sweep, see flow.cuh
 
 // What a sweep writes for the host, one row a round.
 struct PaikernFlowRecord {
@@ -51,6 +53,7 @@ struct PaikernFlowStep {
   long long term_count, first_term, last_term;  // join adds the terms from the first up to before the last
   long long outer, channels, inner;
   const float *factor;    // of each channel, null for 1
+  const float *offset;    // of each channel, without a power of two; null for 0
   const long long *pool;  // planes, then size, out, kernel, stride, padding, dilation, two each
   int *places;            // of maxima
   void *data;
@@ -106,9 +109,29 @@ PK_DEVICE void pk_flow_normalise(const PaikernFlowStep &step, long long block, l
 PK_DEVICE void pk_flow_scale(const PaikernFlowStep &step, long long block, long long blocks) {
   const PaikernReader reader = pk_reader(step.terms[0].scale, step.counts != 0);
   const float *x = step.terms[0].values;
+  const float power = step.offset == nullptr ? 0.0f : pk_power_of_two(-pk_exponent_of(*step.terms[0].scale));
   PK_EACH(i, step.numel) {
-    const float value = pk_read(reader, x[i]);
-    step.out[i] = step.factor == nullptr ? value : __fmul_rn(value, step.factor[i / step.inner % step.channels]);
+    float value = pk_read(reader, x[i]);
+    const long long channel = i / step.inner % step.channels;
+    if (step.factor != nullptr) value = __fmul_rn(value, step.factor[channel]);
+    if (step.offset != nullptr) value = __fadd_rn(value, __fmul_rn(step.offset[channel], power));
+    step.out[i] = value;
+  }
+}
+
+PK_DEVICE void pk_flow_rectify(const PaikernFlowStep &step, long long block, long long blocks) {
+  const PaikernReader reader = pk_reader(step.terms[0].scale, step.counts != 0);
+  PK_EACH(i, step.numel) {
+    const float value = pk_read(reader, step.terms[0].values[i]);
+    step.out[i] = value < 0.0f ? 0.0f : value;  // NaN stays
+  }
+}
+
+// Terms are what arrives from behind, and the rectified map.
+PK_DEVICE void pk_flow_unrectify(const PaikernFlowStep &step, long long block, long long blocks) {
+  const PaikernReader reader = pk_reader(step.terms[0].scale, step.counts != 0);
+  PK_EACH(i, step.numel) {
+    step.out[i] = step.terms[1].values[i] > 0.0f ? pk_read(reader, step.terms[0].values[i]) : 0.0f;
   }
 }
 

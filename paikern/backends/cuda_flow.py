@@ -32,10 +32,10 @@ __all__ = [
 ]
 
 (RESET, FILL, FORWARD, ADJOINT, JOIN, NORMALISE, SCALE, MEAN, SPREAD, POOL, UNPOOL, TOTAL, RECORD,
- EXPONENTS, BITS, SCORE, LIVE, DPAI, SWEEP) = range(19)  # fmt: skip
+ EXPONENTS, BITS, SCORE, LIVE, DPAI, SWEEP, RECTIFY, UNRECTIFY) = range(21)  # fmt: skip
 # Numbers in a PaikernProduct, a PaikernTerm, a PaikernScale, a PaikernDpai, a PaikernFlowStep.
 _PRODUCT, _TERM, _SLOT, _DPAI = 15, 4, 2, 20
-_ROW = 20 + _PRODUCT
+_ROW = 21 + _PRODUCT
 _FIELDS = 9  # of a PaikernFlowRecord
 _FLAT = 1024  # scores that a block updates at a time
 _EACH = 4  # elements of a map that a thread takes
@@ -128,6 +128,7 @@ class Instruction:
     channels: int = 1
     inner: int = 1
     factor: Tensor | None = None
+    offset: Tensor | None = None
     pool: Sequence[int] = ()
     places: Tensor | None = None
     data: Tensor | int | tuple[int, ...] = 0  # a tuple: for each parity
@@ -306,6 +307,7 @@ class FlowTable:
             step.channels,
             step.inner,
             _at(step.factor),
+            _at(step.offset),
             pool,
             _at(step.places),
             update if step.dpai else _address(step.data, parity),

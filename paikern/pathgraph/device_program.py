@@ -26,6 +26,12 @@ from paikern.pathgraph.flow import Flow, device_of, not_finite
 from paikern.pathgraph.places import Map, lay_out, pair, shapes_of, values_of
 from paikern.pathgraph.steps import State, Step
 
+_ADJOINTS = {
+    table.MEAN: table.SPREAD,
+    table.POOL: table.UNPOOL,
+    table.RECTIFY: table.UNRECTIFY,
+}
+
 
 class Visit(NamedTuple):
     """Both maps of a weight step, with the slots of their powers of two.
@@ -45,7 +51,7 @@ class DeviceProgram:
     """Both sweeps of `flow` over the tensors in `state`, on their device.
 
     Args:
-        flow: float32, powers of two, no offsets.
+        flow: float32 with powers of two.
         masks: one packed mask for each parity of the rounds, by parameter; the others are dense.
         keep: as in `Program`.
         rounds: how many may be run.
@@ -147,10 +153,25 @@ class DeviceProgram:
                 kind = table.ADJOINT if step.transposed else table.FORWARD
                 add(Instruction(kind, out, made, given[0].slot, product=product))
                 self._weight_slots.append((index, made))
+                if self.flow.semantics.offsets and step.bias is not None:
+                    self._add_bias(step, out, v.root)
             elif not self._small(index, step, given, out, made):
                 self._call(index, step, given, out, made)
         self._outputs = list(dict.fromkeys(self._values[i].root for i in self.flow.plan.outputs))
         add(Instruction(table.TOTAL, terms=[self._a(i) for i in self._outputs]))
+
+    def _add_bias(self, step: kinds.Weight, out: Tensor, root: int) -> None:
+        bias = self.flow.bias_offset(step).float().reshape(-1).contiguous()
+        linear = step.kind == "linear"
+        before, after = Term(out, self._slot_of[root]), self.table.slot()
+        self.table.add(
+            Instruction(
+                table.SCALE, out, after, before.slot, terms=(before,), offset=self._hold(bias),
+                channels=out.shape[-1] if linear else out.shape[1],
+                inner=1 if linear else max(1, math.prod(out.shape[2:])),
+            )
+        )  # fmt: skip
+        self._slot_of[root] = after
 
     def _backward(self) -> None:
         add, slot = self.table.add, self.table.slot
@@ -273,9 +294,11 @@ class DeviceProgram:
             return
         if self._values[inputs[0]].start:
             return
-        made.kind = {table.MEAN: table.SPREAD, table.POOL: table.UNPOOL}.get(made.kind, made.kind)
+        made.kind, made.offset = _ADJOINTS.get(made.kind, made.kind), None
         to = self._target(arrived, inputs[0])
         made.out, made.slot, made.source, made.terms = to.values, to.slot, g.slot, (g,)
+        if made.kind == table.UNRECTIFY:
+            made.terms = (g, self._a(self.steps[index][2]))
         self.table.add(made)
         self._landed(arrived, inputs[0], to)
 
@@ -285,9 +308,11 @@ class DeviceProgram:
         """The instruction of a step forwards, without its maps."""
         like = torch.empty((), device=self.device)
         if isinstance(step, kinds.Norm):
-            return self._per_channel(out, self.flow.norm_factors(step, like)[0])
+            return self._per_channel(out, *self.flow.norm_factors(step, like))
+        if isinstance(step, kinds.Rectify):
+            return Instruction(table.RECTIFY)
         if isinstance(step, kinds.Scale) and step.in_shape == step.out_shape:
-            return self._per_channel(out, self.flow.scale_factor(step, like))
+            return self._per_channel(out, self.flow.scale_factor(step, like), None)
         if isinstance(step, kinds.Mean):
             dims = sorted(d % len(step.in_shape) for d in step.dims)
             if dims and dims == list(range(dims[0], dims[-1] + 1)):
@@ -310,19 +335,25 @@ class DeviceProgram:
             return Instruction(table.POOL, pool=pool, places=places)
         return None
 
-    def _per_channel(self, out: Sequence[int], factor: Tensor | None) -> Instruction | None:
-        """Factors along one axis of the map, or one factor for all of it."""
-        if factor is None:
-            return Instruction(table.SCALE)
-        wide = [1] * (len(out) - factor.dim()) + list(factor.shape)
-        long = [d for d, n in enumerate(wide) if n > 1]
+    def _per_channel(
+        self, out: Sequence[int], factor: Tensor | None, offset: Tensor | None
+    ) -> Instruction | None:
+        """Factors and offsets along one axis of the map, or one for all of it."""
+        wide = [
+            [1] * (len(out) - t.dim()) + list(t.shape) for t in (factor, offset) if t is not None
+        ]
+        long = {d for shape in wide for d, n in enumerate(shape) if n > 1}
         if len(long) > 1:
             return None
-        channels = out[long[0]] if long else 1
-        inner = math.prod(out[long[0] + 1 :]) if long else math.prod(out)
-        flat = factor.float().reshape(-1).expand(channels).contiguous()
+        axis = next(iter(long), None)
+        channels = 1 if axis is None else out[axis]
+        inner = math.prod(out if axis is None else out[axis + 1 :])
+        both = [
+            None if t is None else self._hold(t.float().reshape(-1).expand(channels).contiguous())
+            for t in (factor, offset)
+        ]
         return Instruction(
-            table.SCALE, channels=channels, inner=max(1, inner), factor=self._hold(flat)
+            table.SCALE, channels=channels, inner=max(1, inner), factor=both[0], offset=both[1]
         )
 
     # --- operations without an instruction -------------------------------------------------------
@@ -419,10 +450,10 @@ def stored_geometry(step: kinds.Weight, weight: Tensor, x: Tensor, g: Tensor) ->
 def can_run(flow: Flow, state: State) -> bool:
     """Whether the device sweeps can run this.
 
-    They need float32 maps of at least one element, powers of two, no offsets, one device, and
-    weights that the kernels read.
+    They need float32 maps of at least one element, powers of two, one device, and weights that the
+    kernels read.
     """
-    if flow.dtype != torch.float32 or flow.by_input_max or flow.semantics.offsets:
+    if flow.dtype != torch.float32 or flow.by_input_max:
         return False
     if len({t.device for t in state.values() if not t.is_meta}) > 1:
         return False

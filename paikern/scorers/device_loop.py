@@ -130,6 +130,8 @@ class DeviceLoop:
         assert p.weight is not None
         if self._power != p.power or not one_vector(p.geometry):
             return None
+        if self._flow.semantics.offsets:  # scores may be negative
+            return None
         if p.weight.shape[1] % 8 or p.weight.numel() < MET_FROM:
             return None
         return p.weight.new_empty(p.weight.numel() // 8, dtype=torch.uint8)
