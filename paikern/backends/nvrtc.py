@@ -31,6 +31,9 @@ class Nvrtc:
     """The few calls that are needed; RuntimeError with NVRTC's name of an error."""
 
     def __init__(self, library: str) -> None:
+        # It asks for its built-in functions by name, and would not look beside itself.
+        beside = Path(library).parent.glob("libnvrtc-builtins.so.*") if "/" in library else ()
+        self._builtins = [ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL) for path in beside]
         self._library = ctypes.CDLL(library)
         self._library.nvrtcGetErrorString.restype = ctypes.c_char_p
         self.getVersion()
