@@ -84,8 +84,9 @@ def test_the_text_compiles_through_nvrtc(nvrtc: check_nvrtc.Nvrtc) -> None:
 
 def test_an_error_of_nvrtc_is_told_with_its_line(nvrtc: check_nvrtc.Nvrtc) -> None:
     with pytest.raises(RuntimeError, match=r"NVRTC_ERROR_COMPILATION.*\n.*paikern\.cu\(1\)"):
-        nvrtc.compiled("wrong", ())
-    cubin, words = nvrtc.compiled(
+        check_nvrtc.compiled(nvrtc, "wrong", ())
+    cubin, words = check_nvrtc.compiled(
+        nvrtc,
         'extern "C" __global__ void k(float *x) { x[threadIdx.x] = 1; }',
         ("--gpu-architecture=sm_90", "--ptxas-options=-v"),
     )
