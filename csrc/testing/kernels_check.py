@@ -45,7 +45,9 @@ def nvcc(jobs: int | None) -> list[budgets.Need] | str:
 def nvrtc(jobs: int | None) -> list[budgets.Need] | str:
     import check_nvrtc
 
-    library, where = check_nvrtc.find()
+    from paikern.backends.nvrtc import find
+
+    library, where = find()
     return where if library is None else check_nvrtc.needs(library, jobs=jobs)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from paikern.backends.nvrtc import Nvrtc, find
 from python_tests.cuda_source import shim
 
 sys.path.insert(0, str(shim.ROOT / "csrc/testing"))  # scripts, not a package
@@ -68,21 +69,21 @@ def test_bounds_of_kernels_are_read_from_the_source() -> None:
 
 
 @pytest.fixture
-def nvrtc() -> check_nvrtc.Nvrtc:
-    found, why = check_nvrtc.find()
+def nvrtc() -> Nvrtc:
+    found, why = find()
     if found is None:
         pytest.skip(why)
     return found
 
 
 @pytest.mark.slow
-def test_the_text_compiles_through_nvrtc(nvrtc: check_nvrtc.Nvrtc) -> None:
+def test_the_text_compiles_through_nvrtc(nvrtc: Nvrtc) -> None:
     found = check_nvrtc.needs(nvrtc, [90])
     assert budgets.verdict(found) == []
     assert len({need.kernel for need in found}) == len(found)
 
 
-def test_an_error_of_nvrtc_is_told_with_its_line(nvrtc: check_nvrtc.Nvrtc) -> None:
+def test_an_error_of_nvrtc_is_told_with_its_line(nvrtc: Nvrtc) -> None:
     with pytest.raises(RuntimeError, match=r"NVRTC_ERROR_COMPILATION.*\n.*paikern\.cu\(1\)"):
         check_nvrtc.compiled(nvrtc, "wrong", ())
     cubin, words = check_nvrtc.compiled(
