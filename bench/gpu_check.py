@@ -123,7 +123,9 @@ class Check:
             if ended.code != 0:
                 return (CUT if ended.code is None else FAILED), _error_line(ended.output)
         usable = self._started([sys.executable, "-c", _USABLE], 60)
-        return (FAILED if usable.code else DONE), last_line(usable.output)
+        said = last_line(usable.output)
+        built = self.device == "cpu" or "cuda" in said.removeprefix("usable: ").split(", ")
+        return (FAILED if usable.code or not built else DONE), said
 
     def build_commands(self) -> list[list[str]]:
         """Configure, build, and put each module beside the package's sources."""
@@ -256,7 +258,11 @@ class Check:
             print(words, flush=True)
 
     def _told(self) -> int:
-        failed = [stage for stage in self.stages if stage.status == FAILED]
+        # A build or tests that were cut short have proven nothing.
+        whole = ("build", "tests")
+        failed = [
+            s for s in self.stages if s.status == FAILED or (s.status == CUT and s.name in whole)
+        ]
         lines = [f"{s.name:12}{s.status:10}{s.seconds:6.0f} s  {s.said}" for s in self.stages]
         path = self.out / "gpu.json"
         if path.exists() and any(stage.name == "benchmark" for stage in self.stages):

@@ -47,7 +47,12 @@ class LibrarySteps(NamedTuple):
 
 
 def library_steps(
-    model: nn.Module, example: Tensor, scores: dict[str, Tensor], kept: list[int], variant: str
+    model: nn.Module,
+    example: Tensor,
+    scores: dict[str, Tensor],
+    kept: list[int],
+    variant: str,
+    **options: object,
 ) -> LibrarySteps:
     """Set up paikern's DPaI on given scores and budgets: the one place that knows its classes."""
     from paikern import ops
@@ -58,7 +63,7 @@ def library_steps(
     state = dict(model.named_parameters()) | dict(model.named_buffers())
     state = {name: tensor.detach() for name, tensor in state.items()}
     run = Run(model, state, prunable_parameters(model), example, SEED, variant)
-    settings = make_scorer("dpai", {"init_scores": scores})
+    settings = make_scorer("dpai", {"init_scores": scores, **options})
     assert isinstance(settings, DPaI)
     trainer = DPaITrainer(run, settings.resolved(variant), kept)
 

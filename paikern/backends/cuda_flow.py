@@ -17,8 +17,7 @@ from torch import Tensor
 
 from paikern.backends import cuda_launch, cuda_path
 from paikern.backends.cuda_launch import THREADS, Step
-from paikern.backends.cuda_layers import TYPES
-from paikern.backends.cuda_path import one_vector
+from paikern.backends.cuda_layers import TYPES, one_vector
 
 __all__ = [
     "Dpai",

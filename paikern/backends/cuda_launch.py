@@ -11,6 +11,7 @@ Parameters of kernels are pointers and integers of eight bytes, and doubles: Pyt
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "ALONE",
     "THREADS",
     "Provider",
     "Step",
@@ -68,6 +70,10 @@ class Native:
     def together(self, device: int, each: int) -> int:
         return each * self.multiprocessors(device)
 
+
+# Held from the launch of kernels whose blocks wait for each other until they are done: two grids
+# that each have half of the card would wait for ever.
+ALONE = threading.RLock()
 
 _provider: ContextVar[Provider | None] = ContextVar("paikern_cuda_provider", default=None)
 

@@ -121,6 +121,12 @@ def factored(
     return layers
 
 
+def one_vector(numbers: Sequence[int]) -> bool:
+    """Whether a product is one of a matrix with one vector, see pk_one_vector (path.cuh)."""
+    ones = (*numbers[:1], *numbers[3:10], *numbers[19:])
+    return all(n == 1 for n in ones) and not any(numbers[13:16])
+
+
 def path_layer(
     weight: Tensor,
     x: Tensor,
@@ -134,7 +140,7 @@ def path_layer(
 
     `numbers` is its geometry; all tensors are contiguous.
     """
-    vectors = numbers[0] == 1 and prod(numbers[4:10]) == 1 and prod(numbers[19:22]) == 1
+    vectors = one_vector(numbers)
     return Layer(
         _FACTORED if vectors else _MAPS,
         weight,

@@ -10,14 +10,13 @@ import ctypes
 import functools
 import math
 from collections.abc import Sequence
-from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from paikern.backends.cuda_launch import Step, run
-from paikern.backends.cuda_layers import TYPES
+from paikern.backends.cuda_layers import TYPES, one_vector
 from paikern.backends.errors import refuse_nan
 from paikern.errors import BackendError
 
@@ -63,12 +62,6 @@ def _cut(steps: int, others: int, most: int, shortest: int) -> int:
         return 1
     wanted = min(_ceil(steps, shortest), _ceil(most, others))
     return _ceil(steps, _ceil(steps, wanted))
-
-
-def one_vector(geometry: Geometry) -> bool:
-    """Whether a product is one of a matrix with one vector, see pk_one_vector."""
-    ones = chain(geometry[:1], geometry[3:10], geometry[19:])
-    return all(n == 1 for n in ones) and not any(geometry[13:16])
 
 
 @functools.lru_cache(maxsize=4096)

@@ -7,7 +7,8 @@ own convolution, its adjoint and its weight gradient.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,16 +17,28 @@ from torch.nn import grad as conv_grad
 
 from paikern.backends.errors import refuse_nan
 
-_CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+
+def _exactly(convolution: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """On a GPU without tf32, which is on by default there, and without sums in no order."""
+
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        settings = {"benchmark": False, "deterministic": True, "allow_tf32": False}
+        with torch.backends.cudnn.flags(enabled=True, **settings):
+            return convolution(*args, **kwargs)
+
+    return call
+
+
+_CONV = {n: _exactly(f) for n, f in ((3, F.conv1d), (4, F.conv2d), (5, F.conv3d))}
 _CONV_INPUT = {
-    3: conv_grad.conv1d_input,
-    4: conv_grad.conv2d_input,
-    5: conv_grad.conv3d_input,
+    3: _exactly(conv_grad.conv1d_input),
+    4: _exactly(conv_grad.conv2d_input),
+    5: _exactly(conv_grad.conv3d_input),
 }
 _CONV_WEIGHT = {
-    3: conv_grad.conv1d_weight,
-    4: conv_grad.conv2d_weight,
-    5: conv_grad.conv3d_weight,
+    3: _exactly(conv_grad.conv1d_weight),
+    4: _exactly(conv_grad.conv2d_weight),
+    5: _exactly(conv_grad.conv3d_weight),
 }
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8  # Adam's, as in the published program
 

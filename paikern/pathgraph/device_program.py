@@ -81,6 +81,7 @@ class DeviceProgram:
         # Those that read a stored matrix by columns, by the number of the step.
         self.adjoints: dict[int, Instruction] = {}
         self._held: list[Tensor] = []
+        self._weights: dict[tuple[object, ...], Tensor] = {}
         self._saved: dict[int, Any] = {}
         self._calls: list[tuple[int, Callable[[], None]]] = []
         self._slot_of: dict[int, int] = {}  # of incoming counts, by root
@@ -225,7 +226,12 @@ class DeviceProgram:
         used = parameter if step.rows is None else parameter[slice(*step.rows)]
         used = used.flatten(1) if step.kind == "linear" else used
         power = self.flow.semantics.power
-        weight = self._hold(used.detach().contiguous()) if power else None
+        weight = None
+        if power:  # one copy at most of what lies in another order, for all its products
+            key = (step.parameter, step.rows, step.kind)
+            if key not in self._weights:
+                self._weights[key] = used.detach().contiguous()
+            weight = self._weights[key]
         columns, rows = (g, x) if step.transposed else (x, g)
         top = -1 if forwards is None else (g if forwards else x).slot
         first = 0 if step.rows is None else step.rows[0] * math.prod(parameter.shape[1:])
@@ -322,36 +328,45 @@ class DeviceProgram:
                     channels=math.prod(shape[dims[0] : dims[-1] + 1]),
                     inner=math.prod(shape[dims[-1] + 1 :]), average=step.average,
                 )  # fmt: skip
-        if isinstance(step, kinds.MaxPool) and step.spatial == 2:
+        if isinstance(step, kinds.MaxPool) and step.spatial <= 2:
             places = self._saved.get(index)
             if places is None:
                 count = math.prod(step.out_shape)
                 places = torch.empty(count, dtype=torch.int32, device=self.device)
                 self._saved[index] = places
             window = (step.kernel, step.stride or step.kernel, step.padding, step.dilation)
-            numbers = [pair(v) for v in (step.in_shape[-2:], step.out_shape[-2:], *window)]
-            planes = math.prod(step.in_shape[:-2])
+            shapes = (step.in_shape[-step.spatial :], step.out_shape[-step.spatial :])
+            if step.spatial == 1:  # of height 1
+                fills = (1, 1, 1, 1, 0, 1)
+                numbers = [(f, *v) for f, v in zip(fills, (*shapes, *window), strict=True)]
+            else:
+                numbers = [pair(v) for v in (*shapes, *window)]
+            planes = math.prod(step.in_shape[: -step.spatial])
             pool = [planes, *(n for two in numbers for n in two)]
             return Instruction(table.POOL, pool=pool, places=places)
         return None
 
     def _per_channel(
         self, out: Sequence[int], factor: Tensor | None, offset: Tensor | None
-    ) -> Instruction | None:
-        """Factors and offsets along one axis of the map, or one for all of it."""
-        wide = [
-            [1] * (len(out) - t.dim()) + list(t.shape) for t in (factor, offset) if t is not None
-        ]
+    ) -> Instruction:
+        """Factors and offsets along one axis of the map, one for all of it, or one for each."""
+        given = [t for t in (factor, offset) if t is not None]
+        wide = [[1] * (len(out) - t.dim()) + list(t.shape) for t in given]
         long = {d for shape in wide for d, n in enumerate(shape) if n > 1}
-        if len(long) > 1:
-            return None
         axis = next(iter(long), None)
         channels = 1 if axis is None else out[axis]
         inner = math.prod(out if axis is None else out[axis + 1 :])
-        both = [
-            None if t is None else self._hold(t.float().reshape(-1).expand(channels).contiguous())
-            for t in (factor, offset)
-        ]
+        if len(long) > 1:  # as large as the map
+            channels, inner = math.prod(out), 1
+
+        def flat(t: Tensor | None) -> Tensor | None:
+            if t is None:
+                return None
+            t = t.float()
+            t = t.expand(*out).reshape(-1) if len(long) > 1 else t.reshape(-1).expand(channels)
+            return self._hold(t.contiguous())
+
+        both = [flat(factor), flat(offset)]
         return Instruction(
             table.SCALE, channels=channels, inner=max(1, inner), factor=both[0], offset=both[1]
         )
@@ -373,9 +388,17 @@ class DeviceProgram:
     def _call(self, index: int, step: Step, given: list[Term], out: Tensor, slot: int) -> None:
         copies = self._aligned(given, slot)
 
+        # Made now: a constant of the CPU cannot be copied while a graph is recorded.
+        factor = None
+        if isinstance(step, kinds.Scale):
+            factor = self.flow.scale_factor(step, copies[0])
+
         def call() -> None:
             with torch.no_grad():
-                y, _, self._saved[index] = self.flow.run_step(step, [(c, 0) for c in copies])
+                if factor is not None:
+                    y, self._saved[index] = copies[0] * factor, factor
+                else:
+                    y, _, self._saved[index] = self.flow.run_step(step, [(c, 0) for c in copies])
                 out.copy_(y)
 
         self._calls.append((len(self.table.instructions) - 1, call))

@@ -165,7 +165,12 @@ class MaxPool(Step):
         lead = self.in_shape[: -self.spatial]
         flat = g.new_zeros((*lead, _numel(self.in_shape[-self.spatial :])))
         windows = (*lead, -1)
-        flat.scatter_add_(-1, indices.reshape(windows), g.reshape(windows))
+        if g.is_cuda:  # scatter_add_ adds by atomics there, in no order; this sorts
+            rows = torch.arange(flat[..., 0].numel(), device=g.device).view(*lead, 1)
+            at = rows * flat.shape[-1] + indices.reshape(windows)
+            flat.view(-1).index_put_((at.flatten(),), g.reshape(-1), accumulate=True)
+        else:
+            flat.scatter_add_(-1, indices.reshape(windows), g.reshape(windows))
         return [flat.reshape(self.in_shape)]
 
 

@@ -171,22 +171,23 @@ class DeviceLoop:
         self._program.run(parity, self._swept + 2)
 
     def _batches(self, count: int, stop_empty: bool) -> Iterator[float]:
-        size = 2
+        # A round that empties a layer is the last one, and its masks are to be seen.
+        size = 1 if stop_empty else 2
         while self._done < count:
             first, last = self._done, min(self._done + size, count)
             started = time.perf_counter()
-            with cuda_launch.provided(self._provider):
+            with cuda_launch.ALONE, cuda_launch.provided(self._provider):
                 for number in range(first, last):
                     self._replays[number % 2]()
                 records = self._program.table.read(first, last)
-            if time.perf_counter() - started < _SECONDS_A_BATCH / 2:
+            if not stop_empty and time.perf_counter() - started < _SECONDS_A_BATCH / 2:
                 size *= 2
-            for record in records:
-                self._check(record)
-            self._refuse_nan()
             self._done = last
             self.run.masks = self.masks
             for record in records:
+                self._check(record)
+                if record is records[-1]:
+                    self._refuse_nan()
                 yield log_total(record)
                 if stop_empty and record.empty >= 0:
                     return
@@ -199,8 +200,9 @@ class DeviceLoop:
             raise self._dead(f" (none gets past {self._program.name(index)})" if index >= 0 else "")
 
     def _refuse_nan(self) -> None:
-        layer = max(plan.nan_layer() for plan in self._plans)
-        if layer >= 0:
+        found = [layer for plan in self._plans if (layer := plan.nan_layer()) >= 0]
+        if found:
+            layer = min(found)
             raise NonFiniteScoreError(
                 f"scores of {self._names[layer]} hold NaN: weights and path counts "
                 "overflow there; check that parameter"

@@ -78,14 +78,14 @@ class DeviceSteps:
             count = min(size, last - t.steps, _AT_ONCE - self._read)
             before = {name: mask.clone() for name, mask in t.masks.items()} if patience else {}
             started = time.perf_counter()
-            with cuda_launch.provided(self._provider):
+            first = t.steps
+            with cuda_launch.ALONE, cuda_launch.provided(self._provider):
                 for _ in range(count):
                     # An interrupt in the middle of a step leaves scores of no step.
                     t.whole = False
                     self._replay()
                     t.whole = True
-            first = t.steps
-            broken = self._settle()
+                broken = self._settle()
             if not patience and time.perf_counter() - started < _SECONDS_A_BATCH / 2:
                 size *= 2
             if patience and not broken:

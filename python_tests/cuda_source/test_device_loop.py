@@ -14,6 +14,8 @@ import paikern as pk
 from paikern.backends import cuda_flow
 from paikern.backends.cuda_select import settled_rounds
 from paikern.errors import NonFiniteScoreError, PaikernError
+from paikern.pathgraph import Flow, Semantics, trace
+from paikern.pathgraph.device_program import DeviceProgram
 from paikern.scorers import device_loop
 from python_tests.cuda_source import shim
 
@@ -69,6 +71,29 @@ def transformer(name: str, inputs: Tensor, **options: Any) -> tuple[nn.Module, T
 TOKENS = torch.zeros(1, 6, dtype=torch.long)
 
 
+class OnePosition(nn.Module):
+    """Grouped convolutions of one position, whose rows see the columns of their group alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3)
+        self.a, self.b = nn.Conv2d(8, 8, 1, groups=2), nn.Conv2d(8, 16, 1, groups=8)
+        self.c, self.out = nn.Conv2d(16, 16, 1, groups=16, padding=1), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x)).mean((2, 3), keepdim=True)
+        x = torch.relu(self.b(torch.relu(self.a(x))))
+        return self.out(torch.relu(self.c(x)).mean((2, 3)))
+
+
+def sequences() -> nn.Module:
+    """One axis, with a pool whose windows overlap and a norm over two."""
+    return nn.Sequential(
+        nn.Conv1d(2, 6, 3), nn.ReLU(), nn.MaxPool1d(3, 2, 1), nn.LayerNorm((6, 7)),
+        nn.Conv1d(6, 4, 2, dilation=2), nn.Flatten(), nn.Linear(20, 3),
+    )  # fmt: skip
+
+
 class Rows(nn.Module):
     """A projection whose rows are used by two steps, `first` of them by one."""
 
@@ -101,6 +126,8 @@ NETS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "mlp": lambda: (pk.zoo.create("mlp", sizes=(20, 33, 17, 5)), torch.ones(1, 20)),
     "branches": lambda: (Branches(), torch.ones(1, 3, 8, 8)),
     "pooled": lambda: (pooled(), torch.ones(2, 2, 9, 9)),
+    "one position": lambda: (OnePosition(), torch.ones(1, 3, 5, 5)),
+    "sequences": lambda: (sequences(), torch.ones(1, 2, 15)),
     "rows": lambda: (Rows(8), torch.ones(1, 16)),
     "rows, the larger part first": lambda: (Rows(12), torch.ones(1, 16)),
     "plain": lambda: (plain(), torch.ones(1, 2, 10, 10)),
@@ -108,6 +135,10 @@ NETS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "resnet20": lambda: (pk.zoo.create("resnet20"), torch.ones(1, 3, 8, 8)),
     "gpt2": lambda: transformer(
         "gpt2", TOKENS, layers=2, dim=16, heads=2, vocabulary=32, positions=8, sequence=6
+    ),
+    "gpt2, 20 tokens": lambda: transformer(
+        "gpt2", torch.zeros(1, 20, dtype=torch.long), layers=2, dim=16, heads=2, vocabulary=32,
+        positions=24, sequence=20,
     ),
     "llama": lambda: transformer("llama-tiny", TOKENS),
     "vit": lambda: transformer(
@@ -404,6 +435,35 @@ def test_budgets_of_fused_projections_run_by_operations(
     wanted = pk.prune(net, "synflow", **options)
     assert found.kept_by_layer == wanted.kept_by_layer
     assert differing(found, wanted) <= 1e-3
+
+
+def test_the_plan_for_a_card_of_132_multiprocessors() -> None:
+    """Kernels that wait for each other have blocks that fit on the card at the same time."""
+
+    class Card:
+        def run(self, steps: Any, device: int, stream: int) -> None: ...
+
+        def multiprocessors(self, device: int) -> int:
+            return 132
+
+        def together(self, device: int, each: int) -> int:
+            return 132 * each
+
+    kernels: list[str] = []
+    for name, x in (("vgg16_bn", torch.ones(1, 3, 32, 32)), ("resnet20", torch.ones(1, 3, 32, 32))):
+        net = pk.zoo.create(name).eval()
+        state = dict(net.named_parameters()) | dict(net.named_buffers())
+        with device_loop.cuda_launch.provided(Card()):
+            flow = Flow(trace(net, x), Semantics(1, "scale"))
+            program = DeviceProgram(flow, state, {}, "scores", 1)
+            program.finish()
+            count = len(program.table.instructions)
+            steps = program.table.steps(0, 0, count)
+        assert all(0 < s.blocks <= 132 for s in steps if s.kernel == "paikern_flow")
+        joined = sum(s.arguments[2] - s.arguments[1] for s in steps if s.kernel == "paikern_flow")
+        assert joined + sum(s.kernel != "paikern_flow" for s in steps) == count
+        kernels += [s.kernel for s in steps]
+    assert {"paikern_flow", "paikern_path_conv_forward", "paikern_flow_small"} <= set(kernels)
 
 
 def test_log_total_of_a_record() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 import paikern as pk
 from paikern import ops
 from paikern.backends import registry
+from python_tests.cuda_source.test_device_loop import NETS
 
 pytestmark = pytest.mark.gpu
 
@@ -112,3 +113,22 @@ def test_selection_of_many_scores(dtype: torch.dtype, device: str, backend: str)
         with registry.using("cpu"):
             wanted = ops.topk_mask(scores, k, absolute=True)
         assert all(torch.equal(f.cpu(), w) for f, w in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("method", ["synflow", "dpai"])
+@pytest.mark.parametrize("name", NETS)
+def test_loops_of_many_networks(name: str, method: str, device: str, only: str) -> None:
+    """Whole rounds and steps from the table, replayed, in grids of every size."""
+    torch.manual_seed(0)
+    net, x = NETS[name]()
+    options: dict[str, Any] = {"rounds": 8} if method == "synflow" else {"steps": 8}
+    options |= {"sparsity": 0.8, "apply": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wanted = pk.prune(net, method, example_inputs=x, **options)
+        net, x = net.to(device), x.to(device)
+        found, again = (pk.prune(net, method, example_inputs=x, **options) for _ in range(2))
+    assert found.kept == wanted.kept
+    assert shared(found, wanted) >= 0.99  # chaotic where few weights are kept
+    for layer in found:
+        assert torch.equal(found.packed(layer).cpu(), again.packed(layer).cpu()), layer
