@@ -393,18 +393,9 @@ PK_DEVICE void pk_adjoint_16(const PaikernProduct &p, const PaikernSweep &sweep,
   pk_adjoint_rows<2, kMeets>(p, sweep, block, blocks);
 }
 
-template <int kMeets>
-PK_DEVICE void pk_adjoint_any(const PaikernProduct &p, const PaikernSweep &sweep, long long block, long long blocks) {
-  if (p.type == 0 && p.power != 0) return pk_adjoint_rows<0, kMeets>(p, sweep, block, blocks);
-  pk_adjoint_16<kMeets>(p, sweep, block, blocks);
-}
-
 PK_DEVICE void pk_adjoint_vector(const PaikernProduct &p, long long block, long long blocks) {
-  pk_adjoint_any<kPkMeetsNothing>(p, {}, block, blocks);
-}
-
-PK_DEVICE void pk_path_sweep(const PaikernProduct &p, const PaikernSweep &sweep, long long block, long long blocks) {
-  pk_adjoint_any<kPkMeetsThreshold>(p, sweep, block, blocks);
+  if (p.type == 0 && p.power != 0) return pk_adjoint_rows<0, kPkMeetsNothing>(p, {}, block, blocks);
+  pk_adjoint_16<kPkMeetsNothing>(p, {}, block, blocks);
 }
 
 // --- score ----------------------------------------------------------------------------------------------------------

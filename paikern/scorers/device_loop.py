@@ -58,9 +58,7 @@ class DeviceLoop:
         self._provider = provider_of(device_of(run.state))
         device = device_of(run.state)
         self._masks = {
-            name: tuple(
-                ops.pack_mask(torch.ones(shape, dtype=torch.bool, device=device)) for _ in "ab"
-            )
+            name: tuple(_full(shape, device) for _ in range(2))
             for name, shape in run.shapes.items()
         }
         self._done = 0
