@@ -16,7 +16,8 @@ class Replay:
 
     The first call runs it as it is, so that kernels are loaded and what is made once is there. The
     second records it in a CUDA graph; it and all later ones replay that. Where recording fails (an
-    operation that copies to the host), calls go on as they are and `why` says so.
+    operation that copies to the host), calls go on as they are, and `why` is for whoever runs
+    them to tell.
 
     Args:
         like: a tensor on the device; on the CPU nothing is recorded.
@@ -28,6 +29,10 @@ class Replay:
         self._plain = not like.is_cuda
         self._seen = False
         self.why = ""
+
+    def note(self, what: str) -> list[str]:
+        """For the notes of a run: why it is slower than it could be, if it is."""
+        return [f"{what} run without a CUDA graph, slower: {self.why}"] if self.why else []
 
     def __call__(self) -> None:
         if self._plain or not self._seen:

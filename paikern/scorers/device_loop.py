@@ -182,6 +182,9 @@ class DeviceLoop:
                 size *= 2
             self._done = last
             self.run.masks = self.masks
+            if last == count:
+                for replay in self._replays:
+                    self.run.notes.extend(replay.note("rounds"))
             for record in records:
                 self._check(record)
                 if record is records[-1]:

@@ -71,6 +71,10 @@ class DeviceSteps:
         self._refuse(self._plan.nan_layer() >= 0)
 
     def train(self, steps: int, patience: int) -> Iterator[StepStatistics]:
+        yield from self._train(steps, patience)
+        self.trainer.run.notes.extend(self._replay.note("steps"))
+
+    def _train(self, steps: int, patience: int) -> Iterator[StepStatistics]:
         t = self.trainer
         last, size = t.steps + steps, 1 if patience else 2
         while t.steps < last:

@@ -60,6 +60,7 @@ def test_the_second_call_records_and_later_ones_replay(on_gpu: Any) -> None:
         replay()
     assert log == ["run", "begin", "run", "end", "replay", "replay", "replay"]
     assert replay.why == ""
+    assert replay.note("rounds") == []
 
 
 def test_what_cannot_be_recorded_goes_on_as_it_is(on_gpu: Any) -> None:
@@ -78,6 +79,7 @@ def test_what_cannot_be_recorded_goes_on_as_it_is(on_gpu: Any) -> None:
         replay()
     assert log == ["run", "begin", "run", "end", "run", "run"]
     assert replay.why == "operation not permitted when stream is capturing"
+    assert replay.note("rounds") == [f"rounds run without a CUDA graph, slower: {replay.why}"]
     assert gc.isenabled()
 
 
