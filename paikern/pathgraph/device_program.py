@@ -473,12 +473,9 @@ def stored_geometry(step: kinds.Weight, weight: Tensor, x: Tensor, g: Tensor) ->
 def can_run(flow: Flow, state: State) -> bool:
     """Whether the device sweeps can run this.
 
-    They need float32 maps of at least one element, powers of two, one device, and weights that the
-    kernels read.
+    They need float32 maps of at least one element, powers of two, and weights that the kernels read.
     """
     if flow.dtype != torch.float32 or flow.by_input_max:
-        return False
-    if len({t.device for t in state.values() if not t.is_meta}) > 1:
         return False
     flow.bind(state)
     read = [state[step.parameter] for step in flow.graph.weights]

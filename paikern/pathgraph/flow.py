@@ -315,9 +315,20 @@ class Flow:
 
 
 def device_of(state: State) -> torch.device:
-    """Where the tensors of a model lie that have values; the CPU if none has."""
-    real = (t.device for t in state.values() if not t.is_meta)
-    return next(real, torch.device("cpu"))
+    """Where the tensors of a model lie that have values; the CPU if none has.
+
+    Raises:
+        ValueError: on several devices: kernels take addresses and would not notice.
+    """
+    real = [t for t in state.values() if not t.is_meta]
+    if not real or all(t.is_cpu for t in real):
+        return torch.device("cpu")
+    found = dict.fromkeys(t.device for t in real)
+    if len(found) > 1:
+        raise ValueError(
+            f"model: its tensors are on {' and '.join(map(str, found))}; move them to one device"
+        )
+    return next(iter(found))
 
 
 def not_finite(place: str) -> NonFiniteScoreError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from fractions import Fraction
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import paikern as pk
 from paikern import zoo
 from paikern.errors import NonFiniteScoreError
 from paikern.pathgraph import Flow, Semantics, Visit, trace, weights
+from paikern.pathgraph.flow import device_of
 from python_tests.oracles.brute_force import brute_force
 from python_tests.pathgraph.helpers import scores_of, state_of
 
@@ -237,3 +239,18 @@ def test_total_is_mantissa_and_exponent() -> None:
     mantissa, exponent = flow.total
     assert Fraction(mantissa) * Fraction(2) ** exponent == 24
     assert log_total == flow.log_total == pytest.approx(math.log(24), rel=1e-15)
+
+
+def test_a_model_on_several_devices_is_refused() -> None:
+    def on(device: str) -> SimpleNamespace:
+        found = torch.device(device)
+        return SimpleNamespace(
+            device=found, is_meta=found.type == "meta", is_cpu=found.type == "cpu"
+        )
+
+    assert device_of({}) == torch.device("cpu")
+    assert device_of({"a": on("meta"), "b": on("cpu")}) == torch.device("cpu")
+    assert device_of({"a": on("cuda:1"), "b": on("meta")}) == torch.device("cuda:1")
+    for first, second in (("cpu", "cuda:0"), ("cuda:0", "cuda:1")):
+        with pytest.raises(ValueError, match=f"on {first} and {second}; move them to one device"):
+            device_of({"a": on(first), "b": on(second)})
