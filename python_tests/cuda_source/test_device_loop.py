@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -464,6 +465,30 @@ def test_the_plan_for_a_card_of_132_multiprocessors() -> None:
         assert joined + sum(s.kernel != "paikern_flow" for s in steps) == count
         kernels += [s.kernel for s in steps]
     assert {"paikern_flow", "paikern_path_conv_forward", "paikern_flow_small"} <= set(kernels)
+
+
+def test_threads_take_turns(
+    made: list[device_loop.DeviceLoop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Grids whose blocks wait for each other are never on a card together."""
+    free: list[bool] = []
+
+    def look() -> None:
+        free.append(device_loop.cuda_launch.ALONE.acquire(blocking=False))
+
+    def watched(self: device_loop.DeviceLoop, parity: int) -> None:
+        other = threading.Thread(target=look)
+        other.start()
+        other.join()
+        turn(self, parity)
+
+    turn = device_loop.DeviceLoop._round
+    monkeypatch.setattr(device_loop.DeviceLoop, "_round", watched)
+    torch.manual_seed(14)
+    both(*NETS["mlp"](), made)
+    assert free == [False] * 4
+    assert device_loop.cuda_launch.ALONE.acquire(blocking=False)
+    device_loop.cuda_launch.ALONE.release()
 
 
 def test_log_total_of_a_record() -> None:
