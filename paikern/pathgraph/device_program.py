@@ -473,7 +473,8 @@ def stored_geometry(step: kinds.Weight, weight: Tensor, x: Tensor, g: Tensor) ->
 def can_run(flow: Flow, state: State) -> bool:
     """Whether the device sweeps can run this.
 
-    They need float32 maps of at least one element, powers of two, and weights that the kernels read.
+    They need float32 maps of at least one element, powers of two, and weights of a type that is
+    read.
     """
     if flow.dtype != torch.float32 or flow.by_input_max:
         return False
