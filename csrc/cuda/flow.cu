@@ -5,8 +5,8 @@ namespace paikern::cuda {
 namespace {
 
 const Kernel kKernels[] = {
-    PK_KERNEL(paikern_flow),      PK_KERNEL(paikern_flow_sweep_32), PK_KERNEL(paikern_flow_sweep_16),
-    PK_KERNEL(paikern_flow_dpai), PK_KERNEL(paikern_flow_small),
+    PK_COOPERATIVE_KERNEL(paikern_flow), PK_KERNEL(paikern_flow_sweep_32), PK_KERNEL(paikern_flow_sweep_16),
+    PK_KERNEL(paikern_flow_dpai),        PK_KERNEL(paikern_flow_small),
 };
 
 }  // namespace

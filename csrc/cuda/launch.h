@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 
@@ -48,6 +49,27 @@ const char *start(void (*kernel)(Parameters...), const Grid &grid, const Slot *s
   return start(kernel, grid, slots, stream, std::index_sequence_for<Parameters...>());
 }
 
+// All blocks at the same time, or an error: for kernels whose blocks wait for each other.
+template <class... Parameters, size_t... Index>
+const char *start_together(void (*kernel)(Parameters...), const Grid &grid, const Slot *slots, void *stream,
+                           std::index_sequence<Index...>) {
+#ifdef PAIKERN_CUDA_ON_CPU
+  return start(kernel, grid, slots, stream, std::index_sequence<Index...>());
+#else
+  std::tuple<Parameters...> values(taken_from<Parameters>(slots[Index])...);
+  void *places[] = {&std::get<Index>(values)...};
+  return text(cudaLaunchCooperativeKernel(reinterpret_cast<const void *>(kernel),
+                                          dim3(static_cast<unsigned>(grid.blocks)),
+                                          dim3(static_cast<unsigned>(grid.threads)), places,
+                                          static_cast<size_t>(grid.shared), static_cast<cudaStream_t>(stream)));
+#endif
+}
+
+template <class... Parameters>
+const char *start_together(void (*kernel)(Parameters...), const Grid &grid, const Slot *slots, void *stream) {
+  return start_together(kernel, grid, slots, stream, std::index_sequence_for<Parameters...>());
+}
+
 template <class... Parameters>
 constexpr int parameters(void (*)(Parameters...)) {
   return static_cast<int>(sizeof...(Parameters));
@@ -56,5 +78,9 @@ constexpr int parameters(void (*)(Parameters...)) {
 #define PK_KERNEL(name)     \
   {#name, parameters(name), \
    [](const Grid &grid, const Slot *slots, void *stream) { return start(name, grid, slots, stream); }}
+
+#define PK_COOPERATIVE_KERNEL(name) \
+  {#name, parameters(name),         \
+   [](const Grid &grid, const Slot *slots, void *stream) { return start_together(name, grid, slots, stream); }}
 
 }  // namespace paikern::cuda

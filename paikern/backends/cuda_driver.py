@@ -50,20 +50,24 @@ class Driver:
             self._contexts[device] = found
         return found
 
-    def RawModule(self, path: str) -> SimpleNamespace:  # noqa: N802
+    def RawModule(  # noqa: N802
+        self, path: str, enable_cooperative_groups: bool = False
+    ) -> SimpleNamespace:
         """The kernels of a cubin, in the context of the device at hand."""
+        together = enable_cooperative_groups
         image, module = Path(path).read_bytes(), ctypes.c_void_p()
         self.call("cuModuleLoadData", ctypes.byref(module), ctypes.c_char_p(image))
 
         def get_function(name: str) -> Callable[..., None]:
             function = ctypes.c_void_p()
             self.call("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
-            return lambda *launch, **options: self._launch(function, *launch, **options)
+            return lambda *launch, **options: self._launch(together, function, *launch, **options)
 
         return SimpleNamespace(get_function=get_function)
 
     def _launch(
         self,
+        together: bool,
         function: ctypes.c_void_p,
         grid: Sequence[int],
         block: Sequence[int],
@@ -73,9 +77,10 @@ class Driver:
         """`arguments` are NumPy numbers of eight bytes, as all parameters of the kernels are."""
         held = [ctypes.create_string_buffer(a.tobytes(), 8) for a in arguments]
         places = (ctypes.c_void_p * len(held))(*(ctypes.addressof(h) for h in held))
+        name, more = ("cuLaunchCooperativeKernel", ()) if together else ("cuLaunchKernel", (None,))
         self.call(
-            "cuLaunchKernel", function, *grid, 1, 1, *block, 1, 1, shared_mem,
-            ctypes.c_void_p(self.stream), places, None,
+            name, function, *grid, 1, 1, *block, 1, 1, shared_mem, ctypes.c_void_p(self.stream),
+            places, *more,
         )  # fmt: skip
 
 

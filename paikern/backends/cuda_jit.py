@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from paikern.backends import cuda, cuda_driver, nvrtc
-from paikern.backends.cuda_launch import Step, through
+from paikern.backends.cuda_launch import COOPERATIVE, Step, through
 
 __all__ = ["Jit", "assemble", "backend", "cached", "why_not"]
 
@@ -147,22 +147,25 @@ class Jit:
 
     def __init__(self, cupy: Any, compiler: Any) -> None:
         self._cupy, self._nvrtc = cupy, compiler
-        self._modules: dict[tuple[int, str], Any] = {}
+        self._modules: dict[tuple[int, str, bool], Any] = {}
         self._kernels: dict[tuple[int, str], Any] = {}
 
-    def _module(self, device: int, file: str) -> Any:
-        if (device, file) not in self._modules:
+    def _module(self, device: int, file: str, together: bool) -> Any:
+        """Of a file; its cooperative kernels are in a module of their own."""
+        if (device, file, together) not in self._modules:
             text = assemble(only=file)
             options = options_for(torch.cuda.get_device_capability(device))
             name = f"{key(text, options, self._nvrtc.getVersion())}.cubin"
             path = cached(name, lambda: compiled(self._nvrtc, text, options))
-            self._modules[device, file] = self._cupy.RawModule(path=str(path))
-        return self._modules[device, file]
+            more = {"enable_cooperative_groups": True} if together else {}
+            module = self._cupy.RawModule(path=str(path), **more)
+            self._modules[device, file, together] = module
+        return self._modules[device, file, together]
 
     def _kernel(self, device: int, name: str) -> Any:
         found = self._kernels.get((device, name))
         if found is None:
-            module = self._module(device, files()[name])
+            module = self._module(device, files()[name], name in COOPERATIVE)
             found = self._kernels[device, name] = module.get_function(name)
         return found
 

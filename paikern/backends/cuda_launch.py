@@ -33,6 +33,8 @@ __all__ = [
 ]
 
 THREADS = 256
+# Kernels whose blocks wait for each other: started only where all of them fit on the card.
+COOPERATIVE = frozenset({"paikern_flow"})
 
 
 class Step(NamedTuple):

@@ -28,7 +28,7 @@ needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is no
 @pytest.mark.parametrize("source", sorted(SOURCES.glob("*.cu")), ids=lambda path: path.name)
 def test_kernels_compile_without_spills(source: Path, arch: int) -> None:
     found = check_cuda.compile_for(source, arch)
-    named = set(re.findall(r"PK_KERNEL\((\w+)\)", source.read_text()))
+    named = set(re.findall(r"PK_(?:COOPERATIVE_)?KERNEL\((\w+)\)", source.read_text()))
     assert {need.kernel for need in found} == named
     assert budgets.verdict(found) == []
 

@@ -17,7 +17,7 @@ import torch
 
 from paikern import ops
 from paikern.backends import cuda, cuda_driver, cuda_jit, nvrtc
-from paikern.backends.cuda_launch import Step, provided
+from paikern.backends.cuda_launch import COOPERATIVE, Step, provided
 from python_tests.cuda_source import shim
 
 pytestmark = pytest.mark.cuda_source
@@ -218,7 +218,9 @@ class _FakeCupy:
         def __enter__(self) -> None: ...
         def __exit__(self, *error: object) -> None: ...
 
-    def RawModule(self, path: str) -> SimpleNamespace:  # noqa: N802
+    def RawModule(  # noqa: N802
+        self, path: str, enable_cooperative_groups: bool = False
+    ) -> SimpleNamespace:
         self.loaded.append(Path(path).read_text())
 
         def get_function(name: str):
@@ -316,8 +318,16 @@ class _FakeLibrary:
         return 0
 
     def cuLaunchKernel(self, function: Any, *rest: Any) -> int:  # noqa: N802
-        x, _, _, threads, _, _, shared, stream, places, _ = rest
+        assert rest[-1] is None
+        return self._launched(False, function, *rest[:-1])
+
+    def cuLaunchCooperativeKernel(self, function: Any, *rest: Any) -> int:  # noqa: N802
+        return self._launched(True, function, *rest)
+
+    def _launched(self, together: bool, function: Any, *rest: Any) -> int:
+        x, _, _, threads, _, _, shared, stream, places = rest
         name = self._names[function.value - 1]
+        assert together == (name in COOPERATIVE)
         count = self._on_cpu.module.kernels()[name]
         # Whatever the type: the shim takes the eight bytes as they are.
         numbers = tuple(ctypes.c_int64.from_address(places[i]).value for i in range(count))
@@ -347,6 +357,8 @@ def test_operations_run_through_the_driver(
     assert library.pushed == 0
     jit.run([Step("paikern_pack_mask", 1, (scores.data_ptr(), 0, t.data_ptr()))], 0, 77)
     assert library.streams == {0, 77}
+    none = (torch.zeros(1, dtype=torch.int64).data_ptr(), 0, 0, t.data_ptr())
+    jit.run([Step("paikern_flow", 1, none)], 0, 0)  # by itself: blocks that wait for each other
     with pytest.raises(RuntimeError, match="cuDeviceGet: invalid device ordinal"):
         jit.run([Step("paikern_pack_mask", 1, ())], 9, 0)
 
