@@ -125,7 +125,8 @@ void matvec(const MaskedKernels &kernels, const PackedView &v, const float *x, i
   }
   const std::vector<int64_t> cuts = balanced_rows(v);
   const int64_t tasks = static_cast<int64_t>(cuts.size()) - 1, group = panels_in_group(v);
-#pragma omp parallel for schedule(dynamic) if (v.kept() > parallel_work())
+  // A gather takes twice the time of the work that parallel_work() counts.
+#pragma omp parallel for schedule(dynamic) if (2 * v.kept() > parallel_work())
   for (int64_t t = 0; t < tasks; ++t) {
     const int64_t first = cuts[static_cast<size_t>(t)], count = cuts[static_cast<size_t>(t) + 1] - first;
     for (int64_t p = 0; p < v.panels(); p += group) {
@@ -135,6 +136,10 @@ void matvec(const MaskedKernels &kernels, const PackedView &v, const float *x, i
     }
   }
 }
+
+// Rows at once. With several panels of columns the rows take turns with each of them, so that a panel of x is read from
+// beyond L2 once for all of these rows.
+int64_t block_rows(const PackedView &v) { return v.panels() > 1 ? 8 * kMaskedBlock : kMaskedBlock; }
 
 // Which panels of columns go together: whole multiples of 65,536, for which the positions stand.
 template <class Visit>
@@ -149,15 +154,16 @@ void panel_products(const MaskedKernels &kernels, const PackedView &v, const flo
                     int64_t batch, const float *bias, float *y) {
   const std::vector<Batch> cut = cut_batch(batch, kernels);
   const Panels panels(kernels, cut, x, v.columns);
-  const int64_t blocks = divide_up(v.rows, kMaskedBlock), tasks = blocks * static_cast<int64_t>(cut.size());
+  const int64_t high = block_rows(v), blocks = divide_up(v.rows, high);
+  const int64_t tasks = blocks * static_cast<int64_t>(cut.size());
   const bool parallel = v.kept() * divide_up(batch, kernels.lanes) > parallel_work() / 4;
 #pragma omp parallel if (parallel)
   {
-    const FloatBuffer tile(kMaskedBlock * kernels.lanes * kernels.vectors);
+    const FloatBuffer tile(high * kernels.lanes * kernels.vectors);
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < tasks; ++task) {
       const Batch &some = cut[static_cast<size_t>(task / blocks)];
-      const int64_t first = task % blocks * kMaskedBlock, count = std::min(kMaskedBlock, v.rows - first);
+      const int64_t first = task % blocks * high, count = std::min(high, v.rows - first);
       each_panel(v, [&](int64_t p, int64_t base) {
         kernels.products(block_of(v, first, count, p, 1), values,
                          panels[task / blocks] + base * some.vectors * kernels.lanes, some.vectors, p > 0, tile.get());
@@ -202,7 +208,7 @@ void masked_linear_kept(const PackedView &v, const float *g, const float *x, int
     return;
   }
   const MaskedKernels &kernels = masked_kernels();
-  const int64_t blocks = divide_up(v.rows, kMaskedBlock);
+  const int64_t high = block_rows(v), blocks = divide_up(v.rows, high);
   for (int64_t n = 0; n < batch; n += kBatch) {
     const std::vector<Batch> cut = cut_batch(std::min(kBatch, batch - n), kernels);
     const Panels xs(kernels, cut, x + n * v.columns, v.columns), gs(kernels, cut, g + n * v.rows, v.rows);
@@ -210,7 +216,7 @@ void masked_linear_kept(const PackedView &v, const float *g, const float *x, int
       const int64_t at = static_cast<int64_t>(i), width = cut[i].vectors * kernels.lanes;
 #pragma omp parallel for schedule(dynamic) if (kept * cut[i].vectors > parallel_work() / 4)
       for (int64_t b = 0; b < blocks; ++b) {
-        const int64_t first = b * kMaskedBlock, count = std::min(kMaskedBlock, v.rows - first);
+        const int64_t first = b * high, count = std::min(high, v.rows - first);
         each_panel(v, [&](int64_t p, int64_t base) {
           kernels.dots(block_of(v, first, count, p, 1), gs[at] + first * width, xs[at] + base * width, cut[i].vectors,
                        n > 0 || i > 0, out);
