@@ -128,8 +128,10 @@ def _panels(columns: int, panel: int) -> int:
 
 def _rows(tensor: Tensor, width: int) -> Tensor:
     """`[batch, width]`, float32, contiguous."""
+    if tensor.dim() == 2 and tensor.dtype == torch.float32 and tensor.is_contiguous():
+        return tensor
     batch = tensor.numel() // width if width else tensor.shape[:-1].numel()
-    return tensor.detach().reshape(batch, width).float().contiguous()
+    return tensor.reshape(batch, width).float().contiguous()
 
 
 def _listed(positions: Tensor, rows: int, columns: int, panel: int, kept: int) -> Tensor:

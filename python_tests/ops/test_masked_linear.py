@@ -241,6 +241,7 @@ class Net(torch.nn.Module):
 @pytest.mark.parametrize("format", ["index", "bitmap"])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_masked_linear_compiles_without_graph_breaks(format: str, backend: str) -> None:
+    torch._dynamo.reset()
     net, x = Net(format), torch.randn(6, 12, requires_grad=True)
     compiled = torch.compile(net, fullgraph=True, backend=backend)
     for batch in (6, 5):
@@ -251,6 +252,7 @@ def test_masked_linear_compiles_without_graph_breaks(format: str, backend: str) 
 
 @pytest.mark.slow
 def test_masked_linear_compiles_with_inductor() -> None:
+    torch._dynamo.reset()
     net, x = Net(), torch.randn(6, 12)
     compiled = torch.compile(net, fullgraph=True)
     torch.testing.assert_close(compiled(x), net(x))
