@@ -232,6 +232,8 @@ inline vf gather_tail(const float *x, const uint16_t *columns, int left) {
 }
 #endif
 
+constexpr int64_t kAhead = 768;
+
 template <int Batch, class W>
 void matvec_of(const MaskedRows &rows, const W *values, const float *x, int64_t ldx, const float *bias, bool accumulate,
                float *y, int64_t ldy) {
@@ -249,6 +251,10 @@ void matvec_of(const MaskedRows &rows, const W *values, const float *x, int64_t 
         end = rows.starts[(r + j) * rows.stride + rows.span];
       }
       for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
+        // Asked for early: out of memory, at density 0.1 and 4096 x 4096, 0.55 to 0.42 ms (2048 ahead is no better).
+        __builtin_prefetch(values + i + kAhead);
+        __builtin_prefetch(values + i + kAhead + kLanes);
+        __builtin_prefetch(rows.columns + i + kAhead);
 #pragma GCC unroll 2
         for (int s = 0; s < 2; ++s) {
           const vf value = v_weight(values + i + s * kLanes);
