@@ -26,6 +26,7 @@ from paikern.masks import MaskSet, load_masks
 from paikern.pathgraph import register_path_rule
 from paikern.scorers import register_scorer
 from paikern.scores import Dense, Factored, Scores
+from paikern.sparse import PackedWeight, dense_keys, pack_keys
 from paikern.version import __version__
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "MaskFormatError",
     "MaskSet",
     "NonFiniteScoreError",
+    "PackedWeight",
     "PaikernError",
     "PaikernWarning",
     "PathRuleError",
@@ -45,10 +47,12 @@ __all__ = [
     "__version__",
     "analyze",
     "backends",
+    "dense_keys",
     "erk_densities",
     "load_masks",
     "methods",
     "ops",
+    "pack_keys",
     "prune",
     "register_path_rule",
     "register_scorer",

@@ -51,5 +51,6 @@ void maps(Random &random);
 void patterns(Random &random, int rounds);
 void phew(Random &random, int rounds);
 void balanced(Random &random, int rounds);
+void masked_linear(Random &random, int rounds);
 
 }  // namespace check

@@ -22,6 +22,7 @@ void run_all(uint32_t seed, int rounds) {
   check::patterns(random, rounds);
   check::phew(random, rounds);
   check::balanced(random, rounds);
+  check::masked_linear(random, rounds);
 }
 
 }  // namespace

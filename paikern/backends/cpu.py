@@ -24,6 +24,13 @@ from paikern.backends.cpu_flow import (
 )
 from paikern.backends.cpu_gated import gated_program
 from paikern.backends.cpu_maps import live_nodes, map_maximum, map_scale_, through_maximum_
+from paikern.backends.cpu_masked_linear import (
+    list_positions,
+    masked_linear,
+    masked_linear_input,
+    masked_linear_kept,
+    transpose_positions,
+)
 from paikern.backends.cpu_path import (
     dpai_step_,
     dpai_update_,
@@ -58,9 +65,13 @@ __all__ = [
     "gated_program",
     "isa",
     "kth_largest",
+    "list_positions",
     "live_nodes",
     "map_maximum",
     "map_scale_",
+    "masked_linear",
+    "masked_linear_input",
+    "masked_linear_kept",
     "nm_mask",
     "nm_mask_factored",
     "pack_mask",
@@ -82,6 +93,7 @@ __all__ = [
     "topk_mask",
     "topk_mask_factored",
     "topk_mask_product",
+    "transpose_positions",
     "unpack_mask",
     "weight_type",
 ]
@@ -93,6 +105,7 @@ _FLOAT64 = (
     "block_means_factored",
     "expand_blocks",
     "kth_largest",
+    "list_positions",
     "nm_mask",
     "nm_mask_factored",
     "pack_mask",
@@ -102,6 +115,7 @@ _FLOAT64 = (
     "topk_mask",
     "topk_mask_factored",
     "topk_mask_product",
+    "transpose_positions",
     "unpack_mask",
 )
 _SCORE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}

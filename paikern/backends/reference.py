@@ -21,6 +21,13 @@ from paikern.backends.reference_maps import (
     map_scale_,
     through_maximum_,
 )
+from paikern.backends.reference_masked_linear import (
+    list_positions,
+    masked_linear,
+    masked_linear_input,
+    masked_linear_kept,
+    transpose_positions,
+)
 from paikern.backends.reference_path import (
     dpai_step_,
     dpai_update_,
@@ -50,9 +57,13 @@ __all__ = [
     "dpai_update_",
     "expand_blocks",
     "kth_largest",
+    "list_positions",
     "live_nodes",
     "map_maximum",
     "map_scale_",
+    "masked_linear",
+    "masked_linear_input",
+    "masked_linear_kept",
     "nm_mask",
     "nm_mask_factored",
     "pack_mask",
@@ -70,6 +81,7 @@ __all__ = [
     "topk_mask",
     "topk_mask_factored",
     "topk_mask_product",
+    "transpose_positions",
     "unpack_mask",
 ]
 

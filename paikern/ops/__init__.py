@@ -7,6 +7,7 @@ from paikern.ops.dpai_step import dpai_step_, dpai_update_
 from paikern.ops.expand_blocks import expand_blocks
 from paikern.ops.kth_largest import kth_largest
 from paikern.ops.maps import live_nodes, map_maximum, map_scale, through_maximum
+from paikern.ops.masked_linear import masked_linear
 from paikern.ops.nm_mask import nm_mask
 from paikern.ops.nm_mask_factored import nm_mask_factored
 from paikern.ops.pack_mask import pack_mask
@@ -20,6 +21,7 @@ from paikern.ops.path_sweep import path_sweep
 from paikern.ops.phew_keep import phew_keep_
 from paikern.ops.phew_tables import phew_tables
 from paikern.ops.phew_walks import phew_walks
+from paikern.ops.positions import list_positions, transpose_positions
 from paikern.ops.topk_mask import topk_mask
 from paikern.ops.topk_mask_factored import topk_mask_factored
 from paikern.ops.topk_mask_product import topk_mask_product
@@ -35,8 +37,10 @@ __all__ = [
     "expand_blocks",
     "kth_largest",
     "live_nodes",
+    "list_positions",
     "map_maximum",
     "map_scale",
+    "masked_linear",
     "nm_mask",
     "nm_mask_factored",
     "pack_mask",
@@ -54,5 +58,6 @@ __all__ = [
     "topk_mask",
     "topk_mask_factored",
     "topk_mask_product",
+    "transpose_positions",
     "unpack_mask",
 ]

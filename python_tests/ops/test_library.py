@@ -49,6 +49,13 @@ def _walks() -> dict[str, list[tuple]]:
     }
 
 
+def _packed() -> tuple:
+    """Where the weights of BITS are."""
+    positions, starts = ops.list_positions(BITS, 6, 2, 5, 4)
+    back = ops.transpose_positions(positions, starts, 2, 5, 4)
+    return positions, starts, *back, 2, 5, 4, 6
+
+
 # One sample or more of every operation. A new operation without one fails the test below.
 SAMPLES: dict[str, list[tuple]] = {
     "apply_mask_": [(torch.rand(2, 5), BITS), (torch.rand(5, 2).T.bfloat16(), BITS)],
@@ -67,6 +74,13 @@ SAMPLES: dict[str, list[tuple]] = {
     ],
     "expand_blocks": [(BITS[:1], [3, 5], [2, 2])],
     "kth_largest": [([WEIGHT, X], 7), ([WEIGHT.double()], 1)],
+    "list_positions": [(BITS, 6, 2, 5, 4)],
+    "masked_linear": [
+        (X, torch.rand(6), None, *_packed()),
+        (X[0], torch.rand(6), G[0], *_packed()),
+    ],
+    "masked_linear_input": [(G, torch.rand(6), *_packed())],
+    "masked_linear_kept": [(G, X, *_packed())],
     "nm_mask": [([WEIGHT, X.half(), CONV], 2, 4, [1, 0, 3], True)],
     "nm_mask_factored": [([WEIGHT], [X[0]], [G[0]], [BITS], 1, 2, [1], 1)],
     "pack_mask": [(WEIGHT > 0,), ((WEIGHT > 0).T,), (torch.empty(0, dtype=torch.bool),)],
@@ -90,6 +104,7 @@ SAMPLES: dict[str, list[tuple]] = {
         ([WEIGHT, WEIGHT], [X[0], X[1]], [G[0], G[1]], [BITS, BITS[:0]], [0, 9], [4], 2, []),
         ([WEIGHT], [X], [G], [], [0], [4], 1, []),
     ],
+    "transpose_positions": [(*ops.list_positions(BITS, 6, 2, 5, 4), 2, 5, 4)],
     "unpack_mask": [(BITS, [2, 5]), (BITS, [])],
     **_walks(),
 }

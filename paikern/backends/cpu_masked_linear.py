@@ -1,0 +1,162 @@
+"""masked_linear on the CPU: csrc/cpu/masked_linear.h."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paikern import _C
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def list_positions(
+    mask: Tensor, kept: int, rows: int, columns: int, panel: int
+) -> tuple[Tensor, Tensor]:
+    mask = mask.contiguous()
+    starts = torch.empty(rows * _panels(columns, panel) + 1, dtype=torch.int32)
+    # Starts first: they tell how many positions will be written.
+    _C.list_positions(mask.data_ptr(), rows, columns, panel, 0, starts.data_ptr())
+    if int(starts[-1]) != kept:
+        raise ValueError(f"list_positions: {int(starts[-1])} bits are set, kept says {kept}")
+    positions = torch.empty(kept, dtype=torch.int16)
+    if kept:
+        _C.list_positions(
+            mask.data_ptr(), rows, columns, panel, positions.data_ptr(), starts.data_ptr()
+        )
+    return positions, starts
+
+
+def transpose_positions(
+    positions: Tensor, starts: Tensor, rows: int, columns: int, panel: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    positions, starts = positions.contiguous(), starts.contiguous()
+    moved = torch.empty_like(positions)
+    source = torch.empty(positions.shape, dtype=torch.int32)
+    begins = torch.empty(columns * _panels(rows, panel) + 1, dtype=torch.int32)
+    view = (0, 0, 0, positions.data_ptr(), starts.data_ptr(), rows, columns, panel)
+    _C.transpose_positions(view, panel, moved.data_ptr(), begins.data_ptr(), source.data_ptr())
+    return moved, begins, source
+
+
+def masked_linear(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    positions: Tensor,
+    starts: Tensor,
+    t_positions: Tensor | None,
+    t_starts: Tensor | None,
+    t_source: Tensor | None,
+    rows: int,
+    columns: int,
+    panel: int,
+    kept: int,
+) -> Tensor:
+    positions, values = _listed(positions, rows, columns, panel, kept), values.contiguous()
+    rows_of_x, add = _rows(x, columns), None if bias is None else bias.float().contiguous()
+    y = torch.empty((*x.shape[:-1], rows), dtype=torch.float32)
+    _C.masked_linear(
+        _view(values, 0, positions, starts, rows, columns, panel),
+        rows_of_x.data_ptr(),
+        rows_of_x.shape[0],
+        0 if add is None else add.data_ptr(),
+        y.data_ptr(),
+    )
+    return y.to(x.dtype)
+
+
+def masked_linear_input(
+    g: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    starts: Tensor,
+    t_positions: Tensor | None,
+    t_starts: Tensor | None,
+    t_source: Tensor | None,
+    rows: int,
+    columns: int,
+    panel: int,
+    kept: int,
+) -> Tensor:
+    if t_positions is None or t_starts is None or t_source is None:
+        listed = _listed(positions, rows, columns, panel, kept)
+        t_positions, t_starts, t_source = transpose_positions(listed, starts, rows, columns, panel)
+    rows_of_g, values = _rows(g, rows), values.contiguous()
+    x = torch.empty((*g.shape[:-1], columns), dtype=torch.float32)
+    _C.masked_linear(
+        _view(values, t_source.data_ptr(), t_positions, t_starts, columns, rows, panel),
+        rows_of_g.data_ptr(),
+        rows_of_g.shape[0],
+        0,
+        x.data_ptr(),
+    )
+    return x.to(g.dtype)
+
+
+def masked_linear_kept(
+    g: Tensor,
+    x: Tensor,
+    positions: Tensor,
+    starts: Tensor,
+    t_positions: Tensor | None,
+    t_starts: Tensor | None,
+    t_source: Tensor | None,
+    rows: int,
+    columns: int,
+    panel: int,
+    kept: int,
+) -> Tensor:
+    positions = _listed(positions, rows, columns, panel, kept)
+    rows_of_g, rows_of_x = _rows(g, rows), _rows(x, columns)
+    found = torch.empty(kept, dtype=torch.float32)
+    _C.masked_linear_kept(
+        (0, 0, 0, positions.data_ptr(), starts.data_ptr(), rows, columns, panel),
+        rows_of_g.data_ptr(),
+        rows_of_x.data_ptr(),
+        rows_of_x.shape[0],
+        found.data_ptr(),
+    )
+    return found.to(g.dtype)
+
+
+def _panels(columns: int, panel: int) -> int:
+    return -(-columns // panel)
+
+
+def _rows(tensor: Tensor, width: int) -> Tensor:
+    """`[batch, width]`, float32, contiguous."""
+    if tensor.dim() == 2 and tensor.dtype == torch.float32 and tensor.is_contiguous():
+        return tensor
+    batch = tensor.numel() // width if width else tensor.shape[:-1].numel()
+    return tensor.reshape(batch, width).float().contiguous()
+
+
+def _listed(positions: Tensor, rows: int, columns: int, panel: int, kept: int) -> Tensor:
+    """16-bit columns, also of a bitmap: for the length of a call."""
+    if positions.dtype == torch.int16:
+        return positions
+    return list_positions(positions, kept, rows, columns, panel)[0]
+
+
+def _view(
+    values: Tensor,
+    source: int,
+    positions: Tensor,
+    starts: Tensor,
+    rows: int,
+    columns: int,
+    panel: int,
+) -> tuple[Any, ...]:
+    return (
+        values.data_ptr(),
+        _TYPES[values.dtype],
+        source,
+        positions.data_ptr(),
+        starts.data_ptr(),
+        rows,
+        columns,
+        panel,
+    )

@@ -1,0 +1,184 @@
+"""masked_linear: a linear layer with a packed weight, and its derivatives.
+
+The three operations are the three ways to leave out one factor of the same sum
+`sum over n and kept (r, c) of g[n, r] * W[r, c] * x[n, c]`, so that the derivatives of each are the
+other two, to any order.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from paikern.ops._library import autograd, define, fake
+from paikern.ops._path import run
+
+if TYPE_CHECKING:
+    from paikern.sparse.packed_weight import PackedWeight
+
+# Where the kept weights are: positions (int16 columns, or uint8 bits) and starts as
+# `list_positions` makes them, those of the transposed weight if they exist already, and how many.
+_WHERE = (
+    "Tensor positions, Tensor starts, Tensor? t_positions, Tensor? t_starts, Tensor? t_source, "
+    "int rows, int columns, int panel, int kept"
+)
+
+define(f"masked_linear(Tensor x, Tensor values, Tensor? bias, {_WHERE}) -> Tensor")
+define(f"masked_linear_input(Tensor g, Tensor values, {_WHERE}) -> Tensor")
+define(f"masked_linear_kept(Tensor g, Tensor x, {_WHERE}) -> Tensor")
+
+
+@fake("masked_linear")
+def _output(x: Tensor, values: Tensor, bias: Tensor | None, *where: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], where[5]))
+
+
+@fake("masked_linear_input")
+def _input(g: Tensor, values: Tensor, *where: Any) -> Tensor:
+    return g.new_empty((*g.shape[:-1], where[6]))
+
+
+@fake("masked_linear_kept")
+def _kept(g: Tensor, x: Tensor, *where: Any) -> Tensor:
+    return g.new_empty(where[8])
+
+
+_NOTHING = (None,) * 9
+
+
+def _save(ctx: Any, first: Tensor, second: Tensor, where: tuple[Any, ...]) -> None:
+    ctx.save_for_backward(first, second, *where[:5])
+    ctx.sizes = where[5:]
+
+
+def _saved(ctx: Any) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+    first, second, *tensors = ctx.saved_tensors
+    return first, second, (*tensors, *ctx.sizes)
+
+
+def _setup_output(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, _, *where = inputs
+    _save(ctx, x, values, tuple(where))
+
+
+def _output_derivative(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    x, values, where = _saved(ctx)
+    ops = torch.ops.paikern
+    by_x = ops.masked_linear_input(g, values, *where) if ctx.needs_input_grad[0] else None
+    by_values = ops.masked_linear_kept(g, x, *where) if ctx.needs_input_grad[1] else None
+    by_bias = _sum_over_batch(g) if ctx.needs_input_grad[2] else None
+    return by_x, by_values, by_bias, *_NOTHING
+
+
+def _sum_over_batch(g: Tensor) -> Tensor:
+    """The sum over all axes but the last, in float32, in the same order for any thread count."""
+    wide = g.reshape(-1, g.shape[-1]).to(torch.promote_types(g.dtype, torch.float32))
+    # torch adds one single column in as many parts as there are threads.
+    total = wide.cumsum(0)[-1] if wide.shape[1] == 1 and wide.shape[0] > 0 else wide.sum(0)
+    return total.to(g.dtype)
+
+
+def _setup_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    g, values, *where = inputs
+    _save(ctx, g, values, tuple(where))
+
+
+def _input_derivative(ctx: Any, u: Tensor) -> tuple[Any, ...]:
+    g, values, where = _saved(ctx)
+    ops = torch.ops.paikern
+    by_g = ops.masked_linear(u, values, None, *where) if ctx.needs_input_grad[0] else None
+    by_values = ops.masked_linear_kept(g, u, *where) if ctx.needs_input_grad[1] else None
+    return by_g, by_values, *_NOTHING
+
+
+def _setup_kept(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    g, x, *where = inputs
+    _save(ctx, g, x, tuple(where))
+
+
+def _kept_derivative(ctx: Any, u: Tensor) -> tuple[Any, ...]:
+    g, x, where = _saved(ctx)
+    ops = torch.ops.paikern
+    by_g = ops.masked_linear(x, u, None, *where) if ctx.needs_input_grad[0] else None
+    by_x = ops.masked_linear_input(g, u, *where) if ctx.needs_input_grad[1] else None
+    return by_g, by_x, *_NOTHING
+
+
+autograd("masked_linear", _output_derivative, _setup_output)
+autograd("masked_linear_input", _input_derivative, _setup_input)
+autograd("masked_linear_kept", _kept_derivative, _setup_kept)
+
+
+def masked_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """`F.linear(x, weight.to_dense(), bias)`, with work and memory for the kept weights alone.
+
+    Args:
+        x: `[in]` or `[..., in]`, of the dtype of the weight. Under autocast it, the values and the
+            bias are cast as those of `F.linear` are.
+        weight: a `PackedWeight` of shape `[out, in]`.
+        bias: `[out]` or None, of the same dtype.
+
+    Returns:
+        `[out]` or `[..., out]`, the dtype of x. Sums are float32 (float64 for float64), in an order
+        that does not depend on the number of threads. Differentiable, any number of times, in x,
+        in `weight.values` (the gradient exists at the kept positions only) and in the bias.
+        A pruned weight multiplies nothing: NaN or infinity in x reaches the rows that keep a
+        weight for it, where a dense product with zeros would spread NaN to all.
+
+    Raises:
+        ValueError: shapes that do not fit, tensors on different devices. TypeError: another dtype
+        than that of the weight, a weight that is not packed.
+
+    Example:
+        >>> import torch, paikern as pk
+        >>> w = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, -1.0]])
+        >>> kept = torch.tensor([[True, False, True], [False, True, False]])
+        >>> packed = pk.PackedWeight.from_dense(w, kept)
+        >>> masked_linear(torch.ones(3), packed, torch.tensor([0.0, 1.0])).tolist()
+        [1.5, 4.0]
+    """
+    values = getattr(weight, "values", None)
+    if not isinstance(values, Tensor) or not hasattr(weight, "where"):
+        raise TypeError(
+            f"masked_linear: weight must be a PackedWeight, got {type(weight).__name__}; "
+            "make one with PackedWeight.from_dense(weight, mask)"
+        )
+    kind = values.device.type
+    if torch.is_autocast_enabled(kind) and values.dtype != torch.float64:
+        wanted = torch.get_autocast_dtype(kind)
+        x, values = x.to(wanted), values.to(wanted)
+        bias = None if bias is None else bias.to(wanted)
+    _check(x, values, weight, bias)
+    backwards = torch.is_grad_enabled() and x.requires_grad
+    return run(
+        "masked_linear", x, values, bias, *weight.where(transposed=backwards), differentiable=True
+    )
+
+
+def _check(x: Tensor, values: Tensor, weight: PackedWeight, bias: Tensor | None) -> None:
+    rows, columns = weight.shape
+    if x.dim() == 0 or x.shape[-1] != columns:
+        raise ValueError(
+            f"masked_linear: x must be [..., {columns}] for a weight of shape "
+            f"{(rows, columns)}, got {tuple(x.shape)}"
+        )
+    if bias is not None and tuple(bias.shape) != (rows,):
+        raise ValueError(
+            f"masked_linear: bias must be [{rows}] for a weight of shape {(rows, columns)}, "
+            f"got {tuple(bias.shape)}"
+        )
+    for name, tensor in (("x", x), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.dtype != values.dtype:
+            raise TypeError(
+                f"masked_linear: {name} is {tensor.dtype} and the weight {values.dtype}; "
+                "convert one of them or use torch.autocast"
+            )
+        if tensor.device != values.device:
+            raise ValueError(
+                f"masked_linear: {name} is on {tensor.device} and the weight on {values.device}; "
+                "move them to one device"
+            )
