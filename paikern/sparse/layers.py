@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from paikern._names import Slot, slots, storage_key, unwrap, walk
-from paikern.sparse.masked_conv2d import MaskedConv2d
 from paikern.sparse.masked_linear import MaskedConv1D, MaskedLinear
 from paikern.sparse.masked_module import MaskedModule
 from paikern.sparse.packed_weight import DTYPES, PackedWeight
@@ -30,40 +28,49 @@ _HOLDERS = {
 
 @dataclass(frozen=True)
 class Place:
-    """A weight of the model, dense, and every layer that uses it.
+    """A dense weight of the model, every name by which the masks know it, every layer that uses it.
 
     ``reason`` says why it cannot be packed; it is empty where it can.
     """
 
-    name: str
+    names: tuple[str, ...]
     slot: Slot
     owners: tuple[nn.Module, ...]
     reason: str
 
+    @property
+    def name(self) -> str:
+        return self.names[0]
 
-def places(model: nn.Module, names: list[str], found: dict[str, Slot]) -> list[Place]:
-    """The weights `names`, of which `found` has the slots, tied ones once."""
-    every: dict[tuple[object, ...], list[Slot]] = {}
+    @property
+    def parameter(self) -> nn.Parameter:
+        tensor = self.slot.tensor
+        assert isinstance(tensor, nn.Parameter)
+        return tensor
+
+
+def places(model: nn.Module, found: dict[str, Slot]) -> list[Place]:
+    """The weights whose slots are `found`, tied ones once."""
+    uses: dict[tuple[object, ...], dict[int, Slot]] = {}
     for slot in slots(model):
-        every.setdefault(storage_key(slot.tensor), []).append(slot)
+        uses.setdefault(storage_key(slot.tensor), {})[id(slot.owner)] = slot
+    names: dict[tuple[object, ...], list[str]] = {}
+    for name, slot in found.items():
+        names.setdefault(storage_key(slot.tensor), []).append(name)
     readers = _read_by_others(model)
-    result, seen = [], set()
-    for name in names:
-        key = storage_key(found[name].tensor)
-        if key in seen:
-            continue
-        seen.add(key)
-        uses = list({id(s.owner): s for s in every[key]}.values())
-        reason = next((r for s in uses if (r := _reason(s, readers))), "")
-        if reason and len(uses) > 1:
-            reason = f"tied: {reason}"
-        owners = tuple(slot.owner for slot in uses)
-        result.append(Place(name, found[name], owners, reason))
+    result = []
+    for key, known in names.items():
+        used = list(uses[key].values())
+        reason = next((r for slot in used if (r := _reason(slot, readers))), "")
+        if reason and len(used) > 1:
+            reason = f"tied weight: {reason}"
+        owners = tuple(slot.owner for slot in used)
+        result.append(Place(tuple(known), found[known[0]], owners, reason))
     return result
 
 
 def kind(layer: nn.Module) -> str:
-    """ "linear", "conv1d" (transformers' `Conv1D`), "conv2d", or "" for any other layer.
+    """ "linear", "conv1d" (transformers' `Conv1D`), or "" for any other layer.
 
     A subclass with a forward of its own is another layer: it may do more with its weight.
     """
@@ -72,8 +79,6 @@ def kind(layer: nn.Module) -> str:
     definer = next(cls for cls in type(layer).__mro__ if "forward" in vars(cls))
     if definer is nn.Linear:
         return "linear"
-    if definer is nn.Conv2d:
-        return "conv2d" if type(layer)._conv_forward is nn.Conv2d._conv_forward else ""
     # transformers' Conv1D goes by its class name, so that transformers is not imported.
     return "conv1d" if definer.__name__ == "Conv1D" else ""
 
@@ -83,25 +88,18 @@ def matrix(layer: nn.Module) -> tuple[int, int]:
     if isinstance(layer, MaskedModule):
         rows, columns = layer.weight.rows, layer.weight.columns
         return (columns, rows) if isinstance(layer, MaskedConv1D) else (rows, columns)
-    shape: torch.Size = layer.weight.shape  # type: ignore[union-attr,assignment]
+    dense = layer.weight
+    assert isinstance(dense, Tensor)
+    shape = dense.shape
     rows, columns = shape[0], shape[1:].numel()
     return (columns, rows) if kind(layer) == "conv1d" else (rows, columns)
 
 
 def masked(layer: nn.Module, weight: PackedWeight) -> MaskedModule:
     """The layer with its weight packed."""
-    if isinstance(layer, nn.Conv2d):
-        return MaskedConv2d.from_conv(layer, weight=weight)
     if isinstance(layer, nn.Linear):
         return MaskedLinear.from_linear(layer, weight=weight)
     return MaskedConv1D.from_conv1d(layer, weight=weight)
-
-
-def packed_weights(model: nn.Module) -> dict[str, PackedWeight]:
-    """Name in the unwrapped model -> packed weight, every name of a tied one."""
-    return {
-        path: module for (path, _), module, _ in walk(model) if isinstance(module, PackedWeight)
-    }
 
 
 def masked_modules(model: nn.Module) -> Iterator[tuple[str, MaskedModule]]:
@@ -125,7 +123,7 @@ def refuse_holders(operation: str, model: nn.Module) -> None:
 
 
 def replace(model: nn.Module, new: dict[int, nn.Module]) -> nn.Module:
-    """Put `new[id(old)]` wherever the model has `old`; returns the model, itself replaced or not."""
+    """Put `new[id(old)]` wherever the model has `old`; returns the model or what replaces it."""
     for module in list(model.modules()):
         for key, child in module._modules.items():
             if child is not None and id(child) in new:
@@ -152,7 +150,7 @@ def _reason(slot: Slot, readers: dict[int, str]) -> str:
         return "torch.nn.utils.prune holds it; prune.remove(layer, 'weight') to pack it"
     if id(owner) in readers:
         return f"{readers[id(owner)]} reads it past the layer"
-    if slot.attribute != "weight" or not (found := kind(owner)):
+    if slot.attribute != "weight" or not kind(owner):
         return f"{name}.{slot.attribute} has no packed form"
     if slot.tensor.dtype not in DTYPES:
         return f"{slot.tensor.dtype} weights have no packed form"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from paikern.ops._path import run
@@ -39,11 +38,10 @@ class MaskedLinear(MaskedModule):
     def __init__(self, weight: PackedWeight, bias: Tensor | None = None) -> None:
         super().__init__(weight, bias)
         if len(weight.shape) != 2:
-            raise ValueError(
-                f"MaskedLinear: weight must be [out, in], got {tuple(weight.shape)}"
-            )
+            raise ValueError(f"MaskedLinear: weight must be [out, in], got {tuple(weight.shape)}")
         self.out_features, self.in_features = weight.shape
-        self._dense = (nn.Linear, dict(in_features=self.in_features, out_features=self.out_features))
+        sizes = {"in_features": self.in_features, "out_features": self.out_features}
+        self._dense = (nn.Linear, sizes)
 
     @classmethod
     def from_linear(
@@ -94,9 +92,7 @@ class MaskedConv1D(MaskedModule):
     def __init__(self, weight: PackedWeight, bias: Tensor | None = None) -> None:
         super().__init__(weight, bias)
         if len(weight.shape) != 2:
-            raise ValueError(
-                f"MaskedConv1D: weight must be [in, out], got {tuple(weight.shape)}"
-            )
+            raise ValueError(f"MaskedConv1D: weight must be [in, out], got {tuple(weight.shape)}")
         self.nx, self.nf = weight.shape
 
     @classmethod

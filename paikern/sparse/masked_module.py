@@ -53,16 +53,21 @@ class MaskedModule(nn.Module):
             f"({weight.density:.2%}), {held}"
         )
 
-    def to_dense(self) -> nn.Module:
-        """The layer that this one was made from, its weight dense with zeros, its bias shared."""
+    def to_dense(self, weight: nn.Parameter | None = None) -> nn.Module:
+        """The layer that this one was made from, its weight dense with zeros, its bias shared.
+
+        Args:
+            weight: the dense weight, if it exists already (a tied one).
+        """
         assert self._dense is not None
         cls, attributes = self._dense
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.__dict__.update(attributes)
-        trained = self.weight.values.requires_grad
-        dense = self.weight.to_dense().detach()
-        layer.register_parameter("weight", nn.Parameter(dense, requires_grad=trained))
+        if weight is None:
+            trained = self.weight.values.requires_grad
+            weight = nn.Parameter(self.weight.to_dense().detach(), requires_grad=trained)
+        layer.register_parameter("weight", weight)
         layer.register_parameter("bias", self.bias)
         return carry_over(self, layer)
 

@@ -34,8 +34,8 @@ class Plan:
     states: list[tuple[Tensor, Tensor, dict[str, Any]]] = field(default_factory=list)
 
     def carry_out(self) -> None:
-        for group, new in zip(self.optimizer.param_groups, self.groups, strict=True):
-            group.update(new)
+        for group, changed in zip(self.optimizer.param_groups, self.groups, strict=True):
+            group.update(changed)
         state: Any = self.optimizer.state
         for old, _, _ in self.states:
             state.pop(old, None)
@@ -69,7 +69,7 @@ def plan(
     plain = plain_optimizer(optimizer, operation)
     if isinstance(plain, torch.optim.LBFGS):
         raise ValueError(
-            f"{operation}: LBFGS keeps its state for all parameters in one; make it after {operation}"
+            f"{operation}: LBFGS keeps one state for all parameters; make it after {operation}"
         )
     held = {id(p) for group in plain.param_groups for p in group["params"]}
     if exchanges and not any(id(exchange.old) in held for exchange in exchanges):

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paikern._names import walk
 from paikern.ops.pack_mask import pack_mask
 from paikern.ops.positions import MOST_KEPT, list_positions, transpose_positions
-from paikern.ops.scatter_kept import scatter_kept
+from paikern.ops.scatter_kept import gather_kept, scatter_kept
 from paikern.ops.unpack_mask import check_packed, count_kept, unpack_mask
 from paikern.sparse import _weightfile
 
@@ -81,15 +82,15 @@ def pack_keys(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]
         key = _dense_key(name + "." if name else "")
         if not isinstance(module, PackedWeight) or key not in found:
             continue
-        dense, mask = found.pop(key), module.packed_mask()
+        dense = found.pop(key)
         if dense.shape != module.shape:
             raise ValueError(
                 f"pack_keys: {key} has shape {tuple(dense.shape)} in the state dict, "
                 f"{tuple(module.shape)} in the model"
             )
         prefix = name + "." if name else ""
-        found[prefix + "mask"] = mask
-        found[prefix + "values"] = dense[unpack_mask(mask, module.shape).to(dense.device)]
+        found[prefix + "mask"] = module.packed_mask()
+        found[prefix + "values"] = module.gather(dense.detach().to(module.device))
     return found
 
 
@@ -150,9 +151,7 @@ class PackedWeight(nn.Module):
         if format not in FORMATS:
             raise ValueError(f"PackedWeight: format must be one of {FORMATS}, got {format!r}")
         if len(shape) < 2 or min(shape) < 0:
-            raise ValueError(
-                f"PackedWeight: shape must be (out, in, *kernel), got {tuple(shape)}"
-            )
+            raise ValueError(f"PackedWeight: shape must be (out, in, *kernel), got {tuple(shape)}")
         if values.dtype not in DTYPES or values.dim() != 1:
             raise TypeError(
                 f"PackedWeight: values must be a 1-D tensor of float32, bfloat16, float16 or "
@@ -264,24 +263,43 @@ class PackedWeight(nn.Module):
             >>> packed.to_dense().tolist()
             [[1.0, 0.0, 1.0]]
         """
-        sizes = (*self.shape, self.panel, self.nnz)
-        return scatter_kept(self.values, self.positions, self.starts, *sizes)
+        return self.scatter(self.values)
+
+    def scatter(self, values: Tensor) -> Tensor:
+        """A dense tensor of `shape` that holds `values` `[nnz]` where this weight is kept."""
+        return scatter_kept(values, *self._places()).view(self.shape)
+
+    def gather(self, dense: Tensor) -> Tensor:
+        """The values that a dense tensor of the same shape has where this weight is kept.
+
+        Args:
+            dense: of `shape`, any dtype and strides.
+
+        Returns:
+            `[nnz]`, the dtype of `dense`; differentiable.
+
+        Raises:
+            ValueError: a tensor of another shape.
+        """
+        if dense.shape != self.shape:
+            raise ValueError(
+                f"PackedWeight.gather: dense must have the shape {tuple(self.shape)}, got "
+                f"{tuple(dense.shape)}"
+            )
+        return gather_kept(dense.reshape(self.rows, self.columns), *self._places())
 
     def packed_mask(self) -> Tensor:
         """The mask as packed bits, `[ceil(numel / 8)]`, uint8."""
         if self.format == "bitmap":
             return self.positions
-        rows, columns = self.rows, self.columns
         if self.positions.is_meta:
-            return self.positions.new_empty((rows * columns + 7) // 8, dtype=torch.uint8)
-        panels = -(-columns // self.panel)
-        cells = torch.arange(rows * panels, device=self.starts.device)
-        cell = torch.repeat_interleave(cells, self.starts.diff().long())
-        row = cell // max(panels, 1)
-        base = (cell - row * panels) * self.panel >> 16 << 16  # positions are modulo 65,536
-        kept = torch.zeros(rows * columns, dtype=torch.bool, device=self.starts.device)
-        kept[row * columns + base + (self.positions.long() & 0xFFFF)] = True
-        return pack_mask(kept)
+            return self.positions.new_empty((self.shape.numel() + 7) // 8, dtype=torch.uint8)
+        kept = torch.ones(self.nnz, dtype=torch.bool, device=self.positions.device)
+        return pack_mask(scatter_kept(kept, *self._places()))
+
+    def _places(self) -> tuple[Tensor, Tensor, int, int, int, int]:
+        """The positions as `scatter_kept` takes them."""
+        return self.positions, self.starts, self.rows, self.columns, self.panel, self.nnz
 
     # --- for the operations ----------------------------------------------------------------------
 
@@ -424,6 +442,13 @@ class PackedWeight(nn.Module):
         """
         values, mask, shape = _weightfile.read(path, max_bytes)
         return cls(values, mask, shape, format=format)
+
+
+def packed_weights(model: nn.Module) -> dict[str, PackedWeight]:
+    """Name in the unwrapped model -> packed weight, every name of a tied one."""
+    return {
+        path: module for (path, _), module, _ in walk(model) if isinstance(module, PackedWeight)
+    }
 
 
 def _dense_key(prefix: str) -> str:
