@@ -24,6 +24,9 @@ OPERATIONS = sorted(
 REFERENCE_ON_GPU = (
     "gather_kept",
     "list_positions",
+    "masked_conv2d",
+    "masked_conv2d_input",
+    "masked_conv2d_kept",
     "masked_linear",
     "masked_linear_input",
     "masked_linear_kept",
@@ -31,7 +34,12 @@ REFERENCE_ON_GPU = (
     "transpose_positions",
 )
 ON_GPU = [name for name in OPERATIONS if name not in REFERENCE_ON_GPU]
-DERIVATIVES = {"masked_linear_input", "masked_linear_kept"}  # reached through autograd alone
+DERIVATIVES = {
+    "masked_conv2d_input",
+    "masked_conv2d_kept",
+    "masked_linear_input",
+    "masked_linear_kept",
+}  # reached through autograd alone
 MAPS = ("map_maximum", "map_scale_", "live_nodes", "through_maximum_")
 
 
