@@ -31,6 +31,24 @@ void masked_linear(const PackedView &v, const float *x, int64_t batch, const flo
 // out[i] = sum over the batch of g [batch, rows] at the row times x [batch, columns] at the column of entry i.
 void masked_linear_kept(const PackedView &v, const float *g, const float *x, int64_t batch, float *out);
 
+// The kept weights of a tensor [rows, columns] whose elements have `size` bytes, 1, 2, 4, 8 or 16, and where they are:
+// columns, or the packed bits of the mask.
+struct KeptView {
+  void *values;
+  const uint16_t *positions;
+  const uint8_t *bits;  // null where there are positions
+  const int32_t *starts;
+  int64_t rows, columns, panel;
+
+  int64_t panels() const { return (columns + panel - 1) / panel; }
+};
+
+// dense [count, columns] = rows first .. first + count, zeros where nothing is kept.
+void scatter_kept(const KeptView &v, int64_t size, int64_t first, int64_t count, void *dense);
+
+// The values of rows first .. first + count out of dense [count, columns].
+void gather_kept(const KeptView &v, int64_t size, int64_t first, int64_t count, const void *dense);
+
 // The entries of a packed mask [rows, columns]: positions and starts of V; starts alone where positions is null.
 void list_positions(const uint8_t *bits, int64_t rows, int64_t columns, int64_t panel, uint16_t *positions,
                     int32_t *starts);

@@ -31,6 +31,19 @@ PackedView read_view(const py::tuple &v) {
           size(7)};
 }
 
+paikern::KeptView read_where(const py::tuple &v) {
+  const auto address = [&](size_t i) { return v[i].cast<uintptr_t>(); };
+  const auto size = [&](size_t i) { return v[i].cast<int64_t>(); };
+  const bool bits = v[2].cast<bool>();
+  return {pointer<void>(address(0)),
+          bits ? nullptr : pointer<const uint16_t>(address(1)),
+          bits ? pointer<const uint8_t>(address(1)) : nullptr,
+          pointer<const int32_t>(address(3)),
+          size(4),
+          size(5),
+          size(6)};
+}
+
 }  // namespace
 
 void bind_masked_linear(py::module_ &m) {
@@ -43,6 +56,16 @@ void bind_masked_linear(py::module_ &m) {
     const PackedView v = read_view(view);
     const py::gil_scoped_release release;
     paikern::masked_linear_kept(v, pointer<const float>(g), pointer<const float>(x), batch, pointer<float>(out));
+  });
+  m.def("scatter_kept", [](const py::tuple &where, int64_t size, int64_t first, int64_t count, uintptr_t dense) {
+    const paikern::KeptView v = read_where(where);
+    const py::gil_scoped_release release;
+    paikern::scatter_kept(v, size, first, count, pointer<void>(dense));
+  });
+  m.def("gather_kept", [](const py::tuple &where, int64_t size, int64_t first, int64_t count, uintptr_t dense) {
+    const paikern::KeptView v = read_where(where);
+    const py::gil_scoped_release release;
+    paikern::gather_kept(v, size, first, count, pointer<const void>(dense));
   });
   m.def("list_positions",
         [](uintptr_t bits, int64_t rows, int64_t columns, int64_t panel, uintptr_t positions, uintptr_t starts) {

@@ -25,10 +25,12 @@ from paikern.backends.cpu_flow import (
 from paikern.backends.cpu_gated import gated_program
 from paikern.backends.cpu_maps import live_nodes, map_maximum, map_scale_, through_maximum_
 from paikern.backends.cpu_masked_linear import (
+    gather_kept,
     list_positions,
     masked_linear,
     masked_linear_input,
     masked_linear_kept,
+    scatter_kept,
     transpose_positions,
 )
 from paikern.backends.cpu_path import (
@@ -63,6 +65,7 @@ __all__ = [
     "dpai_update_",
     "expand_blocks",
     "gated_program",
+    "gather_kept",
     "isa",
     "kth_largest",
     "list_positions",
@@ -88,6 +91,7 @@ __all__ = [
     "phew_keep_",
     "phew_tables",
     "phew_walks",
+    "scatter_kept",
     "takes",
     "through_maximum_",
     "topk_mask",
@@ -104,6 +108,7 @@ _FLOAT64 = (
     "block_means",
     "block_means_factored",
     "expand_blocks",
+    "gather_kept",
     "kth_largest",
     "list_positions",
     "nm_mask",
@@ -112,6 +117,7 @@ _FLOAT64 = (
     "phew_keep_",
     "phew_tables",
     "phew_walks",
+    "scatter_kept",
     "topk_mask",
     "topk_mask_factored",
     "topk_mask_product",

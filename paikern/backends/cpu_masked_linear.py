@@ -41,6 +41,38 @@ def transpose_positions(
     return moved, begins, source
 
 
+def scatter_kept(
+    values: Tensor,
+    positions: Tensor,
+    starts: Tensor,
+    rows: int,
+    columns: int,
+    panel: int,
+    kept: int,
+) -> Tensor:
+    values, size = values.contiguous(), values.element_size()
+    dense = values.new_empty(rows, columns)
+    where = _where(values.data_ptr(), positions, starts, rows, columns, panel)
+    _C.scatter_kept(where, size, 0, rows, dense.data_ptr())
+    return dense
+
+
+def gather_kept(
+    dense: Tensor,
+    positions: Tensor,
+    starts: Tensor,
+    rows: int,
+    columns: int,
+    panel: int,
+    kept: int,
+) -> Tensor:
+    dense, size = dense.contiguous(), dense.element_size()
+    values = dense.new_empty(kept)
+    where = _where(values.data_ptr(), positions, starts, rows, columns, panel)
+    _C.gather_kept(where, size, 0, rows, dense.data_ptr())
+    return values
+
+
 def masked_linear(
     x: Tensor,
     values: Tensor,
@@ -139,6 +171,13 @@ def _listed(positions: Tensor, rows: int, columns: int, panel: int, kept: int) -
     if positions.dtype == torch.int16:
         return positions
     return list_positions(positions, kept, rows, columns, panel)[0]
+
+
+def _where(
+    values: int, positions: Tensor, starts: Tensor, rows: int, columns: int, panel: int
+) -> tuple[int, ...]:
+    bits = positions.dtype == torch.uint8
+    return (values, positions.data_ptr(), bits, starts.data_ptr(), rows, columns, panel)
 
 
 def _view(

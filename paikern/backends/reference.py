@@ -22,10 +22,12 @@ from paikern.backends.reference_maps import (
     through_maximum_,
 )
 from paikern.backends.reference_masked_linear import (
+    gather_kept,
     list_positions,
     masked_linear,
     masked_linear_input,
     masked_linear_kept,
+    scatter_kept,
     transpose_positions,
 )
 from paikern.backends.reference_path import (
@@ -56,6 +58,7 @@ __all__ = [
     "dpai_step_",
     "dpai_update_",
     "expand_blocks",
+    "gather_kept",
     "kth_largest",
     "list_positions",
     "live_nodes",
@@ -77,6 +80,7 @@ __all__ = [
     "phew_keep_",
     "phew_tables",
     "phew_walks",
+    "scatter_kept",
     "through_maximum_",
     "topk_mask",
     "topk_mask_factored",

@@ -67,6 +67,31 @@ def dense(
     return zeros.index_put((row, column), wide)
 
 
+def scatter_kept(
+    values: Tensor,
+    positions: Tensor,
+    starts: Tensor,
+    rows: int,
+    columns: int,
+    panel: int,
+    kept: int,
+) -> Tensor:
+    at = entries(positions, starts, rows, columns, panel)
+    return values.new_zeros(rows, columns).index_put(at, values)
+
+
+def gather_kept(
+    dense: Tensor,
+    positions: Tensor,
+    starts: Tensor,
+    rows: int,
+    columns: int,
+    panel: int,
+    kept: int,
+) -> Tensor:
+    return dense[entries(positions, starts, rows, columns, panel)]
+
+
 def masked_linear(
     x: Tensor,
     values: Tensor,

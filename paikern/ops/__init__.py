@@ -22,6 +22,7 @@ from paikern.ops.phew_keep import phew_keep_
 from paikern.ops.phew_tables import phew_tables
 from paikern.ops.phew_walks import phew_walks
 from paikern.ops.positions import list_positions, transpose_positions
+from paikern.ops.scatter_kept import gather_kept, scatter_kept
 from paikern.ops.topk_mask import topk_mask
 from paikern.ops.topk_mask_factored import topk_mask_factored
 from paikern.ops.topk_mask_product import topk_mask_product
@@ -35,6 +36,7 @@ __all__ = [
     "dpai_step_",
     "dpai_update_",
     "expand_blocks",
+    "gather_kept",
     "kth_largest",
     "live_nodes",
     "list_positions",
@@ -54,6 +56,7 @@ __all__ = [
     "phew_keep_",
     "phew_tables",
     "phew_walks",
+    "scatter_kept",
     "through_maximum",
     "topk_mask",
     "topk_mask_factored",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from paikern.ops.pack_mask import pack_mask
 from paikern.ops.positions import MOST_KEPT, list_positions, transpose_positions
+from paikern.ops.scatter_kept import scatter_kept
 from paikern.ops.unpack_mask import check_packed, count_kept, unpack_mask
 from paikern.sparse import _weightfile
 
@@ -255,8 +256,8 @@ class PackedWeight(nn.Module):
             >>> packed.to_dense().tolist()
             [[1.0, 0.0, 1.0]]
         """
-        kept = unpack_mask(self.packed_mask(), self.shape)
-        return self.values.new_zeros(self.shape).masked_scatter(kept, self.values)
+        sizes = (*self.shape, self.panel, self.nnz)
+        return scatter_kept(self.values, self.positions, self.starts, *sizes)
 
     def packed_mask(self) -> Tensor:
         """The mask as packed bits, `[ceil(out * in / 8)]`, uint8."""

@@ -22,10 +22,12 @@ OPERATIONS = sorted(
 )
 # What packed weights need has no GPU kernel yet: the reference runs there.
 REFERENCE_ON_GPU = (
+    "gather_kept",
     "list_positions",
     "masked_linear",
     "masked_linear_input",
     "masked_linear_kept",
+    "scatter_kept",
     "transpose_positions",
 )
 ON_GPU = [name for name in OPERATIONS if name not in REFERENCE_ON_GPU]

@@ -9,6 +9,7 @@ PAIKERN_SHIM_SANITIZE=1 it is built with AddressSanitizer, whose library has to 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import importlib.machinery
 import importlib.util
@@ -41,8 +42,6 @@ def sources() -> list[Path]:
 
 def build(sanitize: bool = SANITIZED) -> Path:
     """The module, built unless it is there."""
-    import pybind11
-
     digest = hashlib.sha256(repr((FLAGS, sanitize, sys.version)).encode())
     for path in sources():
         digest.update(path.name.encode() + path.read_bytes())
@@ -51,6 +50,14 @@ def build(sanitize: bool = SANITIZED) -> Path:
     if target.exists():
         return target
     folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.parent / "lock", "w") as lock:  # of test processes side by side, one builds
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return target if target.exists() else _compile(folder, target, sanitize)
+
+
+def _compile(folder: Path, target: Path, sanitize: bool) -> Path:
+    import pybind11
+
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         extra = SANITIZE if sanitize else ()
         includes = [f"-I{ROOT / 'csrc/include'}", f"-I{ROOT / 'csrc/cuda'}"]

@@ -56,6 +56,10 @@ def _packed() -> tuple:
     return positions, starts, *back, 2, 5, 4, 6
 
 
+def _kept() -> tuple:
+    return *ops.list_positions(BITS, 6, 2, 5, 4), 2, 5, 4, 6
+
+
 # One sample or more of every operation. A new operation without one fails the test below.
 SAMPLES: dict[str, list[tuple]] = {
     "apply_mask_": [(torch.rand(2, 5), BITS), (torch.rand(5, 2).T.bfloat16(), BITS)],
@@ -73,6 +77,7 @@ SAMPLES: dict[str, list[tuple]] = {
         (torch.randn(2, 5), torch.rand(2, 5), BITS, LIVE, *_state(), *RULE, 1, False),
     ],
     "expand_blocks": [(BITS[:1], [3, 5], [2, 2])],
+    "gather_kept": [(WEIGHT, *_kept()), (WEIGHT.half().T.contiguous().T, *_kept())],
     "kth_largest": [([WEIGHT, X], 7), ([WEIGHT.double()], 1)],
     "list_positions": [(BITS, 6, 2, 5, 4)],
     "masked_linear": [
@@ -94,6 +99,7 @@ SAMPLES: dict[str, list[tuple]] = {
         (WEIGHT, X[0], G[0], 0.1, 1, BITS),
         (WEIGHT.half(), X[0], G[0], 0.0, 0, None),
     ],
+    "scatter_kept": [(torch.rand(6), *_kept()), (torch.arange(6), *_kept())],
     "topk_mask": [
         ([WEIGHT, X], [7], [0, 3], True, [], None),
         ([WEIGHT, X.half()], [2, 3], [], False, [BITS, BITS[:0]], None),
