@@ -89,7 +89,7 @@ PK_DEVICE void pk_packed_few_of(const PaikernPacked &v, const void *x, long long
 
 // x: [batch, columns], batch 1 to 4, and y: [batch, rows], of the type of the values; or with parts > 1 y: [parts,
 // batch, rows] float. lanes: 4, 8, 16 or 32; a thread for each of lanes * parts * rows.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 2)
     paikern_masked_few(PK_PACKED_PARAMETERS, long long type, const void *x, long long batch, const void *bias,
                        long long lanes, long long parts, void *y) {
   const PaikernPacked v = PK_PACKED;

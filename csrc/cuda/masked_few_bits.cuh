@@ -49,7 +49,7 @@ PK_DEVICE void pk_packed_few_bits_of(const PaikernPacked &v, const unsigned char
 }
 
 // As paikern_masked_few, with the packed mask in the place of the positions; a warp for each of parts * rows.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 2)
     paikern_masked_few_bits(PK_PACKED_PARAMETERS, long long type, const unsigned char *mask, const void *x,
                             long long batch, const void *bias, long long parts, void *y) {
   const PaikernPacked v = PK_PACKED;

@@ -75,26 +75,26 @@ PK_DEVICE void pk_packed_dots_of(const PaikernPacked &v, long long type, const v
 
 // g: [panels, rows, width], x: [panels, columns, width], out: [kept], of one type; no values are read. Blocks: eight
 // rows of a part each.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 2)
     paikern_masked_dots_1(PK_PACKED_PARAMETERS, long long type, const void *g, const void *x, long long panels,
                           long long parts, void *out) {
   pk_packed_dots_of<1>(PK_PACKED, type, g, x, panels, parts, out);
 }
 
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 2)
     paikern_masked_dots_2(PK_PACKED_PARAMETERS, long long type, const void *g, const void *x, long long panels,
                           long long parts, void *out) {
   pk_packed_dots_of<2>(PK_PACKED, type, g, x, panels, parts, out);
 }
 
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 2)
     paikern_masked_dots_4(PK_PACKED_PARAMETERS, long long type, const void *g, const void *x, long long panels,
                           long long parts, void *out) {
   pk_packed_dots_of<4>(PK_PACKED, type, g, x, panels, parts, out);
 }
 
 // g: [batch, rows], x: [batch, columns]. Blocks as above.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 2)
     paikern_masked_dots_few(PK_PACKED_PARAMETERS, long long type, const void *g, const void *x, long long batch,
                             long long parts, void *out) {
   const PaikernPacked v = PK_PACKED;

@@ -80,19 +80,19 @@ PK_DEVICE void pk_packed_rows_of(const PaikernPacked &v, long long type, const v
 
 // panels: as paikern_masked_panels writes them; y as that of paikern_masked_few. Blocks: eight rows of a part and a
 // panel each.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 2)
     paikern_masked_rows_1(PK_PACKED_PARAMETERS, long long type, const void *panels, long long batch, const void *bias,
                           long long parts, void *y) {
   pk_packed_rows_of<1>(PK_PACKED, type, panels, batch, bias, parts, y);
 }
 
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 2)
     paikern_masked_rows_2(PK_PACKED_PARAMETERS, long long type, const void *panels, long long batch, const void *bias,
                           long long parts, void *y) {
   pk_packed_rows_of<2>(PK_PACKED, type, panels, batch, bias, parts, y);
 }
 
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 2)
     paikern_masked_rows_4(PK_PACKED_PARAMETERS, long long type, const void *panels, long long batch, const void *bias,
                           long long parts, void *y) {
   pk_packed_rows_of<4>(PK_PACKED, type, panels, batch, bias, parts, y);
@@ -117,7 +117,7 @@ PK_DEVICE void pk_packed_panels_of(const Word *x, long long batch, long long col
   }
 }
 
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 2)
     paikern_masked_panels(const void *x, long long type, long long batch, long long columns, long long width,
                           void *panels) {
   if (type == 0) {
@@ -129,7 +129,7 @@ extern "C" __global__ void __launch_bounds__(256)
 }
 
 // y[i] = sum over the parts, in their order, of partial[part, i], and the bias; y is [batch, rows].
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 2)
     paikern_masked_parts(const float *partial, long long parts, long long rows, long long count, long long type,
                          const void *bias, void *y) {
   const long long i = static_cast<long long>(blockIdx.x) * kPkPackedBlock + threadIdx.x;
