@@ -37,7 +37,12 @@ class AttachedMasks:
     def __init__(self, masks: MaskSet, model: nn.Module, optimizer: Any) -> None:
         self.masks = masks
         self._model = unwrap(model)
-        self._optimizer = _plain_optimizer(optimizer)
+        self._optimizer = plain_optimizer(optimizer, "attach")
+        if isinstance(self._optimizer, torch.optim.LBFGS):
+            raise ValueError(
+                "attach: LBFGS evaluates the model inside one step, where pruned weights would be "
+                "back; use SGD, Adam or another first-order optimizer"
+            )
         self._device_masks: dict[tuple[str, torch.device], Tensor] = {}
         self._slots = masks.slots(self._model)
         _check_held(self._slots, self._optimizer)
@@ -120,7 +125,7 @@ class ApplyAfterLoad:
         self._masks.apply(module)
 
 
-def _plain_optimizer(optimizer: Any) -> Optimizer:
+def plain_optimizer(optimizer: Any, operation: str) -> Optimizer:
     """The torch optimizer itself, out of Accelerate's or Lightning's wrapper."""
     given = optimizer
     # A wrapper may be a subclass of Optimizer that never ran its constructor.
@@ -128,12 +133,7 @@ def _plain_optimizer(optimizer: Any) -> Optimizer:
         optimizer = inner
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
-            f"attach: optimizer must be a torch.optim.Optimizer, got {type(given).__name__}"
-        )
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise ValueError(
-            "attach: LBFGS evaluates the model inside one step, where pruned weights would be "
-            "back; use SGD, Adam or another first-order optimizer"
+            f"{operation}: optimizer must be a torch.optim.Optimizer, got {type(given).__name__}"
         )
     return optimizer
 

@@ -1,5 +1,6 @@
 """Pruned weights stored without what was pruned."""
 
+from paikern.sparse.masked_linear import MaskedConv1D, MaskedLinear
 from paikern.sparse.packed_weight import PackedWeight, dense_keys, pack_keys
 
-__all__ = ["PackedWeight", "dense_keys", "pack_keys"]
+__all__ = ["MaskedConv1D", "MaskedLinear", "PackedWeight", "dense_keys", "pack_keys"]
