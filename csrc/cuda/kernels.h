@@ -31,6 +31,7 @@ KernelList bits_kernels();
 KernelList dpai_kernels();
 KernelList flow_kernels();
 KernelList map_kernels();
+KernelList masked_kernels();
 KernelList path_kernels();
 KernelList pattern_kernels();
 KernelList phew_kernels();
