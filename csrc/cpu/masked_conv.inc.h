@@ -31,18 +31,17 @@ template <class T>
 void pack_of(const T *x, int64_t ldx, int64_t count, int64_t pixels, const int32_t *table, float *planes) {
   if (count == 1) {
     for (int64_t p = 0; p < pixels;) {
-      // Pixels that stay side by side go as vectors.
-      bool together = p + kLanes <= pixels && table[p] >= 0;
-      if (together) {
-        for (int i = 1; i < kLanes; ++i) together &= table[p + i] == table[p] + i;
-      }
-      if (together) {
-        v_store(planes + table[p], v_weight(x + p));
-        p += kLanes;
-      } else {
-        if (table[p] >= 0) planes[table[p]] = to_float(x[p]);
+      if (table[p] < 0) {
         ++p;
+        continue;
       }
+      // Pixels that stay side by side go as vectors.
+      float *to = planes + table[p];
+      const float *end = to + 1;
+      int64_t next = p + 1;
+      while (next < pixels && planes + table[next] == end) ++next, ++end;
+      for (; p + kLanes <= next; p += kLanes, to += kLanes) v_store(to, v_weight(x + p));
+      for (; p < next; ++p) *to++ = to_float(x[p]);
     }
     return;
   }
