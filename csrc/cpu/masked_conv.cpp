@@ -20,6 +20,7 @@
 #include "masked_conv_chunks.h"
 #include "masked_conv_kernels.h"
 #include "masked_conv_lists.h"
+#include "masked_conv_pointwise.h"
 #include "path_plan.h"
 
 namespace paikern {
@@ -67,18 +68,39 @@ std::vector<int32_t> plane_table(const Lattice &lattice, const std::vector<Grid>
   return table;
 }
 
+std::vector<ConvRun> runs_of(const std::vector<int32_t> &table) {
+  std::vector<ConvRun> runs;
+  for (size_t p = 0; p < table.size(); ++p) {
+    if (table[p] < 0) continue;
+    if (!runs.empty()) {
+      ConvRun &last = runs.back();
+      if (last.pixel + last.count == static_cast<int64_t>(p) && last.at + last.count == table[p]) {
+        ++last.count;
+        continue;
+      }
+    }
+    runs.push_back({static_cast<int64_t>(p), table[p], 1});
+  }
+  return runs;
+}
+
 int64_t type_size(WeightType type) { return type == WeightType::kFloat32 ? 4 : 2; }
 
 // planes [channels][per_channel] <- images first .. first + count of a map [batch, channels, pixels].
 void fill(const ConvKernels &kernels, ConvMap map, int64_t channels, int64_t pixels, int64_t first, int64_t count,
           const std::vector<int32_t> &table, int64_t per_channel, float *planes) {
   const auto *data = static_cast<const char *>(map.data);
+  const std::vector<ConvRun> runs = count == 1 ? runs_of(table) : std::vector<ConvRun>{};
 #pragma omp parallel for schedule(static) if (channels * per_channel > parallel_work() / 2)
   for (int64_t c = 0; c < channels; ++c) {
     float *to = planes + c * per_channel;
     std::memset(to, 0, sizeof(float) * static_cast<size_t>(per_channel));
-    kernels.pack(data + (first * channels + c) * pixels * type_size(map.type), map.type, channels * pixels, count,
-                 pixels, table.data(), to);
+    const char *from = data + (first * channels + c) * pixels * type_size(map.type);
+    if (count == 1 && 4 * static_cast<int64_t>(runs.size()) < pixels) {
+      kernels.copy(from, map.type, runs.data(), static_cast<int64_t>(runs.size()), to);
+    } else {
+      kernels.pack(from, map.type, channels * pixels, count, pixels, table.data(), to);
+    }
   }
 }
 
@@ -96,15 +118,14 @@ void write_band(const ConvKernels &kernels, const Target &t, const ConvBand &ban
                 int64_t channel, const float *z) {
   const Grid &grid = t.grid;
   float *plane = t.map + (t.first * t.channels + channel) * t.pixels();
-  const float bias = t.bias ? t.bias[channel] : 0.0f;
   const int64_t ldy = t.channels * t.pixels(), wide = grid.count[1];
   if (compact && wide == grid.size[1] && grid.step[0] == 1) {
-    kernels.unpack(z, t.images, band.rows * wide, bias, plane + band.first * wide, ldy, 1);
+    kernels.unpack(z, t.images, band.rows * wide, plane + band.first * wide, ldy, 1);
     return;
   }
   for (int64_t r = 0; r < band.rows; ++r) {
     const int64_t row = grid.first[0] + (band.first + r) * grid.step[0];
-    kernels.unpack(z + r * (compact ? wide : pitch) * t.images, t.images, wide, bias,
+    kernels.unpack(z + r * (compact ? wide : pitch) * t.images, t.images, wide,
                    plane + row * grid.size[1] + grid.first[1], ldy, grid.step[1]);
   }
 }
@@ -130,7 +151,8 @@ void run_grid(const ConvKernels &kernels, const ConvLists &lists, int64_t step, 
       for (size_t k = band.chunk; k < band.chunk + band.chunks; ++k) {
         const ConvTile *tiles = cut.tiles.data() + cut.chunks[k].tile;
         for (int64_t c = first; c < last; ++c) {
-          kernels.products(lists.get(c * step + phase), planes + c / per_group * group_stride + lattice.lead, tiles,
+          kernels.products(lists.get(c * step + phase), target.bias ? target.bias[c] : 0.0f,
+                           planes + c / per_group * group_stride + lattice.lead, tiles,
                            static_cast<int64_t>(cut.chunks[k].tiles), z.get() + (c - first) * cut.room);
         }
       }
@@ -168,6 +190,7 @@ const ConvKernels &conv_kernels() {
 void masked_conv2d(const ConvShape &s, const ConvEntries &v, ConvMap x, const float *bias, float *y) {
   if (s.batch == 0 || s.rows == 0) return;
   const ConvKernels &kernels = conv_kernels();
+  if (pointwise(s, x, kernels)) return pointwise_output(s, v, static_cast<const float *>(x.data), bias, y, kernels);
   const ForwardPlan one = plan_forward(geometry_of(s, 1), 1);
   const int64_t most =
       images_at_once(s, s.channels * static_cast<int64_t>(one.planes.size()) * one.lattice.span, kernels.lanes);
@@ -196,6 +219,9 @@ void masked_conv2d(const ConvShape &s, const ConvEntries &v, ConvMap x, const fl
 void masked_conv2d_input(const ConvShape &s, const ConvEntries &transposed, ConvMap g, float *x) {
   if (s.batch == 0 || s.channels == 0) return;
   const ConvKernels &kernels = conv_kernels();
+  if (pointwise(s, g, kernels)) {
+    return pointwise_input(s, transposed, static_cast<const float *>(g.data), x, kernels);
+  }
   const BackwardPlan one = plan_backward(geometry_of(s, 1), 1);
   const int64_t most = images_at_once(s, s.rows * one.lattice.span, kernels.lanes);
   const int64_t group_rows = s.rows / s.groups;
@@ -233,6 +259,9 @@ void masked_conv2d_kept(const ConvShape &s, const ConvEntries &v, ConvMap g, Con
     return;
   }
   const ConvKernels &kernels = conv_kernels();
+  if (pointwise(s, x, kernels) && g.type == WeightType::kFloat32 && s.pixels() % kernels.lanes == 0) {
+    return pointwise_kept(s, v, static_cast<const float *>(g.data), static_cast<const float *>(x.data), out, kernels);
+  }
   const ForwardPlan one = plan_forward(geometry_of(s, 1), 1);
   const int64_t most = images_at_once(
       s, std::max(s.rows, s.channels * static_cast<int64_t>(one.planes.size())) * one.lattice.span, kernels.lanes);
