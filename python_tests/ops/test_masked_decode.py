@@ -55,8 +55,8 @@ def test_decoded_rows_in_every_dtype(decoded: list[int], dtype: torch.dtype, for
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.integers(0, 300),
-    st.integers(0, 300),
+    st.integers(1, 300),
+    st.integers(1, 300),
     st.integers(0, 65),
     st.floats(0, 1),
     st.sampled_from(["index", "bitmap"]),
@@ -72,6 +72,18 @@ def test_decoded_rows_of_random_shapes(
         patch.setattr(masked_cost, "cpu_kernel", lambda *args: "decode")
         patch.setattr(cpu_masked_decode, "BLOCK", 1 << 10)
         check(case, x)
+
+
+@pytest.mark.parametrize(("rows", "columns", "batch"), [(0, 5, 2), (5, 0, 2), (5, 7, 0), (0, 0, 3)])
+def test_decoded_rows_of_nothing(decoded: list[int], rows: int, columns: int, batch: int) -> None:
+    case, x = make(rows, columns, 1.0), torch.randn(batch, columns, requires_grad=True)
+    bias = case.bias.requires_grad_()
+    y = ops.masked_linear(x, case.packed, bias)
+    assert torch.equal(y, bias.expand(batch, rows))
+    by_x, by_values, by_bias = torch.autograd.grad(y.sum(), (x, case.packed.values, bias))
+    assert torch.equal(by_x, torch.zeros(batch, columns))
+    assert torch.equal(by_values, torch.zeros(case.packed.nnz))
+    assert torch.equal(by_bias, torch.full((rows,), float(batch)))
 
 
 def test_decoded_rows_spread_no_nan(decoded: list[int]) -> None:
