@@ -84,8 +84,9 @@ bench-kernels: setup-dev  ## paths, selection, patterns and torch_prune; results
 quality: setup-dev  ## what the masks of every method are worth; about an hour, goes on where it was
 	$(BIN)/python -m bench.run_quality
 
-train-demo: prune setup-dev  ## train the four pruned networks and the dense one on 5,000 MNIST images
+train-demo: prune setup-dev  ## train pruned networks on 5,000 MNIST images: four methods, then packed against dense
 	$(BIN)/python -m bench.train_demo --out $(OUT)
+	$(BIN)/python -m bench.train_packed --out $(OUT)
 
 clean:  ## remove build products, not the environment
 	rm -rf build dist out *.egg-info paikern/*.so
