@@ -106,6 +106,7 @@ def prunable_parameters(
         for name in _without_weight(model, every)
     ]
     candidates = 0
+    stored: list[str] = []
     for slot in every:
         kind = _kind(slot)
         if kind is None:
@@ -139,13 +140,16 @@ def prunable_parameters(
         name, source = first[key].name, first[key].source
         if kind == "packed":
             if not packed:
-                notes.append(f"{slot.module_name} is left out: it is packed; use pk.densify first")
+                stored.append(slot.module_name)
                 continue
             name = first[key].module_name
         groups = getattr(slot.owner, "groups", 1) if kind.startswith("conv") else 1
         weight = slot.owner if isinstance(slot.owner, PackedWeight) else slot.tensor
         shape = tuple(weight.shape)
         found[name] = Prunable(name, shape, kind, slot.module_name, source, groups)
+    if stored:
+        more = f" and {len(stored) - 1} more" if len(stored) > 1 else ""
+        notes.append(f"{stored[0]}{more} left out: packed weights; use pk.densify first")
     if not found:
         raise ValueError(_nothing(model, candidates, ignore, include, notes))
     for note in notes:

@@ -156,7 +156,7 @@ def masked_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -
             "make one with PackedWeight.from_dense(weight, mask)"
         )
     kind = "cpu" if values.is_cpu else values.device.type
-    if torch.is_autocast_enabled(kind) and values.dtype != torch.float64:
+    if kind != "meta" and torch.is_autocast_enabled(kind) and values.dtype != torch.float64:
         wanted = torch.get_autocast_dtype(kind)
         x, values = x.to(wanted), values.to(wanted)
         bias = None if bias is None else bias.to(wanted)
@@ -199,7 +199,7 @@ class _Eager(torch.autograd.Function):
 
 
 def _check(x: Tensor, values: Tensor, weight: PackedWeight, bias: Tensor | None) -> None:
-    rows, columns = weight.shape
+    rows, columns = weight.rows, weight.columns
     if x.dim() == 0 or x.shape[-1] != columns:
         raise ValueError(
             f"masked_linear: x must be [..., {columns}] for a weight of shape "

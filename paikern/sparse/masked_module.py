@@ -77,16 +77,35 @@ class MaskedModule(nn.Module):
         self._dense = (type(layer), plain)
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
         # `state_dict` is a copy of which the modules inside get their part next.
         key = prefix + "weight"
-        dense = state_dict.get(key)
-        if isinstance(dense, Tensor) and dense.shape == self.weight.shape:
-            del state_dict[key]
-            packed = pack_keys(self.weight, {"weight": dense})
+        if key in state_dict:
+            dense = state_dict.pop(key)
+            try:
+                packed = pack_keys(self.weight, {"weight": dense})
+            except ValueError:
+                own = tuple(self.weight.shape)
+                error_msgs.append(f"{key}: {tuple(dense.shape)} in the state dict, {own} here")
+                packed = self.weight.state_dict()
             state_dict.update({f"{key}.{name}": value for name, value in packed.items()})
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
 
 
 def carry_over(old: nn.Module, new: _Module) -> _Module:
@@ -115,7 +134,8 @@ def cast_for_autocast(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """What autocast makes of the arguments of a product."""
     kind = values.device.type
-    if not torch.is_autocast_enabled(kind) or values.dtype == torch.float64:
+    # There is no autocast for the meta device, and asking raises.
+    if kind == "meta" or not torch.is_autocast_enabled(kind) or values.dtype == torch.float64:
         return x, values, bias
     wanted = torch.get_autocast_dtype(kind)
     return x.to(wanted), values.to(wanted), None if bias is None else bias.to(wanted)

@@ -306,9 +306,7 @@ class PackedWeight(nn.Module):
     def where(self, *, transposed: bool) -> tuple[Any, ...]:
         """The positions as `torch.ops.paikern.masked_linear` takes them."""
         if transposed and self._transposed is None and self.format == "index":
-            self._transposed = transpose_positions(
-                self.positions, self.starts, self.rows, self.columns, self.panel
-            )
+            self._transpose()
         # A module looks up its tensors slowly: 2.4 us less a call. A compiler has them anyway, and
         # would compile again for an attribute that changed.
         known = None if torch.compiler.is_compiling() else self._where
@@ -339,7 +337,14 @@ class PackedWeight(nn.Module):
         positions, starts = list_positions(bits, kept, rows, columns, self.panel)
         self.positions = bits if self.format == "bitmap" else positions
         self.starts = starts
-        self._transposed = self._where = None
+        self._where = None
+        if self._transposed is not None:
+            self._transpose()
+
+    def _transpose(self) -> None:
+        self._transposed = transpose_positions(
+            self.positions, self.starts, self.rows, self.columns, self.panel
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
         """Positions follow the values to another device; nothing else may happen to them."""
@@ -354,8 +359,15 @@ class PackedWeight(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles do without what can be made again."""
-        return {**self.__dict__, "_transposed": None, "_where": None}
+        """Pickles do without what can be made again."""
+        had = self._transposed is not None
+        return {**self.__dict__, "_transposed": None, "_where": None, "_had": had}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        had = state.pop("_had")
+        super().__setstate__(state)
+        if had:  # again, and now: a graph compiled of a copy should not see it appear
+            self._transpose()
 
     # --- state dicts -----------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from paikern import ops
@@ -17,7 +18,7 @@ from paikern.sparse.masked_linear import MaskedConv1D
 from paikern.sparse.masked_module import MaskedModule
 from paikern.sparse.observed import DEFAULT_BATCH, input_shapes
 from paikern.sparse.optimizer import Exchange
-from paikern.sparse.packed_weight import PackedWeight
+from paikern.sparse.packed_weight import PackedWeight, packed_weights
 
 if TYPE_CHECKING:
     from paikern.masks import MaskSet
@@ -182,6 +183,12 @@ def densify(model: nn.Module, *, optimizer: Any = None) -> nn.Module:
 
 def _places(model: nn.Module, masks: MaskSet) -> list[Place]:
     slots = masks.slots(model)
+    stored = packed_weights(model)
+    for name in set(masks) & set(stored):
+        if not torch.equal(stored[name].packed_mask().cpu(), masks.packed(name).cpu()):
+            raise ValueError(
+                f"sparsify: '{name}' is packed with other positions; use pk.densify first"
+            )
     for slot in slots.values():
         if slot.tensor.is_meta or hasattr(slot.tensor, "placements"):
             where = "on the meta device" if slot.tensor.is_meta else "sharded (DTensor)"
