@@ -135,10 +135,13 @@ def test_estimates_say_which_kernel_and_why() -> None:
     for batch in (1, 32, 256, 4096):
         found = [
             masked_cost.estimate("cpu", 1000, 1000, kept, batch)
-            for kept in range(0, 1_000_001, 50_000)
+            for kept in (1000, *range(150_000, 1_000_001, 50_000))  # two threads from 131,072 on
         ]
-        times = [one.seconds for one in found if one.kernel != "dense" and one.seconds is not None]
+        times = [one.seconds for one in found if one.kernel == "index" and one.seconds is not None]
         assert times == sorted(times)  # who keeps more never takes less
+        kernels = [one.kernel for one in found]
+        assert kernels[0] == "index"
+        assert kernels[-1] != "index"
         assert all(time <= masked_cost.LOSS * (found[0].dense_seconds or 0) for time in times)
     wide = masked_cost.estimate("cpu", 10, 10, 5, 1, dtype=torch.float64)
     assert wide.kernel == "dense"
