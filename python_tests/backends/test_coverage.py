@@ -23,10 +23,13 @@ OPERATIONS = sorted(
 )
 # Operations without a kernel there: the reference runs them.
 REFERENCE_ON_GPU: dict[str, tuple[str, ...]] = {
-    "cuda": (),
+    "cuda": ("masked_conv2d", "masked_conv2d_input", "masked_conv2d_kept"),
     "triton": (
         "gather_kept",
         "list_positions",
+        "masked_conv2d",
+        "masked_conv2d_input",
+        "masked_conv2d_kept",
         "masked_linear",
         "masked_linear_input",
         "masked_linear_kept",
@@ -35,7 +38,12 @@ REFERENCE_ON_GPU: dict[str, tuple[str, ...]] = {
     ),
 }
 LANES = {"cuda": "cuda_source", "triton": "triton"}
-DERIVATIVES = {"masked_linear_input", "masked_linear_kept"}  # reached through autograd alone
+DERIVATIVES = {  # reached through autograd alone
+    "masked_conv2d_input",
+    "masked_conv2d_kept",
+    "masked_linear_input",
+    "masked_linear_kept",
+}
 MAPS = ("map_maximum", "map_scale_", "live_nodes", "through_maximum_")
 ON_GPU = [
     (backend, name)
