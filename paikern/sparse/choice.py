@@ -55,14 +55,26 @@ def loss(
     return found[0].why if all(entry.kernel == "dense" for entry in found) else ""
 
 
-def kernel(
-    layer: nn.Module, kept: int, found: Estimate, shape: tuple[int, ...] | None, batch: int
-) -> str:
-    """What runs in a packed layer; where dense would be faster it runs packed all the same."""
-    if found.kernel != "dense":
-        return found.kernel
+def packed(
+    layer: nn.Module,
+    kept: int,
+    found: Estimate,
+    shape: tuple[int, ...] | None,
+    batch: int,
+    *,
+    training: bool,
+) -> tuple[str, float | None]:
+    """Kernel and seconds of a layer that is packed, also where dense would be faster."""
+    if found.kernel != "dense" or found.seconds is None:
+        return found.kernel, found.seconds
     rows, columns = matrix(layer)
-    return masked_cost.cpu_kernel(rows, columns, kept, _rows_of_x(shape, batch))
+    batch = _rows_of_x(shape, batch)
+    runs = masked_cost.cpu_kernel(rows, columns, kept, batch)
+    if runs == "index":
+        seconds = masked_cost.index_seconds(rows, columns, kept, batch)
+    else:
+        seconds = masked_cost.decode_seconds(rows, columns, batch)
+    return runs, (3 if training else 1) * seconds
 
 
 def _rows_of_x(shape: tuple[int, ...] | None, batch: int) -> int:

@@ -207,22 +207,22 @@ def _plan(
 ) -> LayerPlan:
     if isinstance(owner, MaskedModule):
         weight = owner.weight
-        forward = choice.estimate(owner, weight.nnz, weight.values, shape, batch, training=False)
+        one = choice.estimate(owner, weight.nnz, weight.values, shape, batch, training=False)
         step = choice.estimate(owner, weight.nnz, weight.values, shape, batch, training=True)
-        chosen = step if training else forward
+        forward = choice.packed(owner, weight.nnz, one, shape, batch, training=False)
+        both = choice.packed(owner, weight.nnz, step, shape, batch, training=True)
         item = weight.values.element_size()
-        held = _COPIES * weight.nnz * item + (weight.nbytes - weight.nnz * item)
         return LayerPlan(
             name,
             tuple(weight.shape),
             weight.nnz,
             True,
-            choice.kernel(owner, weight.nnz, forward, shape, batch),
-            choice.kernel(owner, weight.nnz, step, shape, batch),
-            chosen.why,
-            chosen.seconds,
-            chosen.dense_seconds,
-            held,
+            forward[0],
+            both[0],
+            (step if training else one).why,
+            (both if training else forward)[1],
+            (step if training else one).dense_seconds,
+            weight.nbytes + (_COPIES - 1) * weight.nnz * item,
             _COPIES * weight.shape.numel() * item,
         )
     assert place is not None
