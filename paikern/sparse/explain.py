@@ -28,7 +28,8 @@ class LayerPlan:
         name, shape: of the dense weight.
         kept: how many of its entries are kept; of a dense weight those that are not 0.
         packed: whether the layer stores the kept values only.
-        forward, backward: the kernels that run, "index", "decode" or "dense".
+        forward, backward: the kernels that run: "index", "decode", "direct" (a convolution by its
+            kept weights), "dense", or "unknown" (a convolution of maps of unknown size).
         why: what speaks for it.
         seconds, dense_seconds: expected for one pass over the layer, as it is and dense; None where
             nothing is measured.
