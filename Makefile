@@ -34,11 +34,11 @@ setup-dev: $(VENV)/.dev  ## the same with what tests and linters need
 prune: setup  ## prune ResNet-20 four ways; masks, table, plots and a page under out/
 	$(BIN)/python -m paikern.demo --out $(OUT)
 
-test: setup-dev  ## the test suite
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+test: setup-dev  ## the test suite, a process a core
+	$(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow and not gpu"
 
 test-all: setup-dev  ## the test suite with the slow cases
-	$(BIN)/python -m pytest -q -m "not gpu"
+	$(BIN)/python -m pytest -q -n auto --dist loadfile -m "not gpu"
 
 lint: setup-dev  ## ruff, ruff format, clang-format, mypy
 	$(BIN)/ruff check .
@@ -58,7 +58,7 @@ SHIM_LIBRARIES = $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-fil
 
 sanitize: setup-dev  ## the native cores under ASan, UBSan and TSan, the CUDA sources under ASan
 	bash csrc/testing/run_sanitizers.sh
-	$(SHIM_ASAN) LD_PRELOAD="$(SHIM_LIBRARIES)" $(BIN)/python -m pytest -q \
+	$(SHIM_ASAN) LD_PRELOAD="$(SHIM_LIBRARIES)" $(BIN)/python -m pytest -q -n auto --dist loadfile \
 		-m "cuda_source and not slow" --ignore-glob='*barriers*' python_tests/cuda_source
 	$(BIN)/python -m pytest -q -m slow python_tests/cuda_source/test_shim.py
 
@@ -84,8 +84,9 @@ bench-kernels: setup-dev  ## paths, selection, patterns and torch_prune; results
 quality: setup-dev  ## what the masks of every method are worth; about an hour, goes on where it was
 	$(BIN)/python -m bench.run_quality
 
-train-demo: prune setup-dev  ## train the four pruned networks and the dense one on 5,000 MNIST images
+train-demo: prune setup-dev  ## train pruned networks on 5,000 MNIST images: four methods, then packed against dense
 	$(BIN)/python -m bench.train_demo --out $(OUT)
+	$(BIN)/python -m bench.train_packed --out $(OUT)
 
 clean:  ## remove build products, not the environment
 	rm -rf build dist out *.egg-info paikern/*.so

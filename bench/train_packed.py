@@ -48,6 +48,7 @@ class PatchMLP(nn.Module):
         super().__init__()
         self.patch = patch
         self.embed = nn.Linear(patch * patch, width)
+        self.positions = nn.Parameter(0.02 * torch.randn((28 // patch) ** 2, width))
         self.blocks = nn.ModuleList(
             nn.Sequential(
                 nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width)
@@ -57,7 +58,8 @@ class PatchMLP(nn.Module):
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(F.unfold(x, self.patch, stride=self.patch).transpose(1, 2))
+        patches = F.unfold(x, self.patch, stride=self.patch).transpose(1, 2)
+        x = self.embed(patches) + self.positions
         for block in self.blocks:
             x = x + block(x)
         logits: Tensor = self.head(self.norm(x).mean(1))
@@ -79,7 +81,7 @@ NETWORKS = {
         BATCH,
     ),
     "patch_mlp": Network(
-        PatchMLP, lambda parameters: torch.optim.AdamW(parameters, lr=1e-3), 6, BATCH * 16
+        PatchMLP, lambda parameters: torch.optim.AdamW(parameters, lr=1e-3), 5, BATCH * 16
     ),
 }
 
@@ -93,7 +95,8 @@ class Run:
         if way == "packed":
             pk.sparsify(self.model, masks, batch=network.rows, training=True)
         self.optimizer = network.optimizer(self.model.parameters())
-        self.handle = masks.attach(self.model, self.optimizer) if way == "dense-masked" else None
+        # In packed form, for the layers that are left dense.
+        self.handle = None if way == "dense" else masks.attach(self.model, self.optimizer)
         self.seconds: list[float] = []
 
     def epoch(self, data: Split, order: Sequence[Tensor]) -> None:
@@ -115,8 +118,9 @@ class Run:
         for module in self.model.modules():
             if isinstance(module, pk.PackedWeight):
                 total += module.nbytes - module.values.numel() * module.values.element_size()
-        if self.handle is not None:
-            total += sum(self.masks.packed(name).numel() for name in self.masks)
+        if self.handle is not None:  # the bits of the weights that are dense
+            dense = dict(self.model.named_parameters())
+            total += sum(self.masks.packed(name).numel() for name in self.masks if name in dense)
         return total
 
     def finish(self, data: Split) -> float:

@@ -26,7 +26,16 @@ from paikern.masks import MaskSet, load_masks
 from paikern.pathgraph import register_path_rule
 from paikern.scorers import register_scorer
 from paikern.scores import Dense, Factored, Scores
-from paikern.sparse import PackedWeight, dense_keys, pack_keys
+from paikern.sparse import (
+    MaskedConv1D,
+    MaskedConv2d,
+    MaskedLinear,
+    PackedWeight,
+    dense_keys,
+    pack_keys,
+)
+from paikern.sparse.explain import explain
+from paikern.sparse.swap import densify, sparsify
 from paikern.version import __version__
 
 __all__ = [
@@ -36,6 +45,9 @@ __all__ = [
     "LayerTopology",
     "MaskFormatError",
     "MaskSet",
+    "MaskedConv1D",
+    "MaskedConv2d",
+    "MaskedLinear",
     "NonFiniteScoreError",
     "PackedWeight",
     "PaikernError",
@@ -48,7 +60,9 @@ __all__ = [
     "analyze",
     "backends",
     "dense_keys",
+    "densify",
     "erk_densities",
+    "explain",
     "load_masks",
     "methods",
     "ops",
@@ -58,5 +72,6 @@ __all__ = [
     "register_scorer",
     "score",
     "select",
+    "sparsify",
     "zoo",
 ]

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from paikern import ops
-from paikern._names import Slot, unwrap
+from paikern._names import Slot, slots, unwrap
+from paikern.sparse.packed_weight import PackedWeight
 
 if TYPE_CHECKING:
     from paikern.masks import MaskSet
@@ -37,9 +38,16 @@ class AttachedMasks:
     def __init__(self, masks: MaskSet, model: nn.Module, optimizer: Any) -> None:
         self.masks = masks
         self._model = unwrap(model)
-        self._optimizer = _plain_optimizer(optimizer)
+        self._optimizer = plain_optimizer(optimizer, "attach")
+        if isinstance(self._optimizer, torch.optim.LBFGS):
+            raise ValueError(
+                "attach: LBFGS evaluates the model inside one step, where pruned weights would be "
+                "back; use SGD, Adam or another first-order optimizer"
+            )
+        self._slots: dict[str, Slot] = {}
+        self._values: list[Slot] = []
         self._device_masks: dict[tuple[str, torch.device], Tensor] = {}
-        self._slots = masks.slots(self._model)
+        self._find()
         _check_held(self._slots, self._optimizer)
         self._handles: list[Any] = []
         masks.apply(self._model)
@@ -84,8 +92,13 @@ class AttachedMasks:
 
     def _refresh(self) -> None:
         """Find the modules again if someone has replaced one since (wrapping keeps them)."""
-        if any(slot.is_stale(self._model) for slot in self._slots.values()):
-            self._slots = self.masks.slots(self._model)
+        if any(slot.is_stale(self._model) for slot in (*self._slots.values(), *self._values)):
+            self._find()
+
+    def _find(self) -> None:
+        self._slots = self.masks.slots(self._model)
+        # Nothing to do for these, until they are made dense again.
+        self._values = [s for s in slots(self._model) if isinstance(s.owner, PackedWeight)]
 
     def _mask_state(self, name: str, parameter: Tensor) -> None:
         # get() and not []: the state is a defaultdict, and an entry means "initialised" to Adam.
@@ -120,7 +133,7 @@ class ApplyAfterLoad:
         self._masks.apply(module)
 
 
-def _plain_optimizer(optimizer: Any) -> Optimizer:
+def plain_optimizer(optimizer: Any, operation: str) -> Optimizer:
     """The torch optimizer itself, out of Accelerate's or Lightning's wrapper."""
     given = optimizer
     # A wrapper may be a subclass of Optimizer that never ran its constructor.
@@ -128,19 +141,14 @@ def _plain_optimizer(optimizer: Any) -> Optimizer:
         optimizer = inner
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
-            f"attach: optimizer must be a torch.optim.Optimizer, got {type(given).__name__}"
-        )
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise ValueError(
-            "attach: LBFGS evaluates the model inside one step, where pruned weights would be "
-            "back; use SGD, Adam or another first-order optimizer"
+            f"{operation}: optimizer must be a torch.optim.Optimizer, got {type(given).__name__}"
         )
     return optimizer
 
 
-def _check_held(slots: dict[str, Slot], optimizer: Optimizer) -> None:
+def _check_held(masked: dict[str, Slot], optimizer: Optimizer) -> None:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if slots and not any(id(slot.tensor) in held for slot in slots.values()):
+    if masked and not any(id(slot.tensor) in held for slot in masked.values()):
         raise ValueError(
             "attach: the optimizer holds none of the masked parameters; make it from "
             "model.parameters() of this model, after the model is on its device"

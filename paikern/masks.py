@@ -18,6 +18,7 @@ from paikern._names import Slot, find, slots, storage_key, strip_wrappers
 from paikern.errors import MaskFormatError, PaikernError
 from paikern.ops.unpack_mask import count_kept
 from paikern.prunable import Filter, prunable_parameters
+from paikern.sparse.packed_weight import PackedWeight, packed_weights
 
 __all__ = ["AttachedMasks", "MaskSet", "load_masks"]
 
@@ -100,7 +101,7 @@ class MaskSet(Mapping[str, Tensor]):
         """The nonzero pattern of a model's prunable weights (NaN counts as nonzero).
 
         Where ``torch.nn.utils.prune`` or ``paikern.torch_prune`` left a ``weight_mask``, that is
-        the mask.
+        the mask; of a weight that ``paikern.sparsify`` has packed it is the positions.
 
         Raises:
             ValueError: nothing to prune, or a weight on the meta device.
@@ -108,13 +109,17 @@ class MaskSet(Mapping[str, Tensor]):
         by_name = {slot.name: slot for slot in reversed(slots(model))}
         packed: dict[str, Tensor] = {}
         shapes: dict[str, tuple[int, ...]] = {}
-        for name, entry in prunable_parameters(model, ignore, include).items():
+        stored = packed_weights(model)
+        for name, entry in prunable_parameters(model, ignore, include, packed=True).items():
+            shapes[name] = entry.shape
+            if name in stored:
+                packed[name] = stored[name].packed_mask().cpu()
+                continue
             slot = by_name[name]
             _refuse_meta("from_model", slot)
             buffer = slot.torch_prune_mask
             values = slot.effective() if buffer is None else buffer
             packed[name] = ops.pack_mask((values != 0).cpu())
-            shapes[name] = entry.shape
         return cls(packed, shapes, {"method": "from_model"})
 
     @classmethod
@@ -232,12 +237,12 @@ class MaskSet(Mapping[str, Tensor]):
     # --- using it on a model ---------------------------------------------------------------------
 
     def slots(self, model: nn.Module) -> dict[str, Slot]:
-        """Where the masked parameters live in ``model``, wrapped or not.
+        """Where the masked parameters live in ``model``, wrapped or not; packed ones are left out.
 
         Raises:
             MaskFormatError: a parameter is missing or has another shape (all of them are named).
         """
-        found, problems = self._match(model)
+        found, _, problems = self._match(model)
         if problems:
             raise MaskFormatError(_another_model(problems))
         return found
@@ -245,18 +250,24 @@ class MaskSet(Mapping[str, Tensor]):
     def apply(self, model: nn.Module) -> None:
         """Zero the pruned weights in place. Whatever is under a mask becomes 0, NaN included.
 
-        The model is not touched unless all masks fit.
+        The model is not touched unless all masks fit. A weight that ``paikern.sparsify`` has packed
+        has nothing where its own mask is 0; of its values those under these masks become 0.
 
         Raises:
             MaskFormatError: the masks belong to another model.
             ValueError: weights on the meta device, or sharded (DTensor).
         """
-        found = self.slots(model)
+        found, packed, problems = self._match(model)
+        if problems:
+            raise MaskFormatError(_another_model(problems))
         for slot in found.values():
             _refuse_meta("apply", slot)
         for name, slot in found.items():
             tensor = slot.tensor.detach()
             ops.apply_mask_(tensor, self._packed[name].to(tensor.device))
+        for name, weight in packed.items():
+            kept = weight.gather(self[name].to(weight.device))
+            weight.values.detach().masked_fill_(~kept, 0)
 
     def attach(self, model: nn.Module, optimizer: Any) -> AttachedMasks:
         """Apply the masks now and after every optimizer step, so pruned weights stay 0.
@@ -264,7 +275,7 @@ class MaskSet(Mapping[str, Tensor]):
         The optimizer's tensors of the same shape (momentum, moments) are masked as well, and a
         dense checkpoint loaded later is masked again. Works before or after wrapping in DDP or
         ``torch.compile``, with fused and foreach optimizers and with tied weights; state-dict keys
-        do not change.
+        do not change. Packed weights are left alone: they have no pruned values.
 
         Args:
             model: the model that the masks were made for.
@@ -275,8 +286,15 @@ class MaskSet(Mapping[str, Tensor]):
 
         Raises:
             MaskFormatError: the masks belong to another model.
-            TypeError, ValueError: no torch optimizer, LBFGS, or one of other parameters.
+            TypeError, ValueError: no torch optimizer, LBFGS, or one of other parameters; a packed
+            weight that keeps more than these masks.
         """
+        for name, weight in self._match(model)[1].items():
+            if not bool(weight.gather(self[name].to(weight.device)).all()):
+                raise ValueError(
+                    f"attach: '{name}' is packed with weights that these masks prune; use "
+                    "pk.densify, then pk.sparsify with these masks"
+                )
         return AttachedMasks(self, model, optimizer)
 
     def verify(self, model: nn.Module) -> None:
@@ -291,12 +309,14 @@ class MaskSet(Mapping[str, Tensor]):
 
     def problems(self, model: nn.Module) -> list[str]:
         """What ``verify`` complains about, one line each; empty if all is well."""
-        found, lines = self._match(model)
-        for name, slot in found.items():
-            if slot.tensor.is_meta:
+        found, packed, lines = self._match(model)
+        tensors = {name: slot.effective() for name, slot in found.items()}
+        tensors |= {name: weight.to_dense().detach() for name, weight in packed.items()}
+        for name, tensor in tensors.items():
+            if tensor.is_meta:
                 lines.append(f"{name} is on the meta device and holds no values")
                 continue
-            alive = (slot.effective() != 0).cpu()
+            alive = (tensor != 0).cpu()
             revived = int(alive.logical_and_(~self[name].cpu()).sum())
             if revived:
                 lines.append(f"{name} has {revived} pruned weights that are not 0; apply the masks")
@@ -310,12 +330,16 @@ class MaskSet(Mapping[str, Tensor]):
 
         Raises:
             MaskFormatError: the masks belong to another model.
-            ValueError: a parametrized weight, which torch's pruning cannot take.
+            ValueError: a parametrized or packed weight, which torch's pruning cannot take.
         """
         from paikern import torch_prune as packed_prune  # most programs do not need it
         from paikern.torch_prune.buffers import MaskedBuffers
 
-        found = self.slots(model)
+        found, packed, problems = self._match(model)
+        if problems:
+            raise MaskFormatError(_another_model(problems))
+        for name in packed:
+            raise ValueError(f"to_torch_prune: '{name}' is packed; use pk.densify first")
         masks: dict[tuple[object, ...], Tensor] = {}
         for name, slot in found.items():
             if slot.holder is not slot.owner:
@@ -329,8 +353,8 @@ class MaskSet(Mapping[str, Tensor]):
             place = (id(slot.owner), slot.attribute)
             if mask is not None and place not in done:
                 done.add(place)
-                packed = isinstance(slot.owner._buffers, MaskedBuffers)
-                prune = packed_prune if packed else torch_prune
+                bits = isinstance(slot.owner._buffers, MaskedBuffers)
+                prune = packed_prune if bits else torch_prune
                 prune.custom_from_mask(slot.owner, slot.attribute, mask.to(slot.tensor.device))
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -344,17 +368,28 @@ class MaskSet(Mapping[str, Tensor]):
         reached = {"sparsity_reached": self.sparsity}
         _maskfile.write(path, self._packed, self._shapes, {**self.metadata, **reached})
 
-    def _match(self, model: nn.Module) -> tuple[dict[str, Slot], list[str]]:
-        found, missing = find(model, self._packed)
+    def _match(
+        self, model: nn.Module
+    ) -> tuple[dict[str, Slot], dict[str, PackedWeight], list[str]]:
+        """Slots of dense weights, packed weights, and what is missing or has another shape."""
+        stored = packed_weights(model)
+        packed = {
+            name: stored[known]
+            for name in self._packed
+            if (known := name if name in stored else strip_wrappers(name)) in stored
+        }
+        found, missing = find(model, [name for name in self._packed if name not in packed])
         problems = [f"the model has no parameter {name!r}" for name in missing]
-        for name, slot in list(found.items()):
-            shape = tuple(slot.tensor.shape)
-            if shape != self._shapes[name]:
-                del found[name]
+        shapes = {name: tuple(slot.tensor.shape) for name, slot in found.items()}
+        shapes |= {name: tuple(weight.shape) for name, weight in packed.items()}
+        for name in self._packed:
+            if name in shapes and shapes[name] != self._shapes[name]:
+                found.pop(name, None)
+                packed.pop(name, None)
                 problems.append(
-                    f"{name} has shape {list(shape)}, its mask {list(self._shapes[name])}"
+                    f"{name} has shape {list(shapes[name])}, its mask {list(self._shapes[name])}"
                 )
-        return found, problems
+        return found, packed, problems
 
 
 def load_masks(

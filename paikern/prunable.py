@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from paikern._names import Slot, slots, storage_key, unwrap, walk
 from paikern.errors import PaikernWarning
 from paikern.pattern import Layout
+from paikern.sparse.packed_weight import PackedWeight
 
 __all__ = ["Filter", "Prunable", "prunable_parameters", "unwrap"]
 
@@ -58,7 +59,7 @@ class Prunable:
 
 
 def prunable_parameters(
-    model: nn.Module, ignore: Filter = (), include: Filter = None
+    model: nn.Module, ignore: Filter = (), include: Filter = None, *, packed: bool = False
 ) -> dict[str, Prunable]:
     """The weights that are pruned by default, in ``model.modules()`` pre-order.
 
@@ -71,6 +72,8 @@ def prunable_parameters(
         ignore: leave these out. One or a list of: parameter or module names (a module stands for
             everything in it), ``"re:"`` patterns matched from the start of such names, module
             classes, modules.
+        packed: take weights that `paikern.sparsify` has packed as well (kind "packed", by the name
+            and the shape of the dense weight); they are left out otherwise.
         include: take only these, same forms. The exact name of any other parameter with two or
             more dimensions adds it, for instance an RNN's ``weight_ih_l0``.
 
@@ -79,8 +82,8 @@ def prunable_parameters(
             bad pattern, or a lazy layer that has no shape yet.
 
     Warns:
-        PaikernWarning: a weight is left out because an embedding shares it or it is no plain
-            float parameter.
+        PaikernWarning: a weight is left out because an embedding shares it, it is packed, or it is
+            no plain float parameter.
 
     >>> list(prunable_parameters(nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), nn.Linear(3, 1))))
     ['0.weight', '2.weight']
@@ -103,6 +106,7 @@ def prunable_parameters(
         for name in _without_weight(model, every)
     ]
     candidates = 0
+    stored: list[str] = []
     for slot in every:
         kind = _kind(slot)
         if kind is None:
@@ -134,9 +138,18 @@ def prunable_parameters(
             continue
         # A tied weight goes by its first name, as in model.named_parameters().
         name, source = first[key].name, first[key].source
+        if kind == "packed":
+            if not packed:
+                stored.append(slot.module_name)
+                continue
+            name = first[key].module_name
         groups = getattr(slot.owner, "groups", 1) if kind.startswith("conv") else 1
-        shape = tuple(slot.tensor.shape)
+        weight = slot.owner if isinstance(slot.owner, PackedWeight) else slot.tensor
+        shape = tuple(weight.shape)
         found[name] = Prunable(name, shape, kind, slot.module_name, source, groups)
+    if stored:
+        more = f" and {len(stored) - 1} more" if len(stored) > 1 else ""
+        notes.append(f"{stored[0]}{more} left out: packed weights; use pk.densify first")
     if not found:
         raise ValueError(_nothing(model, candidates, ignore, include, notes))
     for note in notes:
@@ -148,6 +161,8 @@ def _kind(slot: Slot) -> str | None:
     owner, attribute = slot.owner, slot.attribute
     if isinstance(owner, nn.MultiheadAttention):
         return "attention" if attribute in _ATTENTION else None
+    if isinstance(owner, PackedWeight):
+        return "packed"
     if attribute != "weight":
         return None
     for cls, kind in _KINDS:

@@ -8,6 +8,8 @@
 // one task, so the bits do not depend on who takes it.
 #include "masked_linear.h"
 
+#include <omp.h>
+
 #include <algorithm>
 #include <optional>
 #include <vector>
@@ -21,28 +23,40 @@ namespace {
 constexpr int64_t kMatvecBatch = 2;
 constexpr int64_t kBatch = 1024;     // rows of x in panels at a time: 16 MB at 4096 columns
 constexpr int64_t kGroup = 1 << 16;  // entries a task of the matrix-vector product
+// Threads that make a panel each for themselves: a line that another core has just written is slow to come by.
+constexpr int64_t kMates = 2;
 
 struct Batch {
   int64_t first, count, vectors;  // rows of x, and the vectors of their panel
 };
 
-// Panels of the widest kind, the last as narrow as it can be.
-std::vector<Batch> cut_batch(int64_t batch, const MaskedKernels &kernels) {
-  const int64_t widest = kernels.lanes * kernels.vectors;
+// Panels as wide as can be, all alike up to one vector; `several` is a number of them that threads like to share.
+std::vector<Batch> cut_batch(int64_t batch, const MaskedKernels &kernels, int64_t several) {
+  const int64_t vectors = divide_up(batch, kernels.lanes);
+  const int64_t count = std::min(vectors, round_up(divide_up(vectors, kernels.vectors), several));
   std::vector<Batch> cut;
-  for (int64_t n = 0; n < batch; n += widest) {
-    const int64_t count = std::min(widest, batch - n);
-    cut.push_back({n, count, divide_up(count, kernels.lanes)});
+  for (int64_t i = 0, at = 0; i < count; ++i) {
+    const int64_t wide = vectors / count + (i < vectors % count);
+    cut.push_back({at * kernels.lanes, std::min(wide * kernels.lanes, batch - at * kernels.lanes), wide});
+    at += wide;
   }
   return cut;
 }
 
-// The panels of x [batch, columns], one after the other.
+constexpr int64_t kColumns = 512;  // packed at a time
+
+void pack(const MaskedKernels &kernels, const Batch &some, const float *x, int64_t columns, float *panel) {
+  for (int64_t c = 0; c < columns; c += kColumns) {
+    kernels.pack(x + some.first * columns + c, columns, some.count, std::min(kColumns, columns - c), some.vectors,
+                 panel + c * some.vectors * kernels.lanes);
+  }
+}
+
+// The panels of x [batch, columns], one after the other, packed by all threads.
 class Panels {
  public:
   Panels(const MaskedKernels &kernels, const std::vector<Batch> &cut, const float *x, int64_t columns)
       : starts_(cut.size()), buffer_(room(kernels, cut, columns)) {
-    constexpr int64_t kColumns = 512;
     const int64_t blocks = divide_up(columns, kColumns), count = static_cast<int64_t>(cut.size());
     const bool parallel = total_ > parallel_work();
 #pragma omp parallel for schedule(static) if (parallel)
@@ -150,26 +164,82 @@ void each_panel(const PackedView &v, Visit visit) {
   }
 }
 
+// Rows first .. last of a product with one panel of x.
+void rows_of_panel(const MaskedKernels &kernels, const PackedView &v, const float *values, const float *panel,
+                   const Batch &some, int64_t first, int64_t last, const float *bias, float *tile, float *y) {
+  for (int64_t high = block_rows(v), r = first; r < last; r += high) {
+    const int64_t count = std::min(high, last - r);
+    each_panel(v, [&](int64_t p, int64_t base) {
+      kernels.products(block_of(v, r, count, p, 1), values, panel + base * some.vectors * kernels.lanes, some.vectors,
+                       p > 0, tile);
+    });
+    kernels.unpack(tile, some.vectors, some.count, count, bias ? bias + r : nullptr, y + some.first * v.rows + r,
+                   v.rows);
+  }
+}
+
+// The sums of rows first .. last over one panel of x.
+void dots_of_rows(const MaskedKernels &kernels, const PackedView &v, const float *g, const float *panel,
+                  const Batch &some, int64_t first, int64_t last, float *block, bool accumulate, float *out) {
+  for (int64_t r = first; r < last; r += kMaskedBlock) {
+    const int64_t count = std::min(kMaskedBlock, last - r);
+    kernels.pack(g + some.first * v.rows + r, v.rows, some.count, count, some.vectors, block);
+    each_panel(v, [&](int64_t p, int64_t base) {
+      kernels.dots(block_of(v, r, count, p, 1), block, panel + base * some.vectors * kernels.lanes, some.vectors,
+                   accumulate, out);
+    });
+  }
+}
+
+// Where the i-th of `parts` ranges of rows starts that keep about as many weights each.
+int64_t share_of(const PackedView &v, int64_t parts, int64_t i) {
+  if (i == 0 || i == parts) return i ? v.rows : 0;
+  const int64_t wanted = v.kept() * i / parts, panels = v.panels();
+  int64_t low = 0, high = v.rows;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (v.starts[middle * panels] < wanted) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return std::min(v.rows, round_up(low, kMaskedBlock));
+}
+
 void panel_products(const MaskedKernels &kernels, const PackedView &v, const float *values, const float *x,
                     int64_t batch, const float *bias, float *y) {
-  const std::vector<Batch> cut = cut_batch(batch, kernels);
-  const Panels panels(kernels, cut, x, v.columns);
+  const bool parallel = v.kept() * divide_up(batch, kernels.lanes) > parallel_work() / 8;
+  const int64_t threads = parallel ? omp_get_max_threads() : 1;
+  const std::vector<Batch> cut = cut_batch(batch, kernels, threads);
+  const int64_t panels = static_cast<int64_t>(cut.size()), width = cut[0].vectors * kernels.lanes;
+  const int64_t mates = divide_up(threads, panels);  // that work on the same panel
+  if (mates <= kMates) {
+#pragma omp parallel num_threads(threads) if (parallel)
+    {
+      const FloatBuffer tile(block_rows(v) * width), panel(v.columns * width);
+      int64_t packed = -1;
+#pragma omp for schedule(static)
+      for (int64_t task = 0; task < panels * mates; ++task) {
+        const Batch &some = cut[static_cast<size_t>(task / mates)];
+        if (packed != task / mates) pack(kernels, some, x, v.columns, panel.get());
+        packed = task / mates;
+        rows_of_panel(kernels, v, values, panel.get(), some, share_of(v, mates, task % mates),
+                      share_of(v, mates, task % mates + 1), bias, tile.get(), y);
+      }
+    }
+    return;
+  }
+  const Panels shared(kernels, cut, x, v.columns);
   const int64_t high = block_rows(v), blocks = divide_up(v.rows, high);
-  const int64_t tasks = blocks * static_cast<int64_t>(cut.size());
-  const bool parallel = v.kept() * divide_up(batch, kernels.lanes) > parallel_work() / 4;
-#pragma omp parallel if (parallel)
+#pragma omp parallel num_threads(threads) if (parallel)
   {
-    const FloatBuffer tile(high * kernels.lanes * kernels.vectors);
+    const FloatBuffer tile(high * width);
 #pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < tasks; ++task) {
-      const Batch &some = cut[static_cast<size_t>(task / blocks)];
-      const int64_t first = task % blocks * high, count = std::min(high, v.rows - first);
-      each_panel(v, [&](int64_t p, int64_t base) {
-        kernels.products(block_of(v, first, count, p, 1), values,
-                         panels[task / blocks] + base * some.vectors * kernels.lanes, some.vectors, p > 0, tile.get());
-      });
-      kernels.unpack(tile.get(), some.vectors, some.count, count, bias ? bias + first : nullptr,
-                     y + some.first * v.rows + first, v.rows);
+    for (int64_t task = 0; task < blocks * panels; ++task) {
+      const int64_t i = task / blocks, first = task % blocks * high;
+      rows_of_panel(kernels, v, values, shared[i], cut[static_cast<size_t>(i)], first, std::min(v.rows, first + high),
+                    bias, tile.get(), y);
     }
   }
 }
@@ -208,19 +278,28 @@ void masked_linear_kept(const PackedView &v, const float *g, const float *x, int
     return;
   }
   const MaskedKernels &kernels = masked_kernels();
-  const int64_t high = block_rows(v), blocks = divide_up(v.rows, high);
+  const bool parallel = kept * divide_up(batch, kernels.lanes) > parallel_work() / 8;
+  const int64_t threads = parallel ? omp_get_max_threads() : 1;
+  const int64_t parts = threads <= kMates ? threads : 4 * threads;
   for (int64_t n = 0; n < batch; n += kBatch) {
-    const std::vector<Batch> cut = cut_batch(std::min(kBatch, batch - n), kernels);
-    const Panels xs(kernels, cut, x + n * v.columns, v.columns), gs(kernels, cut, g + n * v.rows, v.rows);
-    for (size_t i = 0; i < cut.size(); ++i) {
-      const int64_t at = static_cast<int64_t>(i), width = cut[i].vectors * kernels.lanes;
-#pragma omp parallel for schedule(dynamic) if (kept * cut[i].vectors > parallel_work() / 4)
-      for (int64_t b = 0; b < blocks; ++b) {
-        const int64_t first = b * high, count = std::min(high, v.rows - first);
-        each_panel(v, [&](int64_t p, int64_t base) {
-          kernels.dots(block_of(v, first, count, p, 1), gs[at] + first * width, xs[at] + base * width, cut[i].vectors,
+    const std::vector<Batch> cut = cut_batch(std::min(kBatch, batch - n), kernels, 1);
+    const float *gs = g + n * v.rows, *xs = x + n * v.columns;
+    std::optional<Panels> shared;
+    if (threads > kMates) shared.emplace(kernels, cut, xs, v.columns);
+#pragma omp parallel num_threads(threads) if (parallel)
+    {
+      const int64_t widest = cut[0].vectors * kernels.lanes;
+      const FloatBuffer own(shared ? 0 : v.columns * widest), block(kMaskedBlock * widest);
+      for (size_t i = 0; i < cut.size(); ++i) {
+        const Batch &some = cut[i];
+        const float *panel = shared ? (*shared)[static_cast<int64_t>(i)] : own.get();
+        if (!shared) pack(kernels, some, xs, v.columns, own.get());
+        // Static, and so no barrier between the panels: a thread adds to the sums that were its own before.
+#pragma omp for schedule(static) nowait
+        for (int64_t part = 0; part < parts; ++part) {
+          dots_of_rows(kernels, v, gs, panel, some, share_of(v, parts, part), share_of(v, parts, part + 1), block.get(),
                        n > 0 || i > 0, out);
-        });
+        }
       }
     }
   }

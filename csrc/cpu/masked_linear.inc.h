@@ -5,7 +5,9 @@
 //   dots      the same vectors against a row of dY^T in registers; `lanes` sums are folded at a time
 //   matvec    gathers of x, `lanes` rows folded at a time
 //
-// Loads bound them: index, value and `vectors` columns an entry, two a cycle.
+// Lines out of L2 bound them: at 4096 columns one takes 0.53 ns in wide panels and 0.65 in narrow ones, 0.24 from L1.
+// Tried for short rows, at 41 entries, and slower: rows in the order of their lengths (0.116 to 0.14 ms), a masked tail
+// (0.157), huge pages (the same).
 #pragma once
 
 #include "masked_linear_kernels.h"

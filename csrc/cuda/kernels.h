@@ -28,9 +28,11 @@ struct KernelList {
 
 KernelList balanced_kernels();
 KernelList bits_kernels();
+KernelList decode_kernels();
 KernelList dpai_kernels();
 KernelList flow_kernels();
 KernelList map_kernels();
+KernelList masked_kernels();
 KernelList path_kernels();
 KernelList pattern_kernels();
 KernelList phew_kernels();

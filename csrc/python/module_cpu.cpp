@@ -15,6 +15,7 @@ void bind_flow(py::module_ &m);
 void bind_balanced_mask(py::module_ &m);
 void bind_phew(py::module_ &m);
 void bind_masked_linear(py::module_ &m);
+void bind_masked_conv(py::module_ &m);
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of paikern";
@@ -29,4 +30,5 @@ PYBIND11_MODULE(_C, m) {
   bind_balanced_mask(m);
   bind_phew(m);
   bind_masked_linear(m);
+  bind_masked_conv(m);
 }

@@ -52,5 +52,6 @@ void patterns(Random &random, int rounds);
 void phew(Random &random, int rounds);
 void balanced(Random &random, int rounds);
 void masked_linear(Random &random, int rounds);
+void masked_conv(Random &random, int rounds);
 
 }  // namespace check

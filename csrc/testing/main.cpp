@@ -23,6 +23,7 @@ void run_all(uint32_t seed, int rounds) {
   check::phew(random, rounds);
   check::balanced(random, rounds);
   check::masked_linear(random, rounds);
+  check::masked_conv(random, rounds);
 }
 
 }  // namespace

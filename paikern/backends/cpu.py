@@ -24,6 +24,11 @@ from paikern.backends.cpu_flow import (
 )
 from paikern.backends.cpu_gated import gated_program
 from paikern.backends.cpu_maps import live_nodes, map_maximum, map_scale_, through_maximum_
+from paikern.backends.cpu_masked_conv import (
+    masked_conv2d,
+    masked_conv2d_input,
+    masked_conv2d_kept,
+)
 from paikern.backends.cpu_masked_linear import (
     gather_kept,
     list_positions,
@@ -72,6 +77,9 @@ __all__ = [
     "live_nodes",
     "map_maximum",
     "map_scale_",
+    "masked_conv2d",
+    "masked_conv2d_input",
+    "masked_conv2d_kept",
     "masked_linear",
     "masked_linear_input",
     "masked_linear_kept",

@@ -1,4 +1,7 @@
-"""masked_linear on the CPU: csrc/cpu/masked_linear.h."""
+"""masked_linear on the CPU: csrc/cpu/masked_linear.h, or the library's product of decoded rows.
+
+`masked_cost` says which of the two.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ import torch
 from torch import Tensor
 
 from paikern import _C
+from paikern.backends import cpu_masked_decode as decode
+from paikern.backends import masked_cost
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -87,17 +92,24 @@ def masked_linear(
     panel: int,
     kept: int,
 ) -> Tensor:
-    positions, values = _listed(positions, rows, columns, panel, kept), values.contiguous()
-    rows_of_x, add = _rows(x, columns), None if bias is None else bias.float().contiguous()
-    y = torch.empty((*x.shape[:-1], rows), dtype=torch.float32)
-    _C.masked_linear(
-        _view(values, 0, positions, starts, rows, columns, panel),
-        rows_of_x.data_ptr(),
-        rows_of_x.shape[0],
-        0 if add is None else add.data_ptr(),
-        y.data_ptr(),
-    )
-    return y.to(x.dtype)
+    rows_of_x, add = _rows(x, columns), None if bias is None else _float(bias)
+    batch = rows_of_x.shape[0]
+    if masked_cost.cpu_kernel(rows, columns, kept, batch) == "decode" and decode.finite(rows_of_x):
+        wide = _float(values)
+        where = _where(wide.data_ptr(), positions, starts, rows, columns, panel)
+        y = decode.forward(rows_of_x, add, where).view(*x.shape[:-1], rows)
+    else:
+        positions = _listed(positions, rows, columns, panel, kept)
+        values = values.contiguous()
+        y = torch.empty((*x.shape[:-1], rows), dtype=torch.float32)
+        _C.masked_linear(
+            _view(values, 0, positions, starts, rows, columns, panel),
+            rows_of_x.data_ptr(),
+            batch,
+            0 if add is None else add.data_ptr(),
+            y.data_ptr(),
+        )
+    return y if x.dtype == torch.float32 else y.to(x.dtype)
 
 
 def masked_linear_input(
@@ -113,19 +125,27 @@ def masked_linear_input(
     panel: int,
     kept: int,
 ) -> Tensor:
-    if t_positions is None or t_starts is None or t_source is None:
-        listed = _listed(positions, rows, columns, panel, kept)
-        t_positions, t_starts, t_source = transpose_positions(listed, starts, rows, columns, panel)
-    rows_of_g, values = _rows(g, rows), values.contiguous()
-    x = torch.empty((*g.shape[:-1], columns), dtype=torch.float32)
-    _C.masked_linear(
-        _view(values, t_source.data_ptr(), t_positions, t_starts, columns, rows, panel),
-        rows_of_g.data_ptr(),
-        rows_of_g.shape[0],
-        0,
-        x.data_ptr(),
-    )
-    return x.to(g.dtype)
+    rows_of_g = _rows(g, rows)
+    batch = rows_of_g.shape[0]
+    if masked_cost.cpu_kernel(rows, columns, kept, batch) == "decode" and decode.finite(rows_of_g):
+        wide = _float(values)
+        where = _where(wide.data_ptr(), positions, starts, rows, columns, panel)
+        x = decode.by_input(rows_of_g, where).view(*g.shape[:-1], columns)
+    else:
+        if t_positions is None or t_starts is None or t_source is None:
+            positions = _listed(positions, rows, columns, panel, kept)
+            back = transpose_positions(positions, starts, rows, columns, panel)
+            t_positions, t_starts, t_source = back
+        values = values.contiguous()
+        x = torch.empty((*g.shape[:-1], columns), dtype=torch.float32)
+        _C.masked_linear(
+            _view(values, t_source.data_ptr(), t_positions, t_starts, columns, rows, panel),
+            rows_of_g.data_ptr(),
+            batch,
+            0,
+            x.data_ptr(),
+        )
+    return x if g.dtype == torch.float32 else x.to(g.dtype)
 
 
 def masked_linear_kept(
@@ -141,17 +161,22 @@ def masked_linear_kept(
     panel: int,
     kept: int,
 ) -> Tensor:
-    positions = _listed(positions, rows, columns, panel, kept)
     rows_of_g, rows_of_x = _rows(g, rows), _rows(x, columns)
+    batch = rows_of_x.shape[0]
     found = torch.empty(kept, dtype=torch.float32)
-    _C.masked_linear_kept(
-        (0, 0, 0, positions.data_ptr(), starts.data_ptr(), rows, columns, panel),
-        rows_of_g.data_ptr(),
-        rows_of_x.data_ptr(),
-        rows_of_x.shape[0],
-        found.data_ptr(),
-    )
-    return found.to(g.dtype)
+    if masked_cost.cpu_kernel(rows, columns, kept, batch) == "decode":
+        where = _where(found.data_ptr(), positions, starts, rows, columns, panel)
+        decode.by_kept(rows_of_g, rows_of_x, where)
+    else:
+        positions = _listed(positions, rows, columns, panel, kept)
+        _C.masked_linear_kept(
+            (0, 0, 0, positions.data_ptr(), starts.data_ptr(), rows, columns, panel),
+            rows_of_g.data_ptr(),
+            rows_of_x.data_ptr(),
+            batch,
+            found.data_ptr(),
+        )
+    return found if g.dtype == torch.float32 else found.to(g.dtype)
 
 
 def _panels(columns: int, panel: int) -> int:
@@ -164,6 +189,11 @@ def _rows(tensor: Tensor, width: int) -> Tensor:
         return tensor
     batch = tensor.numel() // width if width else tensor.shape[:-1].numel()
     return tensor.reshape(batch, width).float().contiguous()
+
+
+def _float(tensor: Tensor) -> Tensor:
+    plain = tensor.dtype == torch.float32 and tensor.is_contiguous()
+    return tensor if plain else tensor.float().contiguous()
 
 
 def _listed(positions: Tensor, rows: int, columns: int, panel: int, kept: int) -> Tensor:

@@ -17,6 +17,11 @@ from paikern.backends.cuda_dpai import dpai_step_, dpai_update_
 from paikern.backends.cuda_launch import current as kernel_provider
 from paikern.backends.cuda_launch import elementwise, run
 from paikern.backends.cuda_maps import live_nodes, map_maximum, map_scale_, through_maximum_
+from paikern.backends.cuda_masked_linear import (
+    masked_linear,
+    masked_linear_input,
+    masked_linear_kept,
+)
 from paikern.backends.cuda_path import (
     path_backward,
     path_conv_backward,
@@ -34,6 +39,12 @@ from paikern.backends.cuda_patterns import (
     nm_mask_factored,
 )
 from paikern.backends.cuda_phew import phew_keep_, phew_tables, phew_walks
+from paikern.backends.cuda_positions import (
+    gather_kept,
+    list_positions,
+    scatter_kept,
+    transpose_positions,
+)
 from paikern.backends.cuda_select import (
     kth_largest,
     topk_mask,
@@ -49,11 +60,16 @@ __all__ = [
     "dpai_step_",
     "dpai_update_",
     "expand_blocks",
+    "gather_kept",
     "kernel_provider",
     "kth_largest",
+    "list_positions",
     "live_nodes",
     "map_maximum",
     "map_scale_",
+    "masked_linear",
+    "masked_linear_input",
+    "masked_linear_kept",
     "nm_mask",
     "nm_mask_factored",
     "pack_mask",
@@ -67,16 +83,18 @@ __all__ = [
     "phew_keep_",
     "phew_tables",
     "phew_walks",
+    "scatter_kept",
     "takes",
     "through_maximum_",
     "topk_mask",
     "topk_mask_factored",
     "topk_mask_product",
+    "transpose_positions",
     "unpack_mask",
 ]
 
-# Counts in float64 are the reference's.
-_FLOAT32_ONLY = ("path_", "map_", "live_nodes", "through_maximum_", "dpai_")
+# In float64 they are the reference's.
+_FLOAT32_ONLY = ("path_", "map_", "live_nodes", "through_maximum_", "dpai_", "masked_")
 
 
 def takes(operation: str, float64: bool) -> bool:

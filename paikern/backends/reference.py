@@ -21,6 +21,11 @@ from paikern.backends.reference_maps import (
     map_scale_,
     through_maximum_,
 )
+from paikern.backends.reference_masked_conv import (
+    masked_conv2d,
+    masked_conv2d_input,
+    masked_conv2d_kept,
+)
 from paikern.backends.reference_masked_linear import (
     gather_kept,
     list_positions,
@@ -64,6 +69,9 @@ __all__ = [
     "live_nodes",
     "map_maximum",
     "map_scale_",
+    "masked_conv2d",
+    "masked_conv2d_input",
+    "masked_conv2d_kept",
     "masked_linear",
     "masked_linear_input",
     "masked_linear_kept",

@@ -7,6 +7,7 @@ from paikern.ops.dpai_step import dpai_step_, dpai_update_
 from paikern.ops.expand_blocks import expand_blocks
 from paikern.ops.kth_largest import kth_largest
 from paikern.ops.maps import live_nodes, map_maximum, map_scale, through_maximum
+from paikern.ops.masked_conv2d import masked_conv2d
 from paikern.ops.masked_linear import masked_linear
 from paikern.ops.nm_mask import nm_mask
 from paikern.ops.nm_mask_factored import nm_mask_factored
@@ -42,6 +43,7 @@ __all__ = [
     "list_positions",
     "map_maximum",
     "map_scale",
+    "masked_conv2d",
     "masked_linear",
     "nm_mask",
     "nm_mask_factored",

@@ -22,7 +22,7 @@ def run(name: str, *args: Any, differentiable: bool = False) -> Any:
     Plain CPU tensors that no derivative, mode or tracer follows go to the backend directly: the
     dispatcher costs 10 to 18 us a call, as much as the kernel of a small layer.
     """
-    if _nothing_intercepts():
+    if nothing_intercepts():
         following = differentiable and torch.is_grad_enabled()
         float64 = False
         for value in args:
@@ -40,7 +40,8 @@ def run(name: str, *args: Any, differentiable: bool = False) -> Any:
         return operation(*args)
 
 
-def _nothing_intercepts() -> bool:
+def nothing_intercepts() -> bool:
+    """Whether no tracer, transform or mode wants to see a call."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from paikern.backends import registry
 from paikern.ops._library import autograd, define, fake
-from paikern.ops._path import run
+from paikern.ops._path import nothing_intercepts, run
 
 if TYPE_CHECKING:
     from paikern.sparse.packed_weight import PackedWeight
@@ -46,6 +47,7 @@ def _kept(g: Tensor, x: Tensor, *where: Any) -> Tensor:
 
 
 _NOTHING = (None,) * 9
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _save(ctx: Any, first: Tensor, second: Tensor, where: tuple[Any, ...]) -> None:
@@ -64,17 +66,25 @@ def _setup_output(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _output_derivative(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-    x, values, where = _saved(ctx)
-    ops = torch.ops.paikern
-    by_x = ops.masked_linear_input(g, values, *where) if ctx.needs_input_grad[0] else None
-    by_values = ops.masked_linear_kept(g, x, *where) if ctx.needs_input_grad[1] else None
-    by_bias = _sum_over_batch(g) if ctx.needs_input_grad[2] else None
-    return by_x, by_values, by_bias, *_NOTHING
+    return *_derivatives(ctx, g, *_saved(ctx)), *_NOTHING
+
+
+def _derivatives(
+    ctx: Any, g: Tensor, x: Tensor, values: Tensor, where: tuple[Any, ...]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """By x, the values and the bias, each where it is needed."""
+    by_x, by_values, by_bias = ctx.needs_input_grad[:3]
+    return (
+        run("masked_linear_input", g, values, *where, differentiable=True) if by_x else None,
+        run("masked_linear_kept", g, x, *where, differentiable=True) if by_values else None,
+        _sum_over_batch(g) if by_bias else None,
+    )
 
 
 def _sum_over_batch(g: Tensor) -> Tensor:
     """The sum over all axes but the last, in float32, in the same order for any thread count."""
-    wide = g.reshape(-1, g.shape[-1]).to(torch.promote_types(g.dtype, torch.float32))
+    flat = g.flatten(0, -2) if g.dim() > 1 else g[None]
+    wide = flat.to(torch.promote_types(g.dtype, torch.float32))
     # torch adds one single column in as many parts as there are threads.
     total = wide.cumsum(0)[-1] if wide.shape[1] == 1 and wide.shape[0] > 0 else wide.sum(0)
     return total.to(g.dtype)
@@ -145,20 +155,51 @@ def masked_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -
             f"masked_linear: weight must be a PackedWeight, got {type(weight).__name__}; "
             "make one with PackedWeight.from_dense(weight, mask)"
         )
-    kind = values.device.type
-    if torch.is_autocast_enabled(kind) and values.dtype != torch.float64:
+    kind = "cpu" if values.is_cpu else values.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind) and values.dtype != torch.float64:
         wanted = torch.get_autocast_dtype(kind)
         x, values = x.to(wanted), values.to(wanted)
         bias = None if bias is None else bias.to(wanted)
     _check(x, values, weight, bias)
-    backwards = torch.is_grad_enabled() and x.requires_grad
-    return run(
-        "masked_linear", x, values, bias, *weight.where(transposed=backwards), differentiable=True
-    )
+    recorded = torch.is_grad_enabled()
+    where = weight.where(transposed=recorded and x.requires_grad)
+    if _plain(x) and _plain(values) and (bias is None or _plain(bias)) and nothing_intercepts():
+        # 15 us less a call than through the dispatcher, and 60 less where a gradient is wanted.
+        recorded = recorded and (
+            x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
+        )
+        return _Eager.apply(x, values, bias, where) if recorded else _eager(x, values, bias, where)
+    return torch.ops.paikern.masked_linear(x, values, bias, *where)
+
+
+def _plain(tensor: Tensor) -> bool:
+    return tensor.is_cpu and type(tensor) in _PLAIN
+
+
+def _eager(x: Tensor, values: Tensor, bias: Tensor | None, where: tuple[Any, ...]) -> Tensor:
+    kernel = registry.resolve("masked_linear", "cpu", values.dtype == torch.float64)
+    return kernel(x, values, bias, *where)
+
+
+class _Eager(torch.autograd.Function):
+    """The same derivative as that of the operation, without its way through the dispatcher."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, where: tuple[Any, ...]
+    ) -> Tensor:
+        ctx.save_for_backward(x, values)
+        ctx.where = where
+        return _eager(x, values, bias, where)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        x, values = ctx.saved_tensors
+        return *_derivatives(ctx, g, x, values, ctx.where), None
 
 
 def _check(x: Tensor, values: Tensor, weight: PackedWeight, bias: Tensor | None) -> None:
-    rows, columns = weight.shape
+    rows, columns = weight.rows, weight.columns
     if x.dim() == 0 or x.shape[-1] != columns:
         raise ValueError(
             f"masked_linear: x must be [..., {columns}] for a weight of shape "
@@ -177,7 +218,8 @@ def _check(x: Tensor, values: Tensor, weight: PackedWeight, bias: Tensor | None)
                 f"masked_linear: {name} is {tensor.dtype} and the weight {values.dtype}; "
                 "convert one of them or use torch.autocast"
             )
-        if tensor.device != values.device:
+        # `is_cpu` first: comparing devices is ten times as slow.
+        if not (tensor.is_cpu and values.is_cpu) and tensor.device != values.device:
             raise ValueError(
                 f"masked_linear: {name} is on {tensor.device} and the weight on {values.device}; "
                 "move them to one device"

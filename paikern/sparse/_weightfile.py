@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import stat
 from typing import Any
@@ -23,6 +24,7 @@ from paikern.version import __version__
 FORMAT = "paikern-weight"
 FORMAT_VERSION = "1"
 MAX_DATA_BYTES = 16 << 30
+MAX_DIMENSIONS = 8
 _NAMES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -69,7 +71,7 @@ def _digest(shape: tuple[int, ...], dtype: str, values: Any, mask: Any) -> str:
     return total.hexdigest()
 
 
-def read(path: str | os.PathLike[str], max_bytes: int) -> tuple[Tensor, Tensor, tuple[int, int]]:
+def read(path: str | os.PathLike[str], max_bytes: int) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     """Values, packed mask and dense shape.
 
     Raises:
@@ -91,7 +93,7 @@ def read(path: str | os.PathLike[str], max_bytes: int) -> tuple[Tensor, Tensor, 
         ) from error
 
 
-def _read(path: str | os.PathLike[str], max_bytes: int) -> tuple[Tensor, Tensor, tuple[int, int]]:
+def _read(path: str | os.PathLike[str], max_bytes: int) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     # Opening a pipe would wait for a writer, so the kind of file is looked at first.
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise MaskFormatError("is no regular file; give the path of a packed weight")
@@ -102,7 +104,7 @@ def _read(path: str | os.PathLike[str], max_bytes: int) -> tuple[Tensor, Tensor,
         shape = _check_metadata(metadata)
         dtype, kept = _check_entries(header, shape)
         held = kept * dtype.itemsize
-        total = held + (shape[0] * shape[1] + 7) // 8
+        total = held + (math.prod(shape) + 7) // 8
         if file.tell() + total != size:
             raise MaskFormatError(
                 f"holds {size - file.tell()} bytes where the header promises {total}; it is "
@@ -130,7 +132,7 @@ def _read(path: str | os.PathLike[str], max_bytes: int) -> tuple[Tensor, Tensor,
     return values.clone(), mask.clone(), shape
 
 
-def _check_metadata(metadata: Any) -> tuple[int, int]:
+def _check_metadata(metadata: Any) -> tuple[int, ...]:
     if (
         not isinstance(metadata, dict)
         or not all(isinstance(value, str) for value in metadata.values())
@@ -147,14 +149,16 @@ def _check_metadata(metadata: Any) -> tuple[int, int]:
     shape = json.loads(metadata["shape"])
     if (
         not isinstance(shape, list)
-        or len(shape) != 2
+        or not 2 <= len(shape) <= MAX_DIMENSIONS
         or not all(type(size) is int and 0 <= size < 2**40 for size in shape)
     ):
-        raise MaskFormatError(f"has the shape {_shown(metadata['shape'])}, expected two sizes")
-    return shape[0], shape[1]
+        raise MaskFormatError(
+            f"has the shape {_shown(metadata['shape'])}, expected two sizes or more"
+        )
+    return tuple(shape)
 
 
-def _check_entries(header: dict[str, Any], shape: tuple[int, int]) -> tuple[torch.dtype, int]:
+def _check_entries(header: dict[str, Any], shape: tuple[int, ...]) -> tuple[torch.dtype, int]:
     if set(header) != {"values", "mask"}:
         raise MaskFormatError("must hold the entries 'values' and 'mask' and no others")
     found = header["values"]
@@ -165,10 +169,10 @@ def _check_entries(header: dict[str, Any], shape: tuple[int, int]) -> tuple[torc
         not isinstance(sizes, list)
         or len(sizes) != 1
         or type(sizes[0]) is not int
-        or not 0 <= sizes[0] <= shape[0] * shape[1]
+        or not 0 <= sizes[0] <= math.prod(shape)
     ):
         raise MaskFormatError(f"has {_shown(sizes)} values for the shape {list(shape)}")
-    kept, bits = sizes[0], (shape[0] * shape[1] + 7) // 8
+    kept, bits = sizes[0], (math.prod(shape) + 7) // 8
     middle = kept * dtype.itemsize
     expected = {
         "values": _entry(found["dtype"], kept, 0, middle),

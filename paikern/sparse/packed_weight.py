@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from paikern._names import walk
 from paikern.ops.pack_mask import pack_mask
 from paikern.ops.positions import MOST_KEPT, list_positions, transpose_positions
-from paikern.ops.scatter_kept import scatter_kept
+from paikern.ops.scatter_kept import gather_kept, scatter_kept
 from paikern.ops.unpack_mask import check_packed, count_kept, unpack_mask
 from paikern.sparse import _weightfile
 
@@ -58,7 +59,7 @@ def pack_keys(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]
 
     Args:
         model: has packed weights somewhere.
-        state_dict: may hold a dense weight `[out, in]` for each of them, see `dense_keys`.
+        state_dict: may hold a dense weight for each of them, see `dense_keys`.
 
     Returns:
         A copy in which each such weight has become the values that the model keeps and its mask.
@@ -81,30 +82,33 @@ def pack_keys(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]
         key = _dense_key(name + "." if name else "")
         if not isinstance(module, PackedWeight) or key not in found:
             continue
-        dense, mask = found.pop(key), module.packed_mask()
+        dense = found.pop(key)
         if dense.shape != module.shape:
             raise ValueError(
                 f"pack_keys: {key} has shape {tuple(dense.shape)} in the state dict, "
                 f"{tuple(module.shape)} in the model"
             )
         prefix = name + "." if name else ""
-        found[prefix + "mask"] = mask
-        found[prefix + "values"] = dense[unpack_mask(mask, module.shape).to(dense.device)]
+        found[prefix + "mask"] = module.packed_mask()
+        found[prefix + "values"] = module.gather(dense.detach().to(module.device))
     return found
 
 
 class PackedWeight(nn.Module):
-    """A 2-D weight of which only the kept values are stored.
+    """A weight of which only the kept values are stored.
 
     Attributes:
         values: Parameter `[nnz]`, the kept values in row-major order, that of the bits of the mask.
-        shape: `[out, in]` of the dense weight.
+        shape: that of the dense weight, `[out, in]` or `[out, in / groups, *kernel]`.
+        rows, columns: of the matrix that the operations see, `[out, in]` or
+            `[out, in / groups * kernel]`.
 
     Positions are 16-bit columns (`format="index"`, 2 bytes a kept weight) or packed bits
     (`"bitmap"`, 1/8 byte a weight); "auto" takes columns up to density 0.5. Columns serve the
     kernels as they are; bits are turned into columns for the length of each call, which is for
     memory and not for speed. The positions of the transposed weight, which the gradient for x
-    needs, are made when first used and kept: 6 bytes a kept weight.
+    needs, are made when first used and kept: 6 bytes a kept weight. Positions are no buffers: they
+    are the same on every rank, so that nothing is broadcast, and a state dict holds the mask.
 
     The mask never changes, so pruned weights stay zero however the values are trained. The values
     are read when they are used: change them in place, or through an optimizer.
@@ -126,7 +130,7 @@ class PackedWeight(nn.Module):
         self,
         values: Tensor,
         mask: Tensor,
-        shape: tuple[int, int],
+        shape: Sequence[int],
         *,
         format: str = "auto",
         panel: int = PANEL,
@@ -136,7 +140,7 @@ class PackedWeight(nn.Module):
         Args:
             values: `[nnz]`, float32, bfloat16, float16 or float64; a Parameter is taken as it is.
             mask: packed bits of `shape` with `nnz` of them set, row-major, see `pack_mask`.
-            shape: `(out, in)`.
+            shape: `(out, in)` or `(out, in / groups, *kernel)`.
             format: "auto", "index" or "bitmap".
             panel: columns that the kernels go through at a time, a power of two up to 65,536.
 
@@ -146,23 +150,21 @@ class PackedWeight(nn.Module):
         super().__init__()
         if format not in FORMATS:
             raise ValueError(f"PackedWeight: format must be one of {FORMATS}, got {format!r}")
-        if len(shape) != 2 or min(shape) < 0:
-            raise ValueError(f"PackedWeight: shape must be (out, in), got {tuple(shape)}")
+        if len(shape) < 2 or min(shape) < 0:
+            raise ValueError(f"PackedWeight: shape must be (out, in, *kernel), got {tuple(shape)}")
         if values.dtype not in DTYPES or values.dim() != 1:
             raise TypeError(
                 f"PackedWeight: values must be a 1-D tensor of float32, bfloat16, float16 or "
                 f"float64, got {values.dtype} with shape {tuple(values.shape)}"
             )
         self.shape = torch.Size(shape)
+        self.rows, self.columns = self.shape[0], self.shape[1:].numel()
         self.panel = panel
-        numel = shape[0] * shape[1]
-        dense = format == "auto" and values.numel() > INDEX_DENSITY * numel
+        dense = format == "auto" and values.numel() > INDEX_DENSITY * self.shape.numel()
         self.format = "bitmap" if dense else ("index" if format == "auto" else format)
         self.values = values if isinstance(values, nn.Parameter) else nn.Parameter(values)
         self._transposed: tuple[Tensor, Tensor, Tensor] | None = None
         self._where: tuple[Any, ...] | None = None
-        self.register_buffer("positions", torch.empty(0), persistent=False)
-        self.register_buffer("starts", torch.empty(0), persistent=False)
         self._place(mask.to(values.device))
 
     @classmethod
@@ -172,7 +174,8 @@ class PackedWeight(nn.Module):
         """Pack the values of `weight` where `mask` is set.
 
         Args:
-            weight: `[out, in]`, float32, bfloat16, float16 or float64, any strides; left as it is.
+            weight: `[out, in]` or `[out, in / groups, *kernel]`, float32, bfloat16, float16 or
+                float64, any strides; left as it is.
             mask: bool of the same shape, or its packed bits (uint8). What lies under a 0 is never
                 looked at.
             format, panel: see the class.
@@ -185,9 +188,14 @@ class PackedWeight(nn.Module):
             ValueError: a mask of another shape or device, NaN in a kept value (infinity passes),
             2**31 kept weights or more. TypeError: another dtype.
         """
-        if weight.dim() != 2:
+        if weight.dim() < 2:
             raise ValueError(
-                f"PackedWeight.from_dense: weight must be [out, in], got {tuple(weight.shape)}"
+                "PackedWeight.from_dense: weight must be [out, in] or [out, in, *kernel], got "
+                f"{tuple(weight.shape)}"
+            )
+        if weight.is_meta:
+            raise ValueError(
+                "PackedWeight.from_dense: weight is on the meta device; load its values first"
             )
         if weight.dtype not in DTYPES:
             raise TypeError(
@@ -213,8 +221,7 @@ class PackedWeight(nn.Module):
             )
         trained = weight.requires_grad or not isinstance(weight, nn.Parameter)
         parameter = nn.Parameter(values, requires_grad=trained)
-        rows, columns = weight.shape
-        return cls(parameter, pack_mask(kept), (rows, columns), format=format, panel=panel)
+        return cls(parameter, pack_mask(kept), weight.shape, format=format, panel=panel)
 
     # --- what it is ------------------------------------------------------------------------------
 
@@ -248,7 +255,7 @@ class PackedWeight(nn.Module):
         )
 
     def to_dense(self) -> Tensor:
-        """`[out, in]`, zeros where nothing is kept; differentiable in the values.
+        """The dense weight, zeros where nothing is kept; differentiable in the values.
 
         Example:
             >>> kept = torch.tensor([[True, False, True]])
@@ -256,46 +263,70 @@ class PackedWeight(nn.Module):
             >>> packed.to_dense().tolist()
             [[1.0, 0.0, 1.0]]
         """
-        sizes = (*self.shape, self.panel, self.nnz)
-        return scatter_kept(self.values, self.positions, self.starts, *sizes)
+        return self.scatter(self.values)
+
+    def scatter(self, values: Tensor) -> Tensor:
+        """A dense tensor of `shape` that holds `values` `[nnz]` where this weight is kept."""
+        return scatter_kept(values, *self._places()).view(self.shape)
+
+    def gather(self, dense: Tensor) -> Tensor:
+        """The values that a dense tensor of the same shape has where this weight is kept.
+
+        Args:
+            dense: of `shape`, any dtype and strides.
+
+        Returns:
+            `[nnz]`, the dtype of `dense`; differentiable.
+
+        Raises:
+            ValueError: a tensor of another shape.
+        """
+        if dense.shape != self.shape:
+            raise ValueError(
+                f"PackedWeight.gather: dense must have the shape {tuple(self.shape)}, got "
+                f"{tuple(dense.shape)}"
+            )
+        return gather_kept(dense.reshape(self.rows, self.columns), *self._places())
 
     def packed_mask(self) -> Tensor:
-        """The mask as packed bits, `[ceil(out * in / 8)]`, uint8."""
+        """The mask as packed bits, `[ceil(numel / 8)]`, uint8."""
         if self.format == "bitmap":
             return self.positions
-        rows, columns = self.shape
-        panels = -(-columns // self.panel)
-        cells = torch.arange(rows * panels, device=self.starts.device)
-        cell = torch.repeat_interleave(cells, self.starts.diff().long())
-        row = cell // max(panels, 1)
-        base = (cell - row * panels) * self.panel >> 16 << 16  # positions are modulo 65,536
-        kept = torch.zeros(rows * columns, dtype=torch.bool, device=self.starts.device)
-        kept[row * columns + base + (self.positions.long() & 0xFFFF)] = True
-        return pack_mask(kept)
+        if self.positions.is_meta:
+            return self.positions.new_empty((self.shape.numel() + 7) // 8, dtype=torch.uint8)
+        kept = torch.ones(self.nnz, dtype=torch.bool, device=self.positions.device)
+        return pack_mask(scatter_kept(kept, *self._places()))
+
+    def _places(self) -> tuple[Tensor, Tensor, int, int, int, int]:
+        """The positions as `scatter_kept` takes them."""
+        return self.positions, self.starts, self.rows, self.columns, self.panel, self.nnz
 
     # --- for the operations ----------------------------------------------------------------------
 
     def where(self, *, transposed: bool) -> tuple[Any, ...]:
         """The positions as `torch.ops.paikern.masked_linear` takes them."""
         if transposed and self._transposed is None and self.format == "index":
-            rows, columns = self.shape
-            self._transposed = transpose_positions(
-                self.positions, self.starts, rows, columns, self.panel
-            )
+            self._transpose()
         # A module looks up its tensors slowly: 2.4 us less a call. A compiler has them anyway, and
         # would compile again for an attribute that changed.
         known = None if torch.compiler.is_compiling() else self._where
         if known is not None and (known[2] is None) == (self._transposed is None):
             return known
+        if self.positions.device != self.values.device:
+            raise ValueError(
+                f"PackedWeight: the values are on {self.device} and the positions, without "
+                "content, on the meta device; load a state dict"
+            )
         back = self._transposed or (None, None, None)
-        found = (self.positions, self.starts, *back, *self.shape, self.panel, self.nnz)
+        sizes = (self.rows, self.columns, self.panel, self.nnz)
+        found = (self.positions, self.starts, *back, *sizes)
         if not torch.compiler.is_compiling():
             self._where = found
         return found
 
     def _place(self, mask: Tensor) -> None:
         """Sets the positions from packed bits, of which as many as there are values are set."""
-        rows, columns = self.shape
+        rows, columns = self.rows, self.columns
         check_packed("PackedWeight", mask, rows * columns)
         bits = pack_mask(unpack_mask(mask, (rows * columns,)))  # spare bits become zero
         kept = count_kept(bits)
@@ -306,11 +337,37 @@ class PackedWeight(nn.Module):
         positions, starts = list_positions(bits, kept, rows, columns, self.panel)
         self.positions = bits if self.format == "bitmap" else positions
         self.starts = starts
-        self._transposed = self._where = None
+        self._where = None
+        if self._transposed is not None:
+            self._transpose()
+
+    def _transpose(self) -> None:
+        self._transposed = transpose_positions(
+            self.positions, self.starts, self.rows, self.columns, self.panel
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
-        self._transposed = self._where = None  # made again where the positions have gone
-        return super()._apply(fn, recurse)
+        """Positions follow the values to another device; nothing else may happen to them."""
+        super()._apply(fn, recurse)
+        device = self.values.device
+        if device != self.positions.device and not self.positions.is_meta:
+            self.positions, self.starts = self.positions.to(device), self.starts.to(device)
+            if self._transposed is not None:
+                t_positions, t_starts, t_source = self._transposed
+                self._transposed = t_positions.to(device), t_starts.to(device), t_source.to(device)
+        self._where = None
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickles do without what can be made again."""
+        had = self._transposed is not None
+        return {**self.__dict__, "_transposed": None, "_where": None, "_had": had}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        had = state.pop("_had")
+        super().__setstate__(state)
+        if had:  # again, and now: a graph compiled of a copy should not see it appear
+            self._transpose()
 
     # --- state dicts -----------------------------------------------------------------------------
 
@@ -334,7 +391,10 @@ class PackedWeight(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Takes `values` and `mask`; a mask of as many weights elsewhere moves the positions."""
+        """Takes `values` and `mask`; a mask of as many weights elsewhere moves the positions.
+
+        A dense weight is for the module around it to pack: its key does not begin with `prefix`.
+        """
         found = {key: state_dict.get(prefix + key) for key in ("values", "mask")}
         missing_keys += [prefix + key for key, value in found.items() if value is None]
         if strict:
@@ -349,13 +409,22 @@ class PackedWeight(nn.Module):
                 f"{tuple(self.values.shape)} here; pack the weight with the mask it was saved with"
             )
             return
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        device = values.device if assign else self.values.device
         try:
-            self._place(mask.to(self.values.device))
+            # A model that resumes has these positions already, and those transposed.
+            known = self.positions.device == device and not self.positions.is_meta
+            if not known or not torch.equal(mask.to(device), self.packed_mask()):
+                self._place(mask.to(device))
         except (TypeError, ValueError) as error:
             error_msgs.append(f"{prefix}mask: {error}")
             return
-        with torch.no_grad():
-            self.values.copy_(values)
+        if assign:
+            trained = self.values.requires_grad
+            self.values = nn.Parameter(values.detach(), requires_grad=trained)
+        else:
+            with torch.no_grad():
+                self.values.copy_(values)
 
     # --- files -----------------------------------------------------------------------------------
 
@@ -385,6 +454,13 @@ class PackedWeight(nn.Module):
         """
         values, mask, shape = _weightfile.read(path, max_bytes)
         return cls(values, mask, shape, format=format)
+
+
+def packed_weights(model: nn.Module) -> dict[str, PackedWeight]:
+    """Name in the unwrapped model -> packed weight, every name of a tied one."""
+    return {
+        path: module for (path, _), module, _ in walk(model) if isinstance(module, PackedWeight)
+    }
 
 
 def _dense_key(prefix: str) -> str:

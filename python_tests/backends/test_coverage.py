@@ -13,6 +13,7 @@ from paikern.backends import cuda, reference
 from paikern.ops import maps
 
 ROOT = Path(__file__).parents[2]
+TRITON = ROOT / "paikern/backends/triton/__init__.py"
 OPERATIONS = sorted(
     {
         name.split("::")[1].split(".")[0]
@@ -20,19 +21,36 @@ OPERATIONS = sorted(
         if name.startswith("paikern::")
     }
 )
-# What packed weights need has no GPU kernel yet: the reference runs there.
-REFERENCE_ON_GPU = (
-    "gather_kept",
-    "list_positions",
-    "masked_linear",
+# Operations without a kernel there: the reference runs them.
+REFERENCE_ON_GPU: dict[str, tuple[str, ...]] = {
+    "cuda": ("masked_conv2d", "masked_conv2d_input", "masked_conv2d_kept"),
+    "triton": (
+        "gather_kept",
+        "list_positions",
+        "masked_conv2d",
+        "masked_conv2d_input",
+        "masked_conv2d_kept",
+        "masked_linear",
+        "masked_linear_input",
+        "masked_linear_kept",
+        "scatter_kept",
+        "transpose_positions",
+    ),
+}
+LANES = {"cuda": "cuda_source", "triton": "triton"}
+DERIVATIVES = {  # reached through autograd alone
+    "masked_conv2d_input",
+    "masked_conv2d_kept",
     "masked_linear_input",
     "masked_linear_kept",
-    "scatter_kept",
-    "transpose_positions",
-)
-ON_GPU = [name for name in OPERATIONS if name not in REFERENCE_ON_GPU]
-DERIVATIVES = {"masked_linear_input", "masked_linear_kept"}  # reached through autograd alone
+}
 MAPS = ("map_maximum", "map_scale_", "live_nodes", "through_maximum_")
+ON_GPU = [
+    (backend, name)
+    for backend, without in REFERENCE_ON_GPU.items()
+    for name in (*OPERATIONS, *MAPS)
+    if name not in without
+]
 
 
 def listed(path: Path) -> set[str]:
@@ -56,16 +74,15 @@ def test_the_reference_has_it(operation: str) -> None:
     assert hasattr(reference, operation)
 
 
-@pytest.mark.parametrize("operation", [*ON_GPU, *MAPS])
-def test_every_backend_has_it(operation: str) -> None:
-    assert operation in cuda.__all__
-    assert operation in listed(ROOT / "paikern/backends/triton/__init__.py")
+@pytest.mark.parametrize(("backend", "operation"), ON_GPU)
+def test_every_backend_has_it(backend: str, operation: str) -> None:
+    names = cuda.__all__ if backend == "cuda" else listed(TRITON)
+    assert operation in names
 
 
-@pytest.mark.parametrize("lane", ["cuda_source", "triton"])
-@pytest.mark.parametrize("operation", [*ON_GPU, *MAPS])
-def test_every_lane_tests_it(operation: str, lane: str) -> None:
-    texts = [path.read_text() for path in (ROOT / "python_tests" / lane).glob("*.py")]
+@pytest.mark.parametrize(("backend", "operation"), ON_GPU)
+def test_every_lane_tests_it(backend: str, operation: str) -> None:
+    texts = [path.read_text() for path in (ROOT / "python_tests" / LANES[backend]).glob("*.py")]
     if any("python_tests.ops.walk_cases" in text for text in texts):
         texts.append((ROOT / "python_tests/ops/walk_cases.py").read_text())
     assert any(operation.rstrip("_") in text for text in texts)

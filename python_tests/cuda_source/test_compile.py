@@ -105,9 +105,9 @@ def test_device_code_needs_no_standard_header() -> None:
 
 def test_every_kernel_is_listed_with_its_parameters(on_cpu: shim.OnCpu) -> None:
     declared = {}
-    for path in SOURCES.glob("*.cuh"):
-        text = path.read_text().replace("\\\n", " ")
-        macros = dict(re.findall(r"#define (PK_\w+) +(.+)", text))
+    texts = [path.read_text().replace("\\\n", " ") for path in SOURCES.glob("*.cuh")]
+    macros = dict(re.findall(r"#define (PK_\w+) +(.+)", "\n".join(texts)))
+    for text in texts:
         for name, parameters in re.findall(
             r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(([^)]*)\)', text
         ):

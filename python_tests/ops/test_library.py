@@ -56,6 +56,10 @@ def _packed() -> tuple:
     return positions, starts, *back, 2, 5, 4, 6
 
 
+# A kernel of 1 x 5 with a stride of 3 over the maps of MAP, one channel each.
+WINDOW = [1, 5], [1, 3], [0, 2], [1, 1], 1
+
+
 def _kept() -> tuple:
     return *ops.list_positions(BITS, 6, 2, 5, 4), 2, 5, 4, 6
 
@@ -80,6 +84,9 @@ SAMPLES: dict[str, list[tuple]] = {
     "gather_kept": [(WEIGHT, *_kept()), (WEIGHT.half().T.contiguous().T, *_kept())],
     "kth_largest": [([WEIGHT, X], 7), ([WEIGHT.double()], 1)],
     "list_positions": [(BITS, 6, 2, 5, 4)],
+    "masked_conv2d": [(MAP[:, :1], torch.rand(6), None, *_packed(), *WINDOW)],
+    "masked_conv2d_input": [(torch.rand(1, 2, 4, 2), torch.rand(6), *_packed(), *WINDOW, [4, 6])],
+    "masked_conv2d_kept": [(torch.rand(1, 2, 4, 2), MAP[:, :1], *_packed(), *WINDOW)],
     "masked_linear": [
         (X, torch.rand(6), None, *_packed()),
         (X[0], torch.rand(6), G[0], *_packed()),

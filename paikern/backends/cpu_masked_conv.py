@@ -1,0 +1,172 @@
+"""masked_conv2d on the CPU: csrc/cpu/masked_conv.h, or oneDNN where that is faster."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from paikern import _C
+from paikern.backends.cpu_masked_linear import gather_kept, list_positions, scatter_kept
+from paikern.backends.cpu_masked_linear import transpose_positions as transpose
+from paikern.backends.dense_masked_conv import operations, out_size
+from paikern.backends.masked_conv_cost import conv_kernel
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_dense = operations(scatter_kept, gather_kept)
+
+
+def masked_conv2d(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    positions: Tensor,
+    starts: Tensor,
+    t_positions: Tensor | None,
+    t_starts: Tensor | None,
+    t_source: Tensor | None,
+    rows: int,
+    columns: int,
+    panel: int,
+    kept: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    conv = (kernel, stride, padding, dilation, groups)
+    shape = _shape(rows, columns, x.shape[0], tuple(x.shape[2:]), *conv)
+    if conv_kernel("output", shape, kept) == "dense":
+        where = (positions, starts, None, None, None, rows, columns, panel, kept)
+        add = None if bias is None else bias.float()
+        return _dense.output(x.float(), values.float(), add, *where, *conv).to(x.dtype)
+    positions = _listed(positions, rows, columns, panel, kept)
+    x, wide = x.contiguous(), values.float().contiguous()
+    add = None if bias is None else bias.float().contiguous()
+    y = torch.empty((x.shape[0], rows, *shape[-2:]), dtype=torch.float32)
+    _C.masked_conv2d(
+        shape,
+        (wide.data_ptr(), 0, positions.data_ptr(), starts.data_ptr(), rows, columns, panel),
+        _map(x),
+        0 if add is None else add.data_ptr(),
+        y.data_ptr(),
+    )
+    return y.to(x.dtype)
+
+
+def masked_conv2d_input(
+    g: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    starts: Tensor,
+    t_positions: Tensor | None,
+    t_starts: Tensor | None,
+    t_source: Tensor | None,
+    rows: int,
+    columns: int,
+    panel: int,
+    kept: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    size: Sequence[int],
+) -> Tensor:
+    conv = (kernel, stride, padding, dilation, groups)
+    shape = _shape(rows, columns, g.shape[0], tuple(size), *conv)
+    if conv_kernel("input", shape, kept) == "dense":
+        where = (positions, starts, None, None, None, rows, columns, panel, kept)
+        return _dense.input(g.float(), values.float(), *where, *conv, size).to(g.dtype)
+    if t_positions is None or t_starts is None or t_source is None:
+        listed = _listed(positions, rows, columns, panel, kept)
+        t_positions, t_starts, t_source = transpose(listed, starts, rows, columns, panel)
+    g, wide = g.contiguous(), values.float().contiguous()
+    x = torch.empty((g.shape[0], shape[3], *size), dtype=torch.float32)
+    weight = (
+        wide.data_ptr(),
+        t_source.data_ptr(),
+        t_positions.data_ptr(),
+        t_starts.data_ptr(),
+        columns,
+        rows,
+        panel,
+    )
+    _C.masked_conv2d_input(shape, weight, _map(g), x.data_ptr())
+    return x.to(g.dtype)
+
+
+def masked_conv2d_kept(
+    g: Tensor,
+    x: Tensor,
+    positions: Tensor,
+    starts: Tensor,
+    t_positions: Tensor | None,
+    t_starts: Tensor | None,
+    t_source: Tensor | None,
+    rows: int,
+    columns: int,
+    panel: int,
+    kept: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    conv = (kernel, stride, padding, dilation, groups)
+    shape = _shape(rows, columns, x.shape[0], tuple(x.shape[2:]), *conv)
+    if conv_kernel("kept", shape, kept) == "dense":
+        where = (positions, starts, None, None, None, rows, columns, panel, kept)
+        return _dense.kept(g.float(), x.float(), *where, *conv).to(g.dtype)
+    positions = _listed(positions, rows, columns, panel, kept)
+    g, x = g.contiguous(), x.contiguous()
+    found = torch.empty(kept, dtype=torch.float32)
+    _C.masked_conv2d_kept(
+        shape,
+        (0, 0, positions.data_ptr(), starts.data_ptr(), rows, columns, panel),
+        _map(g),
+        _map(x),
+        found.data_ptr(),
+    )
+    return found.to(g.dtype)
+
+
+def _shape(
+    rows: int,
+    columns: int,
+    batch: int,
+    size: tuple[int, ...],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[int, ...]:
+    """batch, groups, rows, channels, then pairs: size, kernel, stride, padding, dilation, out."""
+    channels = columns // (kernel[0] * kernel[1]) * groups
+    return (
+        batch,
+        groups,
+        rows,
+        channels,
+        *size,
+        *kernel,
+        *stride,
+        *padding,
+        *dilation,
+        *out_size(size, kernel, stride, padding, dilation),
+    )
+
+
+def _map(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), _TYPES[tensor.dtype]
+
+
+def _listed(positions: Tensor, rows: int, columns: int, panel: int, kept: int) -> Tensor:
+    """16-bit columns, also of a bitmap: for the length of a call."""
+    if positions.dtype == torch.int16:
+        return positions
+    return list_positions(positions, kept, rows, columns, panel)[0]

@@ -1,0 +1,124 @@
+"""What a convolution with a packed weight costs, by kernel: the table behind every choice.
+
+As in `masked_cost`, the constants are measured on a CPU with AVX-512 and two threads and used as
+they are everywhere, so that every rank of a run decides alike.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+
+from paikern.backends.dense_masked_conv import out_size
+from paikern.backends.masked_cost import LANES, LOSS, Estimate
+
+# float32, two threads (python -m bench.run_masked_conv).
+CALL = 50e-6  # a call of the operation through Python
+LIST = 0.6e-9  # a kept weight whose offset is looked up
+VECTOR = 0.30e-9  # a kept weight times 16 outputs
+PIXEL = 0.12e-9  # an element of a map laid out in planes, or written out of a chunk
+DENSE_CALL = 30e-6
+DENSE_FLOP = 3.0e-12  # half a multiply-add of oneDNN
+DENSE_PIXEL = 0.05e-9  # an element of x or y through it
+OFFSETS = 2**31  # floats of the planes of one image that offsets reach
+
+Shape = tuple[int, ...]
+
+
+def direct_seconds(op: str, shape: Shape, kept: int) -> float:
+    """One product by the direct kernel: "output", "input" or "kept"."""
+    batch, _, rows, channels, high, wide, *_, out_high, out_wide = shape
+    pixels, out_pixels = high * wide, out_high * out_wide
+    vectors = -(-batch * out_pixels // LANES)
+    maps = batch * (rows * out_pixels + channels * pixels)
+    return CALL + kept * (LIST + vectors * VECTOR) + maps * PIXEL
+
+
+def dense_seconds(op: str, shape: Shape) -> float:
+    """One product by the library's convolution on a dense weight."""
+    batch, groups, rows, channels, high, wide, kernel_h, kernel_w, *_, out_high, out_wide = shape
+    numel = rows * channels // groups * kernel_h * kernel_w
+    maps = batch * (rows * out_high * out_wide + channels * high * wide)
+    flops = 2 * numel * batch * out_high * out_wide
+    return DENSE_CALL + flops * DENSE_FLOP + maps * DENSE_PIXEL
+
+
+@functools.lru_cache(maxsize=4096)
+def conv_kernel(op: str, shape: Shape, kept: int) -> str:
+    """ "direct" or "dense", whichever is faster for a weight that is packed already."""
+    groups, rows, channels, high, wide = shape[1:6]
+    if 2 * max(rows, channels) // groups * high * wide >= OFFSETS:
+        return "dense"
+    return "direct" if direct_seconds(op, shape, kept) <= dense_seconds(op, shape) else "dense"
+
+
+@functools.lru_cache(maxsize=4096)
+def _estimate(kind: str, shape: Shape, kept: int, dtype: torch.dtype, training: bool) -> Estimate:
+    if kind != "cpu":
+        why = f"not yet measured on {kind}: the library's convolution, packed for its memory"
+        return Estimate("dense", None, None, why)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return Estimate("dense", None, None, f"no packed kernel for {dtype}")
+    products = ("output", "input", "kept") if training else ("output",)
+    dense = sum(dense_seconds(op, shape) for op in products)
+    direct = sum(direct_seconds(op, shape, kept) for op in products)
+    columns = shape[3] // shape[1] * shape[6] * shape[7]
+    density = kept / max(1, shape[2] * columns)
+    times = f"{1e3 * direct:.3g} ms against {1e3 * dense:.3g} dense at density {density:.3g}"
+    if direct > LOSS * dense or conv_kernel("output", shape, kept) == "dense":
+        return Estimate("dense", dense, dense, f"the direct kernel would take {times}")
+    return Estimate("direct", direct, dense, times)
+
+
+def estimate_conv(
+    device: str | torch.device,
+    rows: int,
+    channels: int,
+    kernel: Sequence[int],
+    size: Sequence[int],
+    kept: int,
+    batch: int,
+    *,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+    dtype: torch.dtype = torch.float32,
+    training: bool = False,
+) -> Estimate:
+    """Which kernel a convolution with `kept` weights should run, and its time.
+
+    Args:
+        device: where the layer is; there are figures for the CPU only.
+        rows, channels: of y and of x.
+        kernel, stride, padding, dilation, groups: as for `masked_conv2d`, all in pairs.
+        size: rows and columns of a map of x.
+        batch: how many of them.
+        dtype: of the weight.
+        training: the gradients for x and for the weight count too.
+
+    Returns:
+        `kernel` is "direct" (kept weights one by one) or "dense" (the library's convolution:
+        packing would lose).
+
+    Example:
+        >>> estimate_conv("cpu", 256, 256, (3, 3), (14, 14), 29_491, 32, padding=(1, 1)).kernel
+        'direct'
+        >>> estimate_conv("cpu", 256, 256, (3, 3), (14, 14), 471_859, 32, padding=(1, 1)).kernel
+        'dense'
+    """
+    shape = (
+        batch,
+        groups,
+        rows,
+        channels,
+        *size,
+        *kernel,
+        *stride,
+        *padding,
+        *dilation,
+        *out_size(size, kernel, stride, padding, dilation),
+    )
+    return _estimate(torch.device(device).type, shape, kept, dtype, training)

@@ -1,0 +1,141 @@
+"""What the layers with a packed weight share: their parameters, state dicts, the way back."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from paikern.sparse.packed_weight import PackedWeight, pack_keys
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+# What `nn.Module.__init__` makes, and no dense layer brings along: modules, parameters, hooks.
+_INTERNALS = frozenset(nn.Module().__dict__)
+# Hooks that users register on a layer go with it; handles keep the dictionaries, so these move.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
+class MaskedModule(nn.Module):
+    """A layer whose weight is a `PackedWeight`.
+
+    State dicts hold `weight.values`, `weight.mask` and `bias`; within `dense_keys` they hold
+    `weight` as the dense layer does. `load_state_dict` takes either; what a dense weight holds
+    where nothing is kept is dropped.
+    """
+
+    weight: PackedWeight
+    bias: nn.Parameter | None
+
+    def __init__(self, weight: PackedWeight, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight = weight
+        if bias is not None and not isinstance(bias, nn.Parameter):
+            bias = nn.Parameter(bias)
+        self.register_parameter("bias", bias)
+        self._dense: tuple[type[nn.Module], dict[str, Any]] | None = None
+
+    def extra_repr(self) -> str:
+        weight = self.weight
+        held = "on the meta device" if weight.values.is_meta else f"{weight.nbytes:,} bytes"
+        return (
+            f"bias={self.bias is not None}, nnz={weight.nnz:,} of {weight.shape.numel():,} "
+            f"({weight.density:.2%}), {held}"
+        )
+
+    def to_dense(self, weight: nn.Parameter | None = None) -> nn.Module:
+        """The layer that this one was made from, its weight dense with zeros, its bias shared.
+
+        Args:
+            weight: the dense weight, if it exists already (a tied one).
+        """
+        assert self._dense is not None
+        cls, attributes = self._dense
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.__dict__.update(attributes)
+        if weight is None:
+            trained = self.weight.values.requires_grad
+            weight = nn.Parameter(self.weight.to_dense().detach(), requires_grad=trained)
+        layer.register_parameter("weight", weight)
+        layer.register_parameter("bias", self.bias)
+        return carry_over(self, layer)
+
+    def _remember(self, layer: nn.Module) -> None:
+        """The class and the plain attributes of `layer`, for `to_dense`."""
+        plain = {k: v for k, v in layer.__dict__.items() if k not in _INTERNALS}
+        self._dense = (type(layer), plain)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # `state_dict` is a copy of which the modules inside get their part next.
+        key = prefix + "weight"
+        if key in state_dict:
+            dense = state_dict.pop(key)
+            try:
+                packed = pack_keys(self.weight, {"weight": dense})
+            except ValueError:
+                own = tuple(self.weight.shape)
+                error_msgs.append(f"{key}: {tuple(dense.shape)} in the state dict, {own} here")
+                packed = self.weight.state_dict()
+            state_dict.update({f"{key}.{name}": value for name, value in packed.items()})
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+
+
+def carry_over(old: nn.Module, new: _Module) -> _Module:
+    """`new` in the place of `old`: its hooks and whether it is being trained."""
+    for name in _HOOKS:
+        new.__dict__[name] = old.__dict__[name]
+    new.training = old.training
+    return new
+
+
+def pack_weight_of(
+    layer: nn.Module, mask: Tensor | None, weight: PackedWeight | None
+) -> PackedWeight:
+    """`weight` if it is given, else that of `layer`, packed by `mask`."""
+    if weight is not None:
+        return weight
+    if mask is None:
+        raise ValueError(f"{type(layer).__name__}: give a mask, or the weight packed already")
+    dense = layer.weight
+    assert isinstance(dense, Tensor)
+    return PackedWeight.from_dense(dense, mask.to(dense.device))
+
+
+def cast_for_autocast(
+    x: Tensor, values: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What autocast makes of the arguments of a product."""
+    kind = values.device.type
+    # There is no autocast for the meta device, and asking raises.
+    if kind == "meta" or not torch.is_autocast_enabled(kind) or values.dtype == torch.float64:
+        return x, values, bias
+    wanted = torch.get_autocast_dtype(kind)
+    return x.to(wanted), values.to(wanted), None if bias is None else bias.to(wanted)
