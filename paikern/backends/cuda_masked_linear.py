@@ -17,6 +17,7 @@ from paikern.backends.cuda_layers import TYPES
 from paikern.backends.cuda_positions import (
     WARPS,
     Packed,
+    Where,
     ceil,
     gather_rows,
     listed,
@@ -65,16 +66,11 @@ RULES = (
 )
 
 
-def choose(operation: str, where: tuple[object, ...], dtype: torch.dtype, batch: int) -> str:
-    """The kernel of an operation: "index", "decode" or "dense".
-
-    Args:
-        where: positions, starts, rows, columns, panel, kept.
-    """
+def choose(operation: str, where: Where, dtype: torch.dtype, batch: int) -> str:
+    """The kernel of an operation: "index", "decode" or "dense"."""
     positions, _, rows, columns, _, kept = where
-    assert isinstance(positions, Tensor)
     bitmap, half = positions.dtype == torch.uint8, dtype != torch.float32
-    density = kept / max(1, rows * columns)  # type: ignore[operator]
+    density = kept / max(1, rows * columns)
     for rule in RULES:
         fits = rule.operation == operation and rule.bitmap == bitmap and rule.halves <= half
         if fits and density <= rule.density and batch <= rule.batch:
@@ -112,7 +108,7 @@ def masked_linear(
     if kernel == "dense":
         dense = scatter_kept(values, *where)
         return torch.nn.functional.linear(flat, dense, bias).view(y.shape)
-    if kernel == "decode":  # tensor cores
+    if kernel == "decode":
         _decode(where, values.contiguous(), flat, bias, y)
         return y
     if positions.dtype == torch.uint8 and flat.shape[0] <= _FEW:
@@ -214,7 +210,7 @@ def _summed(rows: int, y: Tensor, bias: Tensor | None, cut: int) -> tuple[Tensor
 
 
 def _few_bits(
-    where: tuple[Tensor, Tensor, int, int, int, int],
+    where: Where,
     values: Tensor,
     x: Tensor,
     bias: Tensor | None,
@@ -230,7 +226,7 @@ def _few_bits(
 
 
 def _decode(
-    where: tuple[Tensor, Tensor, int, int, int, int],
+    where: Where,
     values: Tensor,
     x: Tensor,
     bias: Tensor | None,

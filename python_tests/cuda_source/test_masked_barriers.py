@@ -36,6 +36,8 @@ def products(on_cpu: shim.OnCpu) -> Iterator[list[Tensor]]:
         where = case.packed.where(transposed=False)
         with provided(on_cpu):
             yield list(cuda_positions.transpose_positions(*where[:2], rows, 300, 4096))
+            values = case.packed.values.detach()
+            yield [cuda_positions.scatter_kept(values, *where[:2], *where[5:])]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,7 @@ def test_results_do_not_depend_on_the_order_of_warps(ordered: shim.OnCpu) -> Non
 
 def test_with_all_barriers_nothing_is_wrong(missed: dict[tuple[str, int], bool]) -> None:
     assert missed["none", 1] is False
-    assert len(BARRIERS) >= 6
+    assert len(BARRIERS) >= 8
 
 
 @pytest.mark.parametrize(("file", "line"), BARRIERS)
