@@ -24,18 +24,7 @@ OPERATIONS = sorted(
 # Operations without a kernel there: the reference runs them.
 REFERENCE_ON_GPU: dict[str, tuple[str, ...]] = {
     "cuda": ("masked_conv2d", "masked_conv2d_input", "masked_conv2d_kept"),
-    "triton": (
-        "gather_kept",
-        "list_positions",
-        "masked_conv2d",
-        "masked_conv2d_input",
-        "masked_conv2d_kept",
-        "masked_linear",
-        "masked_linear_input",
-        "masked_linear_kept",
-        "scatter_kept",
-        "transpose_positions",
-    ),
+    "triton": (),
 }
 LANES = {"cuda": "cuda_source", "triton": "triton"}
 DERIVATIVES = {  # reached through autograd alone

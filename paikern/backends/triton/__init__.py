@@ -16,6 +16,11 @@ from paikern.backends.triton.masked import (
     masked_linear_input,
     masked_linear_kept,
 )
+from paikern.backends.triton.masked_conv import (
+    masked_conv2d,
+    masked_conv2d_input,
+    masked_conv2d_kept,
+)
 from paikern.backends.triton.masked_words import (
     gather_kept,
     list_positions,
@@ -62,6 +67,9 @@ __all__ = [
     "live_nodes",
     "map_maximum",
     "map_scale_",
+    "masked_conv2d",
+    "masked_conv2d_input",
+    "masked_conv2d_kept",
     "masked_linear",
     "masked_linear_input",
     "masked_linear_kept",
