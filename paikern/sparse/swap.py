@@ -165,6 +165,10 @@ def densify(model: nn.Module, *, optimizer: Any = None) -> nn.Module:
     exchanges: dict[int, Exchange] = {}
     for name, layer in layers.masked_modules(model):
         weight = layer.weight
+        if hasattr(weight.values, "placements"):
+            raise ValueError(
+                f"densify: '{name}' is sharded (DTensor); densify the model before sharding"
+            )
         known = exchanges.get(id(weight))
         dense = layer.to_dense(None if known is None else known.new)
         new[id(layer)] = dense
