@@ -370,7 +370,7 @@ def figures(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         if key not in nearest or row["ratio"] < nearest[key]["ratio"]:
             nearest[key] = row
     return [
-        f"{op:5}{what:14}{size[:32]:33}{kind:9}{who:17}{1e3 * row['seconds']:11.3f} ms"
+        f"{op:14}{what:17}{size[:40]:41}{kind:9}{who:17}{1e3 * row['seconds']:11.3f} ms"
         f"{row['bandwidth_fraction']:6.0%} of a copy{row['ratio']:8.2f}x {row['reference']}"
         for (op, what, size, kind, who), row in nearest.items()
     ]

@@ -1,4 +1,4 @@
-"""The GPU benchmark: how near sweeps and selections come to the speed of a copy, and to others.
+"""The GPU benchmark: how near kernels come to the speed of a copy, and to others.
 
     python -m bench.run_gpu --out DIR             on a GPU, about four minutes; DIR/gpu.json
     python -m bench.run_gpu --out DIR --tiny      a trial of the benchmark, on the CPU too
@@ -11,6 +11,7 @@ cache holds. A part that does not come to its end in its time is named in the re
 from __future__ import annotations
 
 import argparse
+import itertools
 import shutil
 import subprocess
 import sys
@@ -21,14 +22,14 @@ from typing import Any
 
 import torch
 
-from bench import gpu_cub, gpu_runs, gpu_selection, gpu_sweeps
+from bench import gpu_cub, gpu_masked_linear, gpu_runs, gpu_selection, gpu_sweeps
 from bench.gpu_clock import Clock, copy_bandwidth
 from bench.options import positive
 from bench.timing import Row, write_results
 from paikern.backends import registry
 
 PREFERRED = ("cuda", "triton")
-PARTS = ("sweeps", "selection", "synflow", "dpai", "stacks")
+PARTS = ("sweeps", "selection", "masked_linear", "synflow", "dpai", "stacks")
 TINY = {"sizes": (20_000,), "copy": 4 << 20}
 FULL = {"sizes": (10_000_000, 100_000_000, 1_000_000_000), "copy": 4 << 30}
 
@@ -117,6 +118,17 @@ class Benchmark:
                     ),
                 )
 
+    def masked_linear(self) -> Part:
+        sizes = gpu_masked_linear.TINY if self.tiny else gpu_masked_linear.Sizes()
+        clock = Clock(self.device, self.clock.seconds / 4, self.clock.most)
+        for shape, sparsity in itertools.product(sizes.shapes, sizes.sparsities):
+            yield (
+                f"packed {shape[0]}x{shape[1]}, {sparsity:.0%} pruned",
+                lambda h=shape, s=sparsity: gpu_masked_linear.point(
+                    clock, self.names, h, s, sizes, self.bandwidth
+                ),
+            )
+
     @property
     def effort(self) -> gpu_runs.Effort:
         if not self.tiny:
@@ -151,7 +163,7 @@ def line(row: Row) -> str:
     kind = f"{row['dtype']} " if "dtype" in row else ""
     who = f"{row['backend']} " if "backend" in row else ""
     return (
-        f"{row['op']:5} {what:14} {kind}{size}: {who}{1e3 * row['seconds']:.3f} ms, "
+        f"{row['op']:13} {what:14} {kind}{size}: {who}{1e3 * row['seconds']:.3f} ms, "
         f"{row['bandwidth_fraction']:.0%} of a copy, {row['ratio']:.2f}x {row['reference']}"
     )
 

@@ -1,18 +1,25 @@
 """Packed weights against dense libraries and torch's CSR, on the CPU.
 
-    python -m bench.run_masked_linear                         the whole grid, some 15 minutes
+    python -m bench.run_masked_linear                         the whole grid, about an hour
     python -m bench.run_masked_linear --quick                 a minute, into out/bench
-    python -m bench.run_masked_linear --batches 256 --sparsities 0.95 --no-write
+    python -m bench.run_masked_linear --sizes 4096 11008x4096 --batches 256 --no-write
+    python -m bench.run_masked_linear --fit bench/results/masked_linear.json
 
 Dense contenders: torch (MKL), oneDNN with a weight laid out beforehand, numpy (OpenBLAS); the best
-of them counts. Contenders run in turn for `--seconds` a point and each gets its fastest time: on a
-machine with other work the median is that of the other work. Writes masked_linear.json.
+of them counts. `dispatch` is what `pk.sparsify` would leave in the model by `masked_cost.estimate`.
+Contenders run in turn for `--seconds` a point, twice in a row each, and each gets its fastest time:
+on a machine with other work the median is that of the other work. Writes masked_linear.json.
+
+`--fit` measures nothing: it holds the constants of `paikern.backends.masked_cost` against a results
+file and says by how much they are wrong, and what wrong choices cost.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,10 +32,15 @@ from torch.nn import functional as F
 import paikern as pk
 from bench import options
 from bench.timing import RESULTS, Row, use_threads, write_results
+from paikern.backends import masked_cost
 
 MODULE = "bench.run_masked_linear"
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
-BATCHES = (1, 4, 16, 32, 64, 256, 1024)
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+SQUARES = ("1024", "2048", "4096", "8192")
+# [out, in] of 1x1 convolutions of ResNet-50, of ViT-B and of Llama-7B
+LAYERS = ("64x256", "512x2048", "2048x1024", "2304x768", "3072x768", "768x3072")
+LAYERS_OF_7B = ("11008x4096", "4096x11008")
 SEED = 0
 DENSE = ("mkl", "onednn", "openblas")
 
@@ -48,6 +60,11 @@ def forward(weight: Tensor, packed: pk.PackedWeight, x: Tensor) -> Contenders:
     a, b = x.numpy(), dense.numpy()
     return {
         "paikern": lambda: pk.ops.masked_linear(x, packed),
+        "dispatch": (
+            (lambda: F.linear(x, dense))
+            if kernel_of("forward", packed, x.shape[0]) == "dense"
+            else (lambda: pk.ops.masked_linear(x, packed))
+        ),
         "mkl": lambda: F.linear(x, dense),
         "onednn": lambda: onednn(x),
         "openblas": lambda: a @ b.T,
@@ -68,33 +85,56 @@ def backward(weight: Tensor, packed: pk.PackedWeight, x: Tensor) -> Contenders:
     def outer() -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(g.T, x.T, None, "none", [], "")
 
-    return {
-        "paikern": lambda: (
+    def ours() -> tuple[Tensor, Tensor]:
+        return (
             ops.masked_linear_input(g, values, *where),
             ops.masked_linear_kept(g, x, *where),
-        ),
-        "mkl": lambda: (g @ dense, g.T @ x),
+        )
+
+    def mkl() -> tuple[Tensor, Tensor]:
+        return g @ dense, g.T @ x
+
+    return {
+        "paikern": ours,
+        "dispatch": mkl if kernel_of("backward", packed, x.shape[0]) == "dense" else ours,
+        "mkl": mkl,
         "onednn": lambda: (onednn(g), outer()),
         "openblas": lambda: (c @ b, c.T @ a),
     }
 
 
+def kernel_of(step: str, packed: pk.PackedWeight, batch: int) -> str:
+    rows, columns = packed.shape
+    return masked_cost.estimate(
+        "cpu", rows, columns, packed.nnz, batch, training=step == "backward"
+    ).kernel
+
+
 def fastest(contenders: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """The fastest run of each, run in turn until `seconds` have passed, three times at least."""
+    """The fastest run of each, run in turn until `seconds` have passed, three times at least.
+
+    OpenBLAS comes last, by itself: its threads go on spinning for a tenth of a second after a call,
+    on the cores of whoever is next.
+    """
     best = dict.fromkeys(contenders, float("inf"))
-    end, rounds = time.perf_counter() + seconds, 0
+    together = [name for name in contenders if name != "openblas"]
+    alone = [name for name in contenders if name == "openblas"]
     with torch.no_grad():
-        while rounds < 3 or time.perf_counter() < end:
-            for name in contenders if rounds % 2 else reversed(contenders):
-                start = time.perf_counter()
-                contenders[name]()
-                best[name] = min(best[name], time.perf_counter() - start)
-            rounds += 1
+        for names, limit in ((together, seconds), (alone, seconds / 4)):
+            end, rounds = time.perf_counter() + limit, 0
+            while names and (rounds < 3 or time.perf_counter() < end):
+                for name in names if rounds % 2 else reversed(names):
+                    for _ in range(2):
+                        start = time.perf_counter()
+                        contenders[name]()
+                        best[name] = min(best[name], time.perf_counter() - start)
+                rounds += 1
+    time.sleep(0.2 if alone else 0)
     return best
 
 
 def measure(
-    sizes: Iterable[int],
+    sizes: Iterable[str],
     sparsities: Iterable[float],
     batches: Iterable[int],
     seconds: float,
@@ -103,27 +143,37 @@ def measure(
     rows: list[Row] = []
     for size in sizes:
         torch.manual_seed(SEED)
-        weight = torch.randn(size, size)
+        rows_of, columns = shape_of(size)
+        weight = torch.randn(rows_of, columns)
         for sparsity in sparsities:
-            packed = pk.PackedWeight.from_dense(weight, torch.rand(size, size) >= sparsity)
+            packed = pk.PackedWeight.from_dense(weight, torch.rand(rows_of, columns) >= sparsity)
             for batch in batches:
-                x = torch.randn(batch, size)
+                x = torch.randn(batch, columns)
                 for step in steps:
                     build = forward if step == "forward" else backward
                     contenders = build(weight, packed, x)
                     best = fastest(contenders, seconds)
-                    rows.append(row_of(step, size, sparsity, batch, best))
+                    kernel = kernel_of(step, packed, batch)
+                    rows.append(row_of(step, size, sparsity, batch, best, kernel))
                     print(line_of(rows[-1]), file=sys.stderr, flush=True)
                     del contenders
                     gc.collect()
     return rows
 
 
-def row_of(step: str, size: int, sparsity: float, batch: int, best: Mapping[str, float]) -> Row:
+def shape_of(size: str) -> tuple[int, int]:
+    """(out, in) of "4096" or "11008x4096"."""
+    rows, _, columns = size.partition("x")
+    return int(rows), int(columns or rows)
+
+
+def row_of(
+    step: str, size: str, sparsity: float, batch: int, best: Mapping[str, float], kernel: str
+) -> Row:
     reference = min(DENSE, key=lambda name: best[name])
     return {
         "op": f"masked_linear {step}",
-        "size": f"{size}x{size}",
+        "size": "{}x{}".format(*shape_of(size)),
         "batch": batch,
         "sparsity": sparsity,
         "seconds": best["paikern"],
@@ -131,6 +181,7 @@ def row_of(step: str, size: int, sparsity: float, batch: int, best: Mapping[str,
         "reference_seconds": best[reference],
         "ratio": best[reference] / best["paikern"],
         "all_seconds": dict(best),
+        "kernel": kernel,
     }
 
 
@@ -138,8 +189,60 @@ def line_of(row: Row) -> str:
     times = "  ".join(f"{name} {1e3 * s:.3f}" for name, s in row["all_seconds"].items())
     return (
         f"{row['op'].split()[1]:8} {row['size']} {row['sparsity']:.3f} N={row['batch']:<5} "
-        f"{row['ratio']:6.2f}x {row['reference']}  ms: {times}"
+        f"{row['ratio']:6.2f}x {row['reference']} {row['kernel']}  ms: {times}"
     )
+
+
+def size_text(text: str) -> str:
+    try:
+        if min(shape_of(text)) >= 1:
+            return text
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"a size is 4096 or 11008x4096, got {text!r}")
+
+
+def fit(path: Path) -> list[str]:
+    """How far the predicted times are off, and what wrong choices cost."""
+    errors, regrets = [], []
+    for row in json.loads(path.read_text())["rows"]:
+        rows, columns = shape_of(row["size"])
+        kept, batch = round((1 - row["sparsity"]) * rows * columns), row["batch"]
+        backward = row["op"].endswith("backward")
+        cell = f"{row['op'].split()[1]} {row['size']} {row['sparsity']:g} N={batch}"
+        bits = kept > masked_cost.BITMAP_DENSITY * rows * columns
+        sizes = (rows, columns, kept, batch)
+        packed = masked_cost.packed(*sizes, bits=bits, training=backward)[1]
+        dense = masked_cost.dense_seconds(rows, columns, batch, training=backward)
+        if backward:  # a training step but for its forward pass
+            packed -= masked_cost.packed(*sizes, bits=bits)[1]
+            dense -= masked_cost.dense_seconds(rows, columns, batch)
+        for what, predicted, seconds in (
+            ("packed", packed, row["seconds"]),
+            ("dense", dense, row["reference_seconds"]),
+        ):
+            errors.append((abs(math.log(predicted / seconds)), what, cell, predicted, seconds))
+        found = masked_cost.estimate("cpu", rows, columns, kept, batch, training=backward)
+        taken = row["reference_seconds"] if found.kernel == "dense" else row["seconds"]
+        best = min(row["seconds"], row["reference_seconds"])
+        regrets.append((taken / best, cell, found.kernel, row["seconds"], row["reference_seconds"]))
+    lines = []
+    for what in ("packed", "dense"):
+        off = sorted((e for e in errors if e[1] == what), reverse=True)
+        typical = math.exp(off[len(off) // 2][0])
+        lines.append(f"{what}: {len(off)} cells, half of them within {typical:.2f}x; the worst:")
+        lines += [
+            f"  {math.exp(error):5.2f}x  {cell}: predicted {1e3 * predicted:.3f} ms, "
+            f"measured {1e3 * seconds:.3f} ms"
+            for error, _, cell, predicted, seconds in off[:12]
+        ]
+    wrong = sorted((r for r in regrets if r[0] > masked_cost.LOSS), reverse=True)
+    lines.append(f"choices: {len(wrong)} of {len(regrets)} cost more than 5 %; the worst:")
+    lines += [
+        f"  {ratio:5.2f}x  {cell}: {kernel}, packed {1e3 * ours:.3f} ms, dense {1e3 * dense:.3f} ms"
+        for ratio, cell, kernel, ours, dense in wrong[:20]
+    ]
+    return lines
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -148,7 +251,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--sizes", nargs="+", type=options.count, default=[4096])
+    parser.add_argument(
+        "--sizes", nargs="+", type=size_text, default=[*SQUARES, *LAYERS, *LAYERS_OF_7B]
+    )
     parser.add_argument("--sparsities", nargs="+", type=options.fraction, default=SPARSITIES)
     parser.add_argument("--batches", nargs="+", type=options.count, default=BATCHES)
     parser.add_argument("--seconds", type=options.positive, default=3.0, help="a point")
@@ -159,9 +264,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small and short, into out/bench")
     parser.add_argument("--out", type=Path, help="folder of masked_linear.json")
     parser.add_argument("--no-write", action="store_true")
+    parser.add_argument("--fit", type=Path, help="check the constants against this results file")
     given = parser.parse_args(arguments)
     if given.quick:
-        given.sizes, given.sparsities, given.seconds = [1024], (0.5, 0.9, 0.99), 0.3
+        given.sizes, given.sparsities, given.seconds = ["1024"], (0.5, 0.9, 0.99), 0.3
         given.batches = (1, 32, 256)
     root = Path(__file__).parents[1]
     given.out = given.out or (root / "out" / "bench" if given.quick else RESULTS)
@@ -171,6 +277,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     given = parse(arguments)
+    if given.fit:
+        print("\n".join(fit(given.fit)))
+        return 0
     use_threads(MODULE, given.threads, arguments)
     rows = measure(given.sizes, given.sparsities, given.batches, given.seconds, given.steps)
     if not given.no_write:

@@ -26,7 +26,14 @@ from paikern.masks import MaskSet, load_masks
 from paikern.pathgraph import register_path_rule
 from paikern.scorers import register_scorer
 from paikern.scores import Dense, Factored, Scores
-from paikern.sparse import MaskedConv1D, MaskedLinear, PackedWeight, dense_keys, pack_keys
+from paikern.sparse import (
+    MaskedConv1D,
+    MaskedConv2d,
+    MaskedLinear,
+    PackedWeight,
+    dense_keys,
+    pack_keys,
+)
 from paikern.sparse.explain import explain
 from paikern.sparse.swap import densify, sparsify
 from paikern.version import __version__
@@ -39,6 +46,7 @@ __all__ = [
     "MaskFormatError",
     "MaskSet",
     "MaskedConv1D",
+    "MaskedConv2d",
     "MaskedLinear",
     "NonFiniteScoreError",
     "PackedWeight",

@@ -310,16 +310,20 @@ class MaskSet(Mapping[str, Tensor]):
     def problems(self, model: nn.Module) -> list[str]:
         """What ``verify`` complains about, one line each; empty if all is well."""
         found, packed, lines = self._match(model)
-        tensors = {name: slot.effective() for name, slot in found.items()}
-        tensors |= {name: weight.to_dense().detach() for name, weight in packed.items()}
-        for name, tensor in tensors.items():
-            if tensor.is_meta:
+        for name, slot in found.items():
+            if slot.tensor.is_meta:
                 lines.append(f"{name} is on the meta device and holds no values")
                 continue
-            alive = (tensor != 0).cpu()
-            revived = int(alive.logical_and_(~self[name].cpu()).sum())
-            if revived:
-                lines.append(f"{name} has {revived} pruned weights that are not 0; apply the masks")
+            alive = (slot.effective() != 0).cpu()
+            lines += _revived(name, int(alive.logical_and_(~self[name].cpu()).sum()))
+        for name, weight in packed.items():
+            if weight.values.is_meta:
+                lines.append(f"{name} is on the meta device and holds no values")
+                continue
+            pruned = ~weight.gather(self[name].to(weight.device))
+            if bool(pruned.any()):
+                alive = weight.values.detach()[pruned] != 0
+                lines += _revived(name, int(alive.sum()))
         return lines
 
     def to_torch_prune(self, model: nn.Module) -> None:
@@ -434,6 +438,10 @@ def _refuse_meta(operation: str, slot: Slot) -> None:
         raise ValueError(
             f"{operation}: '{slot.name}' is sharded (DTensor); apply the masks before sharding"
         )
+
+
+def _revived(name: str, count: int) -> list[str]:
+    return [f"{name} has {count} pruned weights that are not 0; apply the masks"] if count else []
 
 
 def _another_model(problems: Sequence[str]) -> str:

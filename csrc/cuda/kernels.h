@@ -28,6 +28,7 @@ struct KernelList {
 
 KernelList balanced_kernels();
 KernelList bits_kernels();
+KernelList decode_kernels();
 KernelList dpai_kernels();
 KernelList flow_kernels();
 KernelList map_kernels();

@@ -4,7 +4,8 @@
 //              positions written; the bits are read twice, 2 bytes a kept weight written
 //   transpose  a stable sort of the entries by column: entries are counted for each column and block of rows, the
 //              counts added up, and each block of rows goes down its rows in order, where columns differ within a row
-//   scatter    values -> dense [rows, columns]; zeros come from a memset where positions are columns
+//   scatter    values -> dense [rows, columns], written once, by bits at once and by columns through shared memory, a
+//              panel at a time; panels that do not fit go to a dense of zeros
 //   gather     dense -> values; of some rows, so that a gradient need not be dense as a whole
 //
 // Integers are added by atomics where only counts follow from them; every result is that of the CPU, bit for bit.
@@ -13,6 +14,10 @@
 
 #include "block_scan.cuh"
 #include "masked_bits.cuh"
+
+#ifndef PK_DYNAMIC_SHARED  // csrc/testing/cuda_on_cpu.h brings its own
+#define PK_DYNAMIC_SHARED(type, name) extern __shared__ type name[]
+#endif
 
 constexpr int kPkScanBlock = 1024;
 
@@ -183,6 +188,38 @@ PK_DEVICE void pk_packed_words(long long bytes, void *dense, void *values, const
   if (bytes == 2) return move(static_cast<unsigned short *>(dense), static_cast<unsigned short *>(values));
   if (bytes == 4) return move(static_cast<unsigned *>(dense), static_cast<unsigned *>(values));
   move(static_cast<unsigned long long *>(dense), static_cast<unsigned long long *>(values));
+}
+
+// A block has a panel of a row: zeros in shared memory, its values among them, and out.
+template <class Word>
+PK_DEVICE void pk_packed_fill(const PaikernPacked &v, Word *dense, const Word *values) {
+  PK_DYNAMIC_SHARED(uint4, line);
+  constexpr int kWide = 16 / sizeof(Word);
+  const long long panels = pk_packed_panels(v), cell = blockIdx.x, row = cell / panels;
+  const long long first = (cell - row * panels) * v.panel;
+  const int count = static_cast<int>(v.columns - first < v.panel ? v.columns - first : v.panel);
+  const int last = v.starts[cell + 1], low = static_cast<int>(first % kPkPackedColumns);
+  Word *words = reinterpret_cast<Word *>(line), *to = dense + row * v.columns + first;
+  for (int i = static_cast<int>(threadIdx.x); i * kWide < count; i += kPkPackedBlock) line[i] = make_uint4(0, 0, 0, 0);
+  __syncthreads();
+  for (int i = v.starts[cell] + static_cast<int>(threadIdx.x); i < last; i += kPkPackedBlock) {
+    words[v.positions[i] - low] = values[i];
+  }
+  __syncthreads();
+  if (v.columns % kWide == 0 && v.panel % kWide == 0 && reinterpret_cast<unsigned long long>(dense) % 16 == 0) {
+    for (int i = static_cast<int>(threadIdx.x); i * kWide < count; i += kPkPackedBlock) {
+      reinterpret_cast<uint4 *>(to)[i] = line[i];
+    }
+  } else {
+    for (int i = static_cast<int>(threadIdx.x); i < count; i += kPkPackedBlock) to[i] = words[i];
+  }
+}
+
+// bytes: of a value, as below. Blocks: a panel of a row each, with shared memory for one panel, rounded up to 16 bytes.
+extern "C" __global__ void __launch_bounds__(256)
+    paikern_masked_fill(PK_PACKED_PARAMETERS, long long bytes, void *dense, void *kept_values) {
+  const PaikernPacked v = PK_PACKED;
+  pk_packed_words(bytes, dense, kept_values, [&](auto *to, auto *from) { pk_packed_fill(v, to, from); });
 }
 
 // scatter: 1 reads the values and writes the dense rows, 0 the other way; bytes: of a value, 1, 2, 4 or 8. Blocks:

@@ -21,9 +21,9 @@ const std::unordered_map<std::string_view, const cuda::Kernel *> &kernels() {
   static const auto all = [] {
     std::unordered_map<std::string_view, const cuda::Kernel *> found;
     for (const cuda::KernelList &list :
-         {cuda::balanced_kernels(), cuda::bits_kernels(), cuda::dpai_kernels(), cuda::flow_kernels(),
-          cuda::map_kernels(), cuda::masked_kernels(), cuda::path_kernels(), cuda::pattern_kernels(),
-          cuda::phew_kernels(), cuda::select_kernels()}) {
+         {cuda::balanced_kernels(), cuda::bits_kernels(), cuda::decode_kernels(), cuda::dpai_kernels(),
+          cuda::flow_kernels(), cuda::map_kernels(), cuda::masked_kernels(), cuda::path_kernels(),
+          cuda::pattern_kernels(), cuda::phew_kernels(), cuda::select_kernels()}) {
       for (int64_t i = 0; i < list.count; ++i) found[list.kernels[i].name] = &list.kernels[i];
     }
     return found;

@@ -94,7 +94,7 @@ def masked_linear(
 ) -> Tensor:
     rows_of_x, add = _rows(x, columns), None if bias is None else _float(bias)
     batch = rows_of_x.shape[0]
-    if masked_cost.cpu_kernel(rows, columns, kept, batch) == "decode" and decode.finite(rows_of_x):
+    if _decodes(positions, rows, columns, kept, batch) and decode.finite(rows_of_x):
         wide = _float(values)
         where = _where(wide.data_ptr(), positions, starts, rows, columns, panel)
         y = decode.forward(rows_of_x, add, where).view(*x.shape[:-1], rows)
@@ -127,7 +127,7 @@ def masked_linear_input(
 ) -> Tensor:
     rows_of_g = _rows(g, rows)
     batch = rows_of_g.shape[0]
-    if masked_cost.cpu_kernel(rows, columns, kept, batch) == "decode" and decode.finite(rows_of_g):
+    if _decodes(positions, rows, columns, kept, batch) and decode.finite(rows_of_g):
         wide = _float(values)
         where = _where(wide.data_ptr(), positions, starts, rows, columns, panel)
         x = decode.by_input(rows_of_g, where).view(*g.shape[:-1], columns)
@@ -164,7 +164,7 @@ def masked_linear_kept(
     rows_of_g, rows_of_x = _rows(g, rows), _rows(x, columns)
     batch = rows_of_x.shape[0]
     found = torch.empty(kept, dtype=torch.float32)
-    if masked_cost.cpu_kernel(rows, columns, kept, batch) == "decode":
+    if _decodes(positions, rows, columns, kept, batch):
         where = _where(found.data_ptr(), positions, starts, rows, columns, panel)
         decode.by_kept(rows_of_g, rows_of_x, where)
     else:
@@ -177,6 +177,11 @@ def masked_linear_kept(
             found.data_ptr(),
         )
     return found if g.dtype == torch.float32 else found.to(g.dtype)
+
+
+def _decodes(positions: Tensor, rows: int, columns: int, kept: int, batch: int) -> bool:
+    bits = positions.dtype == torch.uint8
+    return masked_cost.cpu_kernel(rows, columns, kept, batch, bits) == "decode"
 
 
 def _panels(columns: int, panel: int) -> int:

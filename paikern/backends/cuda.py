@@ -17,6 +17,11 @@ from paikern.backends.cuda_dpai import dpai_step_, dpai_update_
 from paikern.backends.cuda_launch import current as kernel_provider
 from paikern.backends.cuda_launch import elementwise, run
 from paikern.backends.cuda_maps import live_nodes, map_maximum, map_scale_, through_maximum_
+from paikern.backends.cuda_masked_conv import (
+    masked_conv2d,
+    masked_conv2d_input,
+    masked_conv2d_kept,
+)
 from paikern.backends.cuda_masked_linear import (
     masked_linear,
     masked_linear_input,
@@ -67,6 +72,9 @@ __all__ = [
     "live_nodes",
     "map_maximum",
     "map_scale_",
+    "masked_conv2d",
+    "masked_conv2d_input",
+    "masked_conv2d_kept",
     "masked_linear",
     "masked_linear_input",
     "masked_linear_kept",

@@ -17,6 +17,7 @@ from paikern.backends.cuda_layers import TYPES
 from paikern.backends.cuda_positions import (
     WARPS,
     Packed,
+    Where,
     ceil,
     gather_rows,
     listed,
@@ -29,6 +30,9 @@ __all__ = ["masked_linear", "masked_linear_input", "masked_linear_kept"]
 _WANTED = 4096  # warps that a product is cut into at least, where it has the work
 _FEW = 4  # rows of x that are multiplied where they lie
 _FEW_DOTS = 8
+_TILE_ROWS = 32  # of a block of the decoding kernel
+_WANTED_BLOCKS = 264
+_DECODED = 512  # columns of a block at least, 64 a warp
 _ROW_BLOCK = 1 << 24  # numbers of a gradient that are dense at a time: 32 MB of halves
 
 
@@ -52,6 +56,7 @@ RULES = (
     Rule("output", False, False, 1.0, 4, "index", "not yet measured"),
     Rule("output", False, False, 0.03, _ANY, "index", "not yet measured"),
     Rule("output", False, False, 0.1, 32, "index", "not yet measured"),
+    Rule("output", True, True, 1.0, 64, "decode", "not yet measured"),
     Rule("output", True, False, 1.0, 4, "index", "not yet measured"),
     Rule("input", False, False, 1.0, 4, "index", "not yet measured"),
     Rule("input", False, False, 0.03, _ANY, "index", "not yet measured"),
@@ -61,16 +66,11 @@ RULES = (
 )
 
 
-def choose(operation: str, where: tuple[object, ...], dtype: torch.dtype, batch: int) -> str:
-    """The kernel of an operation: "index", "decode" or "dense".
-
-    Args:
-        where: positions, starts, rows, columns, panel, kept.
-    """
+def choose(operation: str, where: Where, dtype: torch.dtype, batch: int) -> str:
+    """The kernel of an operation: "index", "decode" or "dense"."""
     positions, _, rows, columns, _, kept = where
-    assert isinstance(positions, Tensor)
     bitmap, half = positions.dtype == torch.uint8, dtype != torch.float32
-    density = kept / max(1, rows * columns)  # type: ignore[operator]
+    density = kept / max(1, rows * columns)
     for rule in RULES:
         fits = rule.operation == operation and rule.bitmap == bitmap and rule.halves <= half
         if fits and density <= rule.density and batch <= rule.batch:
@@ -108,6 +108,9 @@ def masked_linear(
     if kernel == "dense":
         dense = scatter_kept(values, *where)
         return torch.nn.functional.linear(flat, dense, bias).view(y.shape)
+    if kernel == "decode":
+        _decode(where, values.contiguous(), flat, bias, y)
+        return y
     if positions.dtype == torch.uint8 and flat.shape[0] <= _FEW:
         _few_bits(where, values.contiguous(), flat, bias, y)
         return y
@@ -181,6 +184,11 @@ def masked_linear_kept(
     return found
 
 
+def _even(tensor: Tensor) -> Tensor:
+    """From a multiple of 16 bytes on."""
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
+
+
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -202,7 +210,7 @@ def _summed(rows: int, y: Tensor, bias: Tensor | None, cut: int) -> tuple[Tensor
 
 
 def _few_bits(
-    where: tuple[Tensor, Tensor, int, int, int, int],
+    where: Where,
     values: Tensor,
     x: Tensor,
     bias: Tensor | None,
@@ -215,6 +223,25 @@ def _few_bits(
     more = (TYPES[x.dtype], bits.data_ptr(), x.data_ptr(), x.shape[0], _address(bias), cut)
     arguments = (*packed.arguments(), *more, to.data_ptr())
     run(x, [Step("paikern_masked_few_bits", ceil(rows * cut, WARPS), arguments), *add])
+
+
+def _decode(
+    where: Where,
+    values: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+) -> None:
+    """y `[batch, rows]` = x `[batch, columns]` V^T + bias, up to 64 rows of x, tensor cores."""
+    bits, starts, rows, columns, panel, kept = where
+    values, x = _even(values), _even(torch.nn.functional.pad(x, (0, -columns % 8)))
+    packed = Packed(values, None, bits, starts, rows, columns, panel, kept)
+    tiles, blocks = next(n for n in (1, 2, 4, 8) if 8 * n >= x.shape[0]), ceil(rows, _TILE_ROWS)
+    cut = min(ceil(_WANTED_BLOCKS, blocks), ceil(columns, panel), ceil(columns, _DECODED))
+    to, add = _summed(rows, y, bias, cut)
+    more = (TYPES[x.dtype], bits.data_ptr(), x.data_ptr(), x.shape[1], x.shape[0])
+    arguments = (*packed.arguments(), *more, _address(bias), cut, to.data_ptr())
+    run(x, [Step(f"paikern_masked_decode_{tiles}", blocks * cut, arguments), *add])
 
 
 def _product(packed: Packed, x: Tensor, bias: Tensor | None, y: Tensor) -> None:

@@ -23,6 +23,7 @@ WARPS = 8  # of a block
 _HIGH = 64  # rows that a block sorts, one after the other
 _CELLS = 1 << 22  # of columns and blocks of rows at most, unless one block has all of a column
 _COLUMNS = 1 << 16  # that 16 bits can tell apart
+_FILL = (256, 1 << 15)  # bytes of a panel that a block makes dense in shared memory
 _WORDS = (1, 2, 4, 8)  # bytes of values that are moved
 
 
@@ -133,12 +134,19 @@ def scatter_kept(
     size = values.element_size()
     if size not in _WORDS:
         return reference.scatter_kept(values, positions, starts, rows, columns, panel, kept)
-    bits = positions.dtype == torch.uint8
-    dense = (torch.empty if bits and kept else torch.zeros)(
-        (rows, columns), dtype=values.dtype, device=values.device
-    )
     where = (positions.contiguous(), starts.contiguous(), rows, columns, panel, kept)
-    _move(values.contiguous(), dense, where, 0, rows, scatter=True)
+    values, line = values.contiguous(), ceil(min(panel, columns) * size, 16) * 16
+    if kept == 0 or (positions.dtype == torch.int16 and not _FILL[0] <= line <= _FILL[1]):
+        dense = values.new_zeros(rows, columns)
+    else:
+        dense = values.new_empty(rows, columns)
+        if positions.dtype == torch.int16:
+            packed = Packed(None, None, *where).arguments()
+            more = (size, dense.data_ptr(), values.data_ptr())
+            blocks = rows * ceil(columns, panel)
+            run(values, [Step("paikern_masked_fill", blocks, (*packed, *more), shared=line)])
+            return dense
+    _move(values, dense, where, 0, rows, scatter=True)
     return dense
 
 

@@ -2,27 +2,55 @@
 
 The constants are measured on a CPU with AVX-512 and two threads, and they are used as they are
 everywhere: a choice that depended on the machine could differ between the ranks of one run.
+`python -m bench.run_masked_linear --fit FILE` holds them against a results file.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from typing import NamedTuple
 
 import torch
 
-# 4096 x 4096, float32, two threads (python -m bench.run_masked_linear).
-CALL = 15e-6  # a call of the operation through Python
-ENTRY = 0.18e-9  # a kept weight times one row of x, by gathers
-VECTOR = 0.30e-9  # a kept weight times 16 rows of x in a panel
-PANEL = 0.25e-9  # an element of x put into a panel, or of y taken out of one
-DECODE = 0.10e-9  # an element of a dense block of rows written from the packed weight
-DENSE_CALL = 8e-6
-DENSE_BYTE = 0.025e-9  # a byte of the weight through a matrix-vector product
-DENSE_FLOP = 2.2e-12  # half a multiply-add of the best library at 32 rows of x or more
+# Seconds, float32, two threads: Xeon (Sapphire Rapids generation), 64 x 256 up to 8192 x 8192.
+CALL = 11e-6  # a call through Python: 64 x 256 at one row of x
+ENTRY = 0.13e-9  # a kept weight times one row of x: 0.24 ms for 1.68 million of them
+BEYOND = 0.3e-9  # and more for those that no cache holds: 2.0 ms for 8.4 million
+CACHED = 5_600_000  # kept weights, 6 bytes each
+ALONE = 131_072  # kept weights times vectors up to which one thread works
+# A kept weight times 16 rows of x out of a panel of 4096 columns: 15.8 ms for 3.36 million, 16
+# times. Smaller panels lie in nearer caches: 0.9 ms for 210,000 weights of 1024 columns.
+VECTOR, WIDE, NEARER = 0.31e-9, 4096, 0.15
+NARROW = 0.05e-9  # and more up to 32 rows of x, a panel of 16 rows for each thread
+PANEL = 0.12e-9  # an element of x put into a panel, or of y taken out of one
+FAR = 0.12e-9  # and more for those behind the first two million
+COLLECT = 1.2e-9  # a value brought into the order of the transposed weight
+LIST = 0.5e-9  # an element of a weight whose bits are turned into columns for one call
+DECODE = 0.4e-9  # an element of the weight written to a block and read by the product
+FINITE = 0.15e-9  # an element of x or y looked at or copied on the way there
+DENSE_CALL = 2e-6
+DENSE_EDGE = 0.12e-9  # an element of x and y
+STREAM = 0.045e-9  # an element of a dense weight beyond the two million that caches hold
+STREAMED = 2_000_000
+# An element of a dense weight, by rows of x, with the best of three libraries; the points between
+# lie on lines of log over log.
+DENSE = (
+    (1, 0.053e-9),
+    (4, 0.1e-9),
+    (16, 0.17e-9),
+    (32, 0.31e-9),
+    (256, 1.5e-9),
+    (1024, 5.9e-9),
+    (4096, 23.6e-9),
+)
 LANES = 16
 FEW = 2  # rows of x that go by gathers
-LOSS = 1.05  # what a packed weight may take, dense being 1
+# Half of the times are predicted within a tenth or so: the index kernels are taken where they
+# should win by that, decoded rows, which take what dense takes and some more, up to a loss of 5 %.
+GAIN, LOSS = 0.9, 1.05
+BITMAP_DENSITY = 0.5  # from which PackedWeight keeps bits unless told otherwise
 
 
 class Estimate(NamedTuple):
@@ -42,30 +70,51 @@ class Estimate(NamedTuple):
     why: str
 
 
-def index_seconds(rows: int, columns: int, kept: int, batch: int) -> float:
-    """One product by the index kernel."""
-    if batch <= FEW:
-        return CALL + kept * batch * ENTRY
-    vectors = -(-batch // LANES)
-    return CALL + kept * vectors * VECTOR + (rows + columns) * vectors * LANES * PANEL
-
-
-def dense_seconds(rows: int, columns: int, batch: int) -> float:
-    """One product by the fastest dense library."""
+def dense_seconds(rows: int, columns: int, batch: int, *, training: bool = False) -> float:
+    """One product by the fastest dense library, or all three of a training step."""
     numel = rows * columns
-    return DENSE_CALL + max(4 * numel * DENSE_BYTE, 2 * numel * batch * DENSE_FLOP)
+    each = DENSE_CALL + numel * _dense_rate(batch) + STREAM * max(0, numel - STREAMED)
+    each += (rows + columns) * batch * DENSE_EDGE
+    return 3 * each if training else each
 
 
-def decode_seconds(rows: int, columns: int, batch: int) -> float:
-    """One product by the library on blocks of rows made dense."""
-    return CALL + dense_seconds(rows, columns, batch) + rows * columns * DECODE
+def index_seconds(
+    rows: int, columns: int, kept: int, batch: int, *, bits: bool = False, training: bool = False
+) -> float:
+    """The same by the kernels that go over the kept weights."""
+    listing = LIST * rows * columns if bits else 0.0
+    if batch <= FEW:
+        alone = 2 if kept <= ALONE else 1
+        forward = batch * kept * ENTRY * alone + BEYOND * max(0, kept - CACHED)
+    else:
+        forward = _panels(rows, columns, kept, batch)
+    if not training:
+        return CALL + listing + forward
+    # The transposed weight of bits is made anew in every call, too.
+    by_input = forward + kept * COLLECT + (2 * listing if bits else 0.0)
+    return 3 * (CALL + listing) + forward + by_input + _panels(rows, columns, kept, batch)
+
+
+def decode_seconds(rows: int, columns: int, batch: int, *, training: bool = False) -> float:
+    """The same by the library on blocks of rows made dense."""
+    blocks = CALL + rows * columns * DECODE + (rows + columns) * batch * FINITE
+    dense = dense_seconds(rows, columns, batch, training=training)
+    return dense + (3 * blocks if training else blocks)
+
+
+def packed(
+    rows: int, columns: int, kept: int, batch: int, *, bits: bool = False, training: bool = False
+) -> tuple[str, float]:
+    """Which kernel a weight that is packed already takes, "index" or "decode", and its time."""
+    index = index_seconds(rows, columns, kept, batch, bits=bits, training=training)
+    decode = decode_seconds(rows, columns, batch, training=training)
+    return ("index", index) if index <= GAIN * decode else ("decode", decode)
 
 
 @functools.lru_cache(maxsize=4096)
-def cpu_kernel(rows: int, columns: int, kept: int, batch: int) -> str:
-    """ "index" or "decode", whichever is faster for a weight that is packed already."""
-    index = index_seconds(rows, columns, kept, batch)
-    return "index" if index <= decode_seconds(rows, columns, batch) else "decode"
+def cpu_kernel(rows: int, columns: int, kept: int, batch: int, bits: bool = False) -> str:
+    """The kernel of `packed` for one product."""
+    return packed(rows, columns, kept, batch, bits=bits)[0]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -84,7 +133,8 @@ def estimate(
     Args:
         device: where the layer is; there are figures for the CPU only.
         batch: rows of x, all leading axes together.
-        dtype: of the weight.
+        dtype: of the weight. The figures are those of float32; kernels for halves add a conversion
+            of x and y, and their dense products are slower too.
         training: the gradients for x and for the weight count too.
 
     Example:
@@ -98,13 +148,31 @@ def estimate(
         return Estimate("index", None, None, f"not yet measured on {kind}: packed for its memory")
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return Estimate("dense", None, None, f"no packed kernel for {dtype}")
-    products = 3 if training else 1
-    dense = products * dense_seconds(rows, columns, batch)
-    index = products * index_seconds(rows, columns, kept, batch)
-    decode = products * decode_seconds(rows, columns, batch)
-    kernel, seconds = ("index", index) if index <= decode else ("decode", decode)
+    dense = dense_seconds(rows, columns, batch, training=training)
     density = kept / max(1, rows * columns)
+    kernel, seconds = packed(
+        rows, columns, kept, batch, bits=density > BITMAP_DENSITY, training=training
+    )
     times = f"{1e3 * seconds:.3g} ms against {1e3 * dense:.3g} dense at density {density:.3g}"
-    if seconds > LOSS * dense:
+    if seconds > (GAIN if kernel == "index" else LOSS) * dense:
         return Estimate("dense", dense, dense, f"{kernel} would take {times}")
     return Estimate(kernel, seconds, dense, times)
+
+
+def _panels(rows: int, columns: int, kept: int, batch: int) -> float:
+    vectors = -(-batch // LANES)
+    each = VECTOR * (min(max(columns, 1), WIDE) / WIDE) ** NEARER + (NARROW if vectors <= 2 else 0)
+    moved = (rows + columns) * vectors * LANES
+    time = kept * vectors * each + moved * PANEL + max(0, moved - STREAMED) * FAR
+    return 2 * time if kept * vectors <= ALONE else time
+
+
+def _dense_rate(batch: int) -> float:
+    """Between the points of DENSE, and in proportion to the batch behind the last one."""
+    if batch <= DENSE[0][0]:
+        return DENSE[0][1]
+    for (low, a), (high, b) in itertools.pairwise(DENSE):
+        if batch <= high:
+            at = math.log(batch / low) / math.log(high / low)
+            return a * (b / a) ** at
+    return DENSE[-1][1] * batch / DENSE[-1][0]

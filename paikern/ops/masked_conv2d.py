@@ -130,12 +130,13 @@ def masked_conv2d(
     dilation: Pair = 1,
     groups: int = 1,
 ) -> Tensor:
-    """`F.conv2d(x, dense, bias, ...)` with `dense = weight.to_dense()` as `[out, in, kh, kw]`.
+    """`F.conv2d(x, weight.to_dense(), bias, ...)`, the weight as `[out, in / groups, kh, kw]`.
 
     Args:
         x: `[batch, in, H, W]` or `[in, H, W]`, of the dtype of the weight, any strides. Under
             autocast it, the values and the bias are cast as those of `F.conv2d` are.
-        weight: a `PackedWeight` of shape `[out, in / groups * kh * kw]`, the flattened weight.
+        weight: a `PackedWeight` of shape `[out, in / groups, kh, kw]`, or flattened to
+            `[out, in / groups * kh * kw]`.
         bias: `[out]` or None, of the same dtype.
         kernel, stride, padding, dilation: one integer or two, (rows, columns). Other padding than
             zeros comes before, with `F.pad`.
@@ -157,7 +158,7 @@ def masked_conv2d(
     Example:
         >>> import torch, paikern as pk
         >>> w = torch.tensor([[[[1.0, 2.0], [0.0, -1.0]]]])
-        >>> packed = pk.PackedWeight.from_dense(w.flatten(1), (w != 0).flatten(1))
+        >>> packed = pk.PackedWeight.from_dense(w, w != 0)
         >>> masked_conv2d(torch.arange(6.0).reshape(1, 1, 2, 3), packed, kernel=2).tolist()
         [[[[-2.0, 0.0]]]]
     """
@@ -168,7 +169,7 @@ def masked_conv2d(
             "make one with PackedWeight.from_dense(weight.flatten(1), mask)"
         )
     kind = values.device.type
-    if torch.is_autocast_enabled(kind) and values.dtype != torch.float64:
+    if kind != "meta" and torch.is_autocast_enabled(kind) and values.dtype != torch.float64:
         wanted = torch.get_autocast_dtype(kind)
         x, values = x.to(wanted), values.to(wanted)
         bias = None if bias is None else bias.to(wanted)
@@ -205,7 +206,7 @@ def _check(
     dilation: list[int],
     groups: int,
 ) -> None:
-    rows, columns = weight.shape
+    rows, columns = weight.rows, weight.columns
     taps = kernel[0] * kernel[1]
     if min(kernel) < 1 or columns % taps:
         raise ValueError(

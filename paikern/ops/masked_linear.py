@@ -135,7 +135,8 @@ def masked_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -
         that does not depend on the number of threads. Differentiable, any number of times, in x,
         in `weight.values` (the gradient exists at the kept positions only) and in the bias.
         A pruned weight multiplies nothing: NaN or infinity in x reaches the rows that keep a
-        weight for it, where a dense product with zeros would spread NaN to all.
+        weight for it, where a dense product with zeros would spread NaN to all. Not so on a GPU
+        where the weight is made dense, as a whole or in tiles, for the length of the call.
 
     Raises:
         ValueError: shapes that do not fit, tensors on different devices. TypeError: another dtype

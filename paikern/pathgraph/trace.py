@@ -20,6 +20,7 @@ from paikern.errors import PathRuleError
 from paikern.pathgraph import capture, exported
 from paikern.pathgraph.graph import PathGraph, PathValue
 from paikern.pathgraph.tracer import Tracer
+from paikern.sparse.packed_weight import packed_weights
 
 
 def trace(model: nn.Module, example_inputs: Any) -> PathGraph:
@@ -35,7 +36,8 @@ def trace(model: nn.Module, example_inputs: Any) -> PathGraph:
         The graph. Floating outputs are summed; other outputs are ignored.
 
     Raises:
-        PathRuleError: an operation has no path rule; names the operation and its module.
+        PathRuleError: an operation has no path rule, the operation and its module are named; or a
+            weight is packed.
         ValueError: `example_inputs` is missing or does not run through the model.
 
     Example:
@@ -45,6 +47,8 @@ def trace(model: nn.Module, example_inputs: Any) -> PathGraph:
         PathGraph(3 steps, 2 weights)
     """
     args, kwargs = _one_sample(example_inputs)
+    for name in packed_weights(model):
+        raise PathRuleError(f"trace: '{name}' is packed; use pk.densify first")
     try:
         return _captured(model, args, kwargs)
     except (Exception, capture.UnsupportedError):

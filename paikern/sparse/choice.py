@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from paikern.backends import masked_cost
+from paikern.backends.masked_conv_cost import estimate_conv
 from paikern.backends.masked_cost import Estimate
 from paikern.sparse.layers import Place, matrix
+from paikern.sparse.masked_conv2d import MaskedConv2d
+
+NO_MAPS = "the size of its maps decides: give example_inputs"
 
 
 def estimate(
     layer: nn.Module,
     kept: int,
-    like: torch.Tensor,
+    like: Tensor,
     shape: tuple[int, ...] | None,
     batch: int,
     *,
@@ -25,14 +29,47 @@ def estimate(
         layer: one that can be packed or is.
         kept: weights that it keeps.
         like: a tensor of the dtype and device of the weight.
-        shape: of its x, if that is known.
+        shape: of its x, if that is known; a convolution needs it.
         batch: else the rows of x of a linear layer.
         training: both gradients count too.
     """
+    if isinstance(layer, (nn.Conv2d, MaskedConv2d)):
+        return _convolution(layer, kept, like, shape, training)
     rows, columns = matrix(layer)
     batch = _rows_of_x(shape, batch)
     return masked_cost.estimate(
         like.device.type, rows, columns, kept, batch, dtype=like.dtype, training=training
+    )
+
+
+def _convolution(
+    layer: nn.Conv2d | MaskedConv2d,
+    kept: int,
+    like: Tensor,
+    shape: tuple[int, ...] | None,
+    training: bool,
+) -> Estimate:
+    if shape is None or len(shape) < 3:
+        return Estimate("dense", None, None, NO_MAPS)
+    kernel, dilation, padding = layer.kernel_size, layer.dilation, layer.padding
+    high, wide = shape[-2:]
+    if padding == "same":  # all of it around the map
+        high, wide = high + dilation[0] * (kernel[0] - 1), wide + dilation[1] * (kernel[1] - 1)
+    around = (0, 0) if isinstance(padding, str) else (padding[0], padding[1])
+    return estimate_conv(
+        like.device.type,
+        layer.out_channels,
+        layer.in_channels,
+        kernel,
+        (high, wide),
+        kept,
+        torch.Size(shape[:-3]).numel(),
+        stride=layer.stride,
+        padding=around,
+        dilation=dilation,
+        groups=layer.groups,
+        dtype=like.dtype,
+        training=training,
     )
 
 
@@ -55,14 +92,31 @@ def loss(
     return found[0].why if all(entry.kernel == "dense" for entry in found) else ""
 
 
-def kernel(
-    layer: nn.Module, kept: int, found: Estimate, shape: tuple[int, ...] | None, batch: int
-) -> str:
-    """What runs in a packed layer; where dense would be faster it runs packed all the same."""
-    if found.kernel != "dense":
-        return found.kernel
+def packed(
+    layer: nn.Module,
+    kept: int,
+    found: Estimate,
+    shape: tuple[int, ...] | None,
+    batch: int,
+    *,
+    training: bool,
+) -> tuple[str, float | None]:
+    """Kernel and seconds of a layer that is packed, also where dense would be faster.
+
+    A convolution that is packed and slower so runs dense, on the weight made dense for the call.
+    """
+    if found.why == NO_MAPS:
+        return "unknown", None
+    if found.kernel != "dense" or found.seconds is None or isinstance(layer, MaskedConv2d):
+        return found.kernel, found.seconds
     rows, columns = matrix(layer)
-    return masked_cost.cpu_kernel(rows, columns, kept, _rows_of_x(shape, batch))
+    batch = _rows_of_x(shape, batch)
+    runs = masked_cost.cpu_kernel(rows, columns, kept, batch)
+    if runs == "index":
+        seconds = masked_cost.index_seconds(rows, columns, kept, batch)
+    else:
+        seconds = masked_cost.decode_seconds(rows, columns, batch)
+    return runs, (3 if training else 1) * seconds
 
 
 def _rows_of_x(shape: tuple[int, ...] | None, batch: int) -> int:

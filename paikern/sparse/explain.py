@@ -28,7 +28,8 @@ class LayerPlan:
         name, shape: of the dense weight.
         kept: how many of its entries are kept; of a dense weight those that are not 0.
         packed: whether the layer stores the kept values only.
-        forward, backward: the kernels that run, "index", "decode" or "dense".
+        forward, backward: the kernels that run: "index", "decode", "direct" (a convolution by its
+            kept weights), "dense", or "unknown" (a convolution of maps of unknown size).
         why: what speaks for it.
         seconds, dense_seconds: expected for one pass over the layer, as it is and dense; None where
             nothing is measured.
@@ -207,22 +208,22 @@ def _plan(
 ) -> LayerPlan:
     if isinstance(owner, MaskedModule):
         weight = owner.weight
-        forward = choice.estimate(owner, weight.nnz, weight.values, shape, batch, training=False)
+        one = choice.estimate(owner, weight.nnz, weight.values, shape, batch, training=False)
         step = choice.estimate(owner, weight.nnz, weight.values, shape, batch, training=True)
-        chosen = step if training else forward
+        forward = choice.packed(owner, weight.nnz, one, shape, batch, training=False)
+        both = choice.packed(owner, weight.nnz, step, shape, batch, training=True)
         item = weight.values.element_size()
-        held = _COPIES * weight.nnz * item + (weight.nbytes - weight.nnz * item)
         return LayerPlan(
             name,
             tuple(weight.shape),
             weight.nnz,
             True,
-            choice.kernel(owner, weight.nnz, forward, shape, batch),
-            choice.kernel(owner, weight.nnz, step, shape, batch),
-            chosen.why,
-            chosen.seconds,
-            chosen.dense_seconds,
-            held,
+            forward[0],
+            both[0],
+            (step if training else one).why,
+            (both if training else forward)[1],
+            (step if training else one).dense_seconds,
+            weight.nbytes + (_COPIES - 1) * weight.nnz * item,
             _COPIES * weight.shape.numel() * item,
         )
     assert place is not None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from paikern._names import Slot, slots, storage_key, unwrap, walk
+from paikern.sparse.masked_conv2d import MaskedConv2d
 from paikern.sparse.masked_linear import MaskedConv1D, MaskedLinear
 from paikern.sparse.masked_module import MaskedModule
 from paikern.sparse.packed_weight import DTYPES, PackedWeight
@@ -70,7 +71,7 @@ def places(model: nn.Module, found: dict[str, Slot]) -> list[Place]:
 
 
 def kind(layer: nn.Module) -> str:
-    """ "linear", "conv1d" (transformers' `Conv1D`), or "" for any other layer.
+    """ "linear", "conv1d" (transformers' `Conv1D`), "conv2d", or "" for any other layer.
 
     A subclass with a forward of its own is another layer: it may do more with its weight.
     """
@@ -79,6 +80,9 @@ def kind(layer: nn.Module) -> str:
     definer = next(cls for cls in type(layer).__mro__ if "forward" in vars(cls))
     if definer is nn.Linear:
         return "linear"
+    if definer is nn.Conv2d:
+        usual = type(layer)._conv_forward is nn.Conv2d._conv_forward  # type: ignore[attr-defined]
+        return "conv2d" if usual else ""
     # transformers' Conv1D goes by its class name, so that transformers is not imported.
     return "conv1d" if definer.__name__ == "Conv1D" else ""
 
@@ -97,6 +101,8 @@ def matrix(layer: nn.Module) -> tuple[int, int]:
 
 def masked(layer: nn.Module, weight: PackedWeight) -> MaskedModule:
     """The layer with its weight packed."""
+    if isinstance(layer, nn.Conv2d):
+        return MaskedConv2d.from_conv(layer, weight=weight)
     if isinstance(layer, nn.Linear):
         return MaskedLinear.from_linear(layer, weight=weight)
     return MaskedConv1D.from_conv1d(layer, weight=weight)

@@ -165,6 +165,10 @@ def densify(model: nn.Module, *, optimizer: Any = None) -> nn.Module:
     exchanges: dict[int, Exchange] = {}
     for name, layer in layers.masked_modules(model):
         weight = layer.weight
+        if hasattr(weight.values, "placements"):
+            raise ValueError(
+                f"densify: '{name}' is sharded (DTensor); densify the model before sharding"
+            )
         known = exchanges.get(id(weight))
         dense = layer.to_dense(None if known is None else known.new)
         new[id(layer)] = dense
@@ -226,6 +230,12 @@ def _swap(
     optimizer: Any,
 ) -> nn.Module:
     """Exchange layers and parameters, or nothing at all."""
+    for module in model.modules():
+        if id(module._modules.get("_orig_mod")) in new:
+            raise ValueError(
+                f"{operation}: a layer by itself is compiled and would go on as it was; use the "
+                "layer inside it (._orig_mod), then compile it again"
+            )
     gradients = [optimizers.gradient(exchange) for exchange in exchanges]
     before = list(model.parameters())
     old = {id(module): module for module in model.modules() if id(module) in new}

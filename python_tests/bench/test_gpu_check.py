@@ -37,13 +37,14 @@ def test_benchmark_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert run_gpu.main(["--out", str(tmp_path), "--device", "cpu", "--tiny"]) == 0
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert found["left_out"] == []
-    assert {row["op"] for row in found["rows"]} == {"path", "topk"}
+    assert {row["op"] for row in found["rows"]} == {"path", "topk", "masked_linear"}
     assert {row.get("method") for row in found["rows"]} >= {"synflow", "dpai"}
     for row in found["rows"]:
         assert row["seconds"] > 0, row
         assert math.isclose(row["ratio"], row["reference_seconds"] / row["seconds"])
         assert row["bandwidth_fraction"] > 0, row
         assert row.get("masks_agree", True), row
+        assert row.get("close", True), row
         assert row.get("mask_agreement", 1.0) > 0.9, row
     assert "of a copy" in capsys.readouterr().out
     # A part for which there is no time is named.

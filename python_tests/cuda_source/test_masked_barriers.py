@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from paikern.backends import cuda_positions
+from paikern.backends import cuda_masked_linear, cuda_positions
 from paikern.backends.cuda_launch import provided
 from python_tests.cuda_source import barriers, shim
 from python_tests.cuda_source.masked_calls import kernel_of, make, of_backend
@@ -25,11 +25,19 @@ def products(on_cpu: shim.OnCpu) -> Iterator[list[Tensor]]:
         x, g = torch.randn(batch, columns), torch.randn(batch, rows)
         with provided(on_cpu), kernel_of("index"):
             yield of_backend(case, x, g)
+    for columns, batch in ((300, 12), (700, 30)):
+        case = make(40, columns, 0.6, torch.bfloat16, format="bitmap")
+        where = case.packed.where(transposed=False)
+        x, values = torch.randn(batch, columns).bfloat16(), case.packed.values.detach()
+        with provided(on_cpu), kernel_of("decode"):
+            yield [cuda_masked_linear.masked_linear(x, values, None, *where)]
     for rows in (40, 33):
         case = make(rows, 300, 0.5)
         where = case.packed.where(transposed=False)
         with provided(on_cpu):
             yield list(cuda_positions.transpose_positions(*where[:2], rows, 300, 4096))
+            values = case.packed.values.detach()
+            yield [cuda_positions.scatter_kept(values, *where[:2], *where[5:])]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +61,7 @@ def test_results_do_not_depend_on_the_order_of_warps(ordered: shim.OnCpu) -> Non
 
 def test_with_all_barriers_nothing_is_wrong(missed: dict[tuple[str, int], bool]) -> None:
     assert missed["none", 1] is False
-    assert len(BARRIERS) >= 3
+    assert len(BARRIERS) >= 8
 
 
 @pytest.mark.parametrize(("file", "line"), BARRIERS)

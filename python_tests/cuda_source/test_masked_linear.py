@@ -12,7 +12,7 @@ import paikern as pk
 from paikern import ops
 from paikern.backends import cuda_masked_linear, registry
 from python_tests.cuda_source.masked_calls import SHAPES, checked, kernel, make, of
-from python_tests.ops.masked_linear_cases import DENSITIES, DTYPES, error
+from python_tests.ops.masked_linear_cases import DENSITIES, DTYPES, check, error
 
 pytestmark = pytest.mark.cuda_source
 KERNELS = ("index", "dense")
@@ -224,6 +224,16 @@ def test_a_gradient_is_dense_for_some_rows_at_a_time(monkeypatch: pytest.MonkeyP
         with kernel("dense"):
             found = torch.ops.paikern.masked_linear_kept(g, x, *packed.where(transposed=False))
         torch.testing.assert_close(found, (g.T @ x)[case.mask])
+
+
+@pytest.mark.parametrize("format", ["index", "bitmap"])
+@pytest.mark.parametrize("density", [0.02, 0.08, 0.6])
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+def test_masked_linear_as_the_table_has_it(format: str, density: float, dtype: torch.dtype) -> None:
+    case = make(70, 130, density, dtype, format=format, panel=64)
+    with registry.using("cuda_source"):
+        for batch in (1, 4, 5, 33, 64, 65):
+            check(case, torch.randn(batch, 130).to(dtype), bias=batch % 2 == 0)
 
 
 def test_the_table_has_a_kernel_for_everything() -> None:

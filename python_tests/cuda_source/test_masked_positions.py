@@ -68,7 +68,8 @@ DTYPES = (
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("panel", PANELS)
 def test_scatter_kept_and_gather_kept(dtype: torch.dtype, panel: int, bitmap: bool) -> None:
-    for shape, density in (((33, 131), 0.3), ((5, 40), 0.0), ((7, 9), 1.0), ((0, 4), 1.0)):
+    shapes = (33, 131), (6, 640), (5, 40), (7, 9), (0, 4)
+    for shape, density in zip(shapes, (0.3, 0.2, 0.0, 1.0, 1.0), strict=True):
         mask = torch.rand(shape) < density
         bits, kept = ops.pack_mask(mask), int(mask.sum())
         positions, starts = ops.list_positions(bits, kept, *shape, panel)
@@ -93,6 +94,17 @@ def test_moving_with_more_columns_than_16_bits(bitmap: bool) -> None:
         again = ops.scatter_kept(values, *where)
     assert torch.equal(values, dense[mask])
     assert torch.equal(again, dense * mask)
+
+
+@pytest.mark.parametrize("panel", [16_384, 65_536])
+def test_a_panel_that_does_not_fit_shared_memory(panel: int) -> None:
+    for dtype in (torch.int8, torch.float16):
+        mask = torch.rand(2, 66_000) < 0.01
+        bits, kept = ops.pack_mask(mask), int(mask.sum())
+        where = (*ops.list_positions(bits, kept, *mask.shape, panel), *mask.shape, panel, kept)
+        dense = torch.randint(-9, 9, mask.shape).to(dtype)
+        with registry.using("cuda_source"):
+            assert torch.equal(ops.scatter_kept(dense[mask], *where), dense * mask)
 
 
 def test_derivatives_are_each_other() -> None:

@@ -78,6 +78,37 @@ def test_native_positions_equal_those_of_the_reference(
     assert all(torch.equal(a, b) for a, b in zip(native, reference, strict=True))
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(0, 6), min_size=3, max_size=5),
+    st.floats(0, 1),
+    st.sampled_from(DTYPES),
+    st.sampled_from(("auto", *FORMATS)),
+    st.sampled_from((1, 8, 4096)),
+)
+def test_convolution_weights_keep_their_shape(
+    shape: list[int], density: float, dtype: torch.dtype, format: str, panel: int
+) -> None:
+    weight, mask = torch.randn(shape).to(dtype), torch.rand(shape) < density
+    packed = pk.PackedWeight.from_dense(weight, mask, format=format, panel=panel)
+    assert packed.shape == weight.shape
+    assert (packed.rows, packed.columns) == (shape[0], torch.Size(shape[1:]).numel())
+    assert torch.equal(packed.to_dense(), weight.masked_fill(~mask, 0))
+    assert torch.equal(packed.values, weight[mask])
+    assert torch.equal(packed.packed_mask(), ops.pack_mask(mask))
+    other = torch.randn(shape)
+    assert torch.equal(packed.gather(other), other[mask])
+    assert torch.equal(packed.scatter(other[mask]), other.masked_fill(~mask, 0))
+    with pk.dense_keys():
+        assert packed.state_dict()["weight"].shape == weight.shape
+
+
+def test_gather_names_another_shape() -> None:
+    packed = make(3, 4, 0.5).packed
+    with pytest.raises(ValueError, match=r"dense must have the shape \(3, 4\), got \(4, 3\)"):
+        packed.gather(torch.ones(4, 3))
+
+
 def test_positions_by_hand() -> None:
     mask = torch.tensor([[1, 0, 0, 1, 1], [0, 0, 0, 0, 0], [0, 1, 0, 0, 1]], dtype=torch.bool)
     positions, starts = ops.list_positions(ops.pack_mask(mask), 5, 3, 5, 4)
@@ -158,6 +189,10 @@ def test_from_dense_names_what_is_wrong() -> None:
         pack(weight[:, 0], mask[:, 0])
     with pytest.raises(TypeError, match=r"weight must be float32, .* got torch\.int64"):
         pack(weight.long(), mask)
+    with pytest.raises(ValueError, match="weight is on the meta device; load its values first"):
+        pack(weight.to("meta"), mask.to("meta"))
+    with pytest.raises(ValueError, match=r"shape must be \(out, in, \*kernel\), got \(3,\)"):
+        pk.PackedWeight(torch.ones(0), torch.zeros(1, dtype=torch.uint8), (3,))
     with pytest.raises(ValueError, match=r"mask must have the shape \(3, 5\) .* got \(5, 3\)"):
         pack(weight, mask.T)
     with pytest.raises(TypeError, match=r"mask must be bool or packed bits .* got torch\.float32"):
@@ -281,6 +316,12 @@ def test_state_dicts_that_do_not_fit() -> None:
 def test_files_give_the_weight_back(
     tmp_path: Path, dtype: torch.dtype, format: str, shape: tuple[int, int]
 ) -> None:
+    torch.manual_seed(0)
+    maps = torch.randn(3, 2, 2, 5).to(dtype)
+    path = tmp_path / "maps.safetensors"
+    pk.PackedWeight.from_dense(maps, maps > 0, format=format).save(path)
+    assert torch.equal(pk.PackedWeight.load(path).to_dense(), maps.clamp(min=0))
+    path.unlink()
     for density in (0.0, 0.3, 1.0):
         case = make(*shape, density, dtype, format=format)
         path = tmp_path / "weight.safetensors"

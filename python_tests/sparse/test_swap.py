@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations, prune
 
 import paikern as pk
+from paikern.pathgraph import trace
 from paikern.sparse import swap
 from paikern.zoo.gpt2 import Conv1D
 from python_tests.sparse import nets
@@ -257,6 +258,10 @@ def test_wrapped_models() -> None:
     masks.verify(compiled)
     pk.densify(compiled)
     assert_equal(model.state_dict(), state)
+    alone = torch.compile(nn.Linear(4, 4), backend="eager")
+    with pytest.raises(ValueError, match=r"a layer by itself is compiled .*\(\._orig_mod\)"):
+        pk.sparsify(alone, nets.random_masks(alone), force=True)
+    assert type(alone._orig_mod) is nn.Linear
     parallel = nn.DataParallel(model)
     for change in (lambda: pk.sparsify(parallel, masks), lambda: pk.densify(parallel)):
         with pytest.raises(ValueError, match=r"DataParallel holds the parameters .*\(\.module\)"):
@@ -289,6 +294,10 @@ def test_packed_twice_and_pruned_again() -> None:
     mixed = nn.Sequential(model, nn.Linear(5, 5))
     with pytest.warns(pk.PaikernWarning, match=r"0.first.weight and 2 more left out: packed"):
         assert list(pk.prune(mixed, "magnitude", sparsity=0.5)) == ["1.weight"]
+    with pytest.raises(
+        pk.PathRuleError, match=r"trace: '0.first.weight' is packed; use pk.densify"
+    ):
+        trace(mixed, torch.ones(1, 24))
 
 
 # --- optimizers ----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Packed models in DDP: two processes train as one does, and nothing is broadcast."""
+"""Packed models in DDP and FSDP2: two processes train as one does, and nothing is broadcast."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
@@ -47,8 +49,23 @@ def worker(rank: int, folder: str) -> None:
         masks.verify(wrapped)
         assert pk.MaskSet.from_model(wrapped) == masks
         torch.save(wrapped.state_dict(), f"{folder}/{rank}.pt")
+        shard(masks)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def shard(masks: pk.MaskSet) -> None:
+    """FSDP2 cuts the values like any other parameter."""
+    model, _ = packed()
+    twin = copy.deepcopy(model)
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in (model.first, model.again, model.last, model):
+        fully_shard(layer, mesh=mesh)
+    found = nets.train(model, optimizer_of(model), 3)
+    assert found == pytest.approx(nets.train(twin, optimizer_of(twin), 3), rel=1e-6)
+    masks.verify(model)
+    with pytest.raises(ValueError, match=r"densify: 'first' is sharded \(DTensor\)"):
+        pk.densify(model)
 
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
