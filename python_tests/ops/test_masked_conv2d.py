@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -14,7 +17,7 @@ from paikern import ops
 from paikern.backends import cpu_masked_conv, registry
 from python_tests.ops.masked_conv_cases import Case, check, make
 from python_tests.ops.masked_linear_cases import DENSITIES, DTYPES, EXCESS, error
-from python_tests.ops.test_masked_linear import ids, same_for_any_team
+from python_tests.ops.test_masked_linear import ROOT, ids, same_for_any_team
 
 LAYERS: dict[str, tuple[int, int, tuple[int, int], dict[str, Any]]] = {
     "3x3": (20, 16, (3, 3), {"padding": 1}),
@@ -336,3 +339,30 @@ def test_masked_conv2d_names_what_is_wrong() -> None:
         ops.masked_conv2d(x, case.dense, kernel=3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="x is on meta and the weight on cpu; move them to one"):
         case.run(x.to("meta"))
+
+
+ISA_CODE = """
+import torch
+from paikern.backends import cpu, cpu_masked_conv
+print(cpu.isa())
+cpu_masked_conv.conv_kernel = lambda *_: "direct"
+from python_tests.ops import test_masked_conv2d as tests
+torch.manual_seed(0)
+for name in tests.LAYERS:
+    for density in (0.0, 0.1, 1.0):
+        tests.test_masked_conv2d_equals_the_definition(name, density, "direct")
+for dtype in tests.DTYPES:
+    for format in ("index", "bitmap"):
+        tests.test_masked_conv2d_in_every_dtype_and_format(dtype, format, "3x3-stride2", "direct")
+"""
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_masked_conv2d_of_each_instruction_set(isa: str) -> None:
+    environment = {**os.environ, "PAIKERN_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", ISA_CODE], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    if run.stdout.strip() != isa:
+        pytest.skip(f"this CPU has no {isa}: ran {run.stdout.strip()}")
