@@ -71,7 +71,9 @@ ConvLists input_lists(const ConvEntries &v, const ConvShape &shape, const Backwa
   };
   const bool parallel = v.kept() > parallel_work() / 8;
   std::vector<int64_t> begins(static_cast<size_t>(count) + 1, 0);
-  if (phases == 1 && shape.groups == 1) {  // a list is what `taps` rows of V^T hold
+  // One phase that every tap reaches (a tap may see padding alone): a list is what `taps` rows of V^T hold.
+  const bool whole = phases == 1 && static_cast<int64_t>(plan.phases[0].taps.size()) == taps;
+  if (whole && shape.groups == 1) {
     for (int64_t i = 1; i <= count; ++i) begins[static_cast<size_t>(i)] = v.starts[i * taps * v.panels()];
   } else {
 #pragma omp parallel for schedule(static) if (parallel)

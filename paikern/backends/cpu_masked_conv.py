@@ -8,9 +8,16 @@ import torch
 from torch import Tensor
 
 from paikern import _C
-from paikern.backends.cpu_masked_linear import gather_kept, list_positions, scatter_kept
+from paikern.backends.cpu_masked_linear import (
+    gather_kept,
+    list_positions,
+    masked_linear,
+    masked_linear_input,
+    masked_linear_kept,
+    scatter_kept,
+)
 from paikern.backends.cpu_masked_linear import transpose_positions as transpose
-from paikern.backends.dense_masked_conv import operations, out_size
+from paikern.backends.dense_masked_conv import format_of, operations, out_size
 from paikern.backends.masked_conv_cost import conv_kernel
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -38,22 +45,26 @@ def masked_conv2d(
 ) -> Tensor:
     conv = (kernel, stride, padding, dilation, groups)
     shape = _shape(rows, columns, x.shape[0], tuple(x.shape[2:]), *conv)
+    if _is_linear(shape, x):
+        back = (t_positions, t_starts, t_source)
+        where = (positions, starts, *back, rows, columns, panel, kept)
+        return _as_maps(masked_linear(_pixels(x), values, bias, *where), x)
     if conv_kernel("output", shape, kept) == "dense":
         where = (positions, starts, None, None, None, rows, columns, panel, kept)
         add = None if bias is None else bias.float()
         return _dense.output(x.float(), values.float(), add, *where, *conv).to(x.dtype)
     positions = _listed(positions, rows, columns, panel, kept)
-    x, wide = x.contiguous(), values.float().contiguous()
+    maps, wide = x.contiguous(), values.float().contiguous()
     add = None if bias is None else bias.float().contiguous()
     y = torch.empty((x.shape[0], rows, *shape[-2:]), dtype=torch.float32)
     _C.masked_conv2d(
         shape,
         (wide.data_ptr(), 0, positions.data_ptr(), starts.data_ptr(), rows, columns, panel),
-        _map(x),
+        _map(maps),
         0 if add is None else add.data_ptr(),
         y.data_ptr(),
     )
-    return y.to(x.dtype)
+    return y.to(x.dtype, memory_format=format_of(x))
 
 
 def masked_conv2d_input(
@@ -77,13 +88,17 @@ def masked_conv2d_input(
 ) -> Tensor:
     conv = (kernel, stride, padding, dilation, groups)
     shape = _shape(rows, columns, g.shape[0], tuple(size), *conv)
+    if _is_linear(shape, g):
+        back = (t_positions, t_starts, t_source)
+        where = (positions, starts, *back, rows, columns, panel, kept)
+        return _as_maps(masked_linear_input(_pixels(g), values, *where), g)
     if conv_kernel("input", shape, kept) == "dense":
         where = (positions, starts, None, None, None, rows, columns, panel, kept)
         return _dense.input(g.float(), values.float(), *where, *conv, size).to(g.dtype)
     if t_positions is None or t_starts is None or t_source is None:
         listed = _listed(positions, rows, columns, panel, kept)
         t_positions, t_starts, t_source = transpose(listed, starts, rows, columns, panel)
-    g, wide = g.contiguous(), values.float().contiguous()
+    maps, wide = g.contiguous(), values.float().contiguous()
     x = torch.empty((g.shape[0], shape[3], *size), dtype=torch.float32)
     weight = (
         wide.data_ptr(),
@@ -94,8 +109,8 @@ def masked_conv2d_input(
         rows,
         panel,
     )
-    _C.masked_conv2d_input(shape, weight, _map(g), x.data_ptr())
-    return x.to(g.dtype)
+    _C.masked_conv2d_input(shape, weight, _map(maps), x.data_ptr())
+    return x.to(g.dtype, memory_format=format_of(g))
 
 
 def masked_conv2d_kept(
@@ -118,6 +133,10 @@ def masked_conv2d_kept(
 ) -> Tensor:
     conv = (kernel, stride, padding, dilation, groups)
     shape = _shape(rows, columns, x.shape[0], tuple(x.shape[2:]), *conv)
+    if _is_linear(shape, g) and _is_linear(shape, x):
+        back = (t_positions, t_starts, t_source)
+        where = (positions, starts, *back, rows, columns, panel, kept)
+        return masked_linear_kept(_pixels(g), _pixels(x), *where)
     if conv_kernel("kept", shape, kept) == "dense":
         where = (positions, starts, None, None, None, rows, columns, panel, kept)
         return _dense.kept(g.float(), x.float(), *where, *conv).to(g.dtype)
@@ -159,6 +178,27 @@ def _shape(
         *dilation,
         *out_size(size, kernel, stride, padding, dilation),
     )
+
+
+def _is_linear(shape: tuple[int, ...], maps: Tensor) -> bool:
+    """Whether the rows of channels_last maps are those of a linear layer.
+
+    Contiguous maps are not turned for it: at 512 x 128, 28 x 28, 32 images and density 0.1 that
+    would be 22 ms, where the 1x1 kernel takes 4 and a linear layer over rows that are there 8.
+    """
+    if shape[1] != 1 or shape[6:12] != (1, 1, 1, 1, 0, 0):
+        return False
+    return format_of(maps) == torch.channels_last
+
+
+def _pixels(maps: Tensor) -> Tensor:
+    """`[batch * H * W, channels]`, a view of channels_last maps."""
+    return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1])
+
+
+def _as_maps(rows: Tensor, like: Tensor) -> Tensor:
+    batch, _, high, wide = like.shape
+    return rows.view(batch, high, wide, rows.shape[1]).permute(0, 3, 1, 2)
 
 
 def _map(tensor: Tensor) -> tuple[int, int]:

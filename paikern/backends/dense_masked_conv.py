@@ -64,11 +64,12 @@ def operations(scatter_kept: Operation, gather_kept: Operation) -> Operations:
         if rows * columns * x.shape[0] == 0:  # libraries refuse some of them
             size = out_size(x.shape[2:], kernel, stride, padding, dilation)
             zeros = x.new_zeros(x.shape[0], rows, *size)
-            return zeros if bias is None else zeros + bias[:, None, None]
+            y = zeros if bias is None else zeros + bias[:, None, None]
+            return y.contiguous(memory_format=format_of(x))
         dense = scatter_kept(values, positions, starts, rows, columns, panel, kept)
         weight = _as_conv(dense, kernel, x)
         y = F.conv2d(x, weight, bias, list(stride), list(padding), list(dilation), groups)
-        return y.contiguous()
+        return y.contiguous(memory_format=format_of(x))
 
     def masked_conv2d_input(
         g: Tensor,
@@ -90,12 +91,13 @@ def operations(scatter_kept: Operation, gather_kept: Operation) -> Operations:
         size: Sequence[int],
     ) -> Tensor:
         if rows * columns * g.shape[0] == 0:
-            return g.new_zeros(g.shape[0], columns // (kernel[0] * kernel[1]) * groups, *size)
+            x = g.new_zeros(g.shape[0], columns // (kernel[0] * kernel[1]) * groups, *size)
+            return x.contiguous(memory_format=format_of(g))
         dense = scatter_kept(values, positions, starts, rows, columns, panel, kept)
         weight = _as_conv(dense, kernel, g)
         shape = (g.shape[0], weight.shape[1] * groups, *size)
         x = conv2d_input(shape, weight, g, list(stride), list(padding), list(dilation), groups)
-        return x.contiguous()
+        return x.contiguous(memory_format=format_of(g))
 
     def masked_conv2d_kept(
         g: Tensor,
@@ -129,6 +131,11 @@ def _as_conv(dense: Tensor, kernel: Sequence[int], like: Tensor) -> Tensor:
     """`[out, in / groups, kh, kw]` in the memory format of a map."""
     rows, columns = dense.shape
     weight = dense.view(rows, columns // (kernel[0] * kernel[1]), *kernel)
-    if like.is_contiguous() or not like.is_contiguous(memory_format=torch.channels_last):
-        return weight
-    return weight.contiguous(memory_format=torch.channels_last)
+    return weight.contiguous(memory_format=format_of(like))
+
+
+def format_of(maps: Tensor) -> torch.memory_format:
+    """The memory format of what is made of these maps."""
+    if not maps.is_contiguous() and maps.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format

@@ -26,6 +26,8 @@ IN_PLACE = 0.1e-9  # an element of a map that a 1x1 convolution reads or writes 
 DENSE_CALL = 30e-6
 DENSE_FLOP = 2.6e-12  # half a multiply-add of oneDNN, in the faster of its two layouts
 DENSE_WEIGHT = {"output": 0.15e-9, "input": 0.15e-9, "kept": 0.4e-9}  # a weight or its gradient
+SCATTER = 0.2e-9  # a weight of the dense one that is made for a call
+REORDER = 0.3e-9  # an element of contiguous maps, which oneDNN turns into its own layout
 OFFSETS = 2**31  # floats of the planes of one image that offsets reach
 
 Shape = tuple[int, ...]
@@ -55,10 +57,18 @@ def dense_seconds(op: str, shape: Shape) -> float:
 @functools.lru_cache(maxsize=4096)
 def conv_kernel(op: str, shape: Shape, kept: int) -> str:
     """ "direct" or "dense", whichever is faster for a weight that is packed already."""
-    groups, rows, channels, high, wide = shape[1:6]
-    if 2 * max(rows, channels) // groups * high * wide >= OFFSETS:
+    if _too_large(shape):
         return "dense"
-    return "direct" if direct_seconds(op, shape, kept) <= dense_seconds(op, shape) else "dense"
+    batch, groups, rows, channels, high, wide, kernel_h, kernel_w, *_, out_high, out_wide = shape
+    maps = batch * (rows * out_high * out_wide + channels * high * wide)
+    numel = rows * channels // groups * kernel_h * kernel_w
+    dense = dense_seconds(op, shape) + numel * SCATTER + maps * REORDER
+    return "direct" if direct_seconds(op, shape, kept) <= dense else "dense"
+
+
+def _too_large(shape: Shape) -> bool:
+    groups, rows, channels, high, wide = shape[1:6]
+    return 2 * max(rows, channels) // groups * high * wide >= OFFSETS
 
 
 @functools.lru_cache(maxsize=4096)
@@ -74,7 +84,7 @@ def _estimate(kind: str, shape: Shape, kept: int, dtype: torch.dtype, training: 
     columns = shape[3] // shape[1] * shape[6] * shape[7]
     density = kept / max(1, shape[2] * columns)
     times = f"{1e3 * direct:.3g} ms against {1e3 * dense:.3g} dense at density {density:.3g}"
-    if direct > LOSS * dense or conv_kernel("output", shape, kept) == "dense":
+    if direct > LOSS * dense or _too_large(shape):
         return Estimate("dense", dense, dense, f"the direct kernel would take {times}")
     return Estimate("direct", direct, dense, times)
 

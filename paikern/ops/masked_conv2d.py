@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from paikern.backends.dense_masked_conv import out_size
+from paikern.backends.dense_masked_conv import format_of, out_size
 from paikern.ops._library import autograd, define, fake
 from paikern.ops._path import conv_shape, run
 
@@ -36,15 +36,16 @@ Pair = int | Sequence[int]
 @fake("masked_conv2d")
 def _output(x: Tensor, values: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
     kernel, stride, padding, dilation = rest[9:13]
-    return x.new_empty(
-        (x.shape[0], rest[5], *out_size(x.shape[2:], kernel, stride, padding, dilation))
-    )
+    size = out_size(x.shape[2:], kernel, stride, padding, dilation)
+    y = x.new_empty((x.shape[0], rest[5], *size))
+    return y.contiguous(memory_format=format_of(x))
 
 
 @fake("masked_conv2d_input")
 def _input(g: Tensor, values: Tensor, *rest: Any) -> Tensor:
     kernel, groups, size = rest[9], rest[13], rest[14]
-    return g.new_empty((g.shape[0], rest[6] // (kernel[0] * kernel[1]) * groups, *size))
+    x = g.new_empty((g.shape[0], rest[6] // (kernel[0] * kernel[1]) * groups, *size))
+    return x.contiguous(memory_format=format_of(g))
 
 
 @fake("masked_conv2d_kept")
@@ -143,8 +144,8 @@ def masked_conv2d(
         groups: as for `F.conv2d`.
 
     Returns:
-        `[batch, out, H', W']` or `[out, H', W']`, contiguous, the dtype of x. Sums are float32
-        (float64 for float64), in an order that does not depend on the number of threads.
+        `[batch, out, H', W']` or `[out, H', W']`, channels_last if x is, the dtype of x. Sums are
+        float32 (float64 for float64), in an order that does not depend on the number of threads.
         Differentiable, any number of times, in x, in `weight.values` (the gradient exists at the
         kept positions only) and in the bias. Where the library's dense convolution is measured to
         be faster it runs on the weight made dense, for the length of the call; NaN and infinity

@@ -27,7 +27,7 @@ def test_more_kept_weights_never_turn_dense_into_direct(
 ) -> None:
     shape = shape_of(*layer, batch)
     numel = layer[0] * layer[1] * layer[2] ** 2
-    kernels = [conv_kernel(op, shape, numel * part // 100) for part in range(0, 101)]
+    kernels = [conv_kernel(op, shape, numel * part // 100) for part in range(101)]
     assert kernels[1] == "direct"
     assert kernels[-1] == "dense"
     assert kernels == sorted(kernels, reverse=True)  # "direct" first

@@ -29,6 +29,7 @@ LAYERS: dict[str, tuple[int, int, tuple[int, int], dict[str, Any]]] = {
     "dilated": (7, 6, (3, 2), {"dilation": (2, 3), "padding": (0, 4), "stride": (1, 2)}),
     "groups": (12, 8, (3, 3), {"padding": 1, "groups": 4}),
     "depthwise": (24, 12, (3, 3), {"padding": 2, "groups": 12, "stride": (2, 1)}),
+    "padding alone": (3, 2, (1, 1), {"padding": (0, 1), "stride": (1, 40)}),
     "no padding": (5, 4, (4, 3), {}),
 }
 
@@ -132,9 +133,22 @@ def test_masked_conv2d_takes_any_layout_of_x(kernel: str) -> None:
     check(case, torch.randn(1, 16, 9, 10).expand(3, 16, 9, 10))
     check(case, x.transpose(2, 3))
     last = case.run(x.to(memory_format=torch.channels_last))
-    assert last.is_contiguous()
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    assert case.run(x).is_contiguous()
     assert torch.equal(case.run(x[0]), case.run(x)[0]) or kernel == "dense"
     torch.testing.assert_close(case.run(x[0]), case.run(x)[0])
+
+
+@pytest.mark.parametrize("density", DENSITIES)
+def test_masked_conv2d_of_one_tap_is_a_linear_layer_over_channels_last_maps(density: float) -> None:
+    case = layer("1x1", density)
+    for batch, size in ((1, (3, 4)), (2, (9, 9)), (17, (6, 5))):
+        maps = torch.randn(batch, 31, *size).to(memory_format=torch.channels_last)
+        check(case, maps, bias=batch % 2 == 0)
+        y = case.run(maps)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        rows = ops.masked_linear(maps.permute(0, 2, 3, 1), case.packed)
+        assert torch.equal(y, rows.permute(0, 3, 1, 2))
 
 
 @pytest.mark.parametrize("format", ["index", "bitmap"])
@@ -246,6 +260,8 @@ def test_masked_conv2d_opcheck(format: str) -> None:
     torch.library.opcheck(operations.masked_conv2d, (x, values, None, *where))
     torch.library.opcheck(operations.masked_conv2d_input, (g, values, *where, [5, 6]))
     torch.library.opcheck(operations.masked_conv2d_kept, (g, x, *where))
+    last = x.detach().to(memory_format=torch.channels_last).requires_grad_()
+    torch.library.opcheck(operations.masked_conv2d, (last, values, case.bias, *where))
 
 
 class Net(torch.nn.Module):
