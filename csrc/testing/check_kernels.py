@@ -61,7 +61,7 @@ def compiled(target: str, index: int) -> budgets.Need:
             constexprs=build.constants,
             attrs={(i,): [["tt.divisibility", 16]] for i in pointers},
         )
-        options = {"num_warps": build.warps, "enable_fp_fusion": False}
+        options = {"num_warps": build.warps, "enable_fp_fusion": build.fused}
         made = triton.compile(source, target=gpu, options=options)
         registers, spilled = _amd(made.asm) if gpu.backend == "hip" else _nvidia(made.asm)
     except Exception as error:  # every kernel is tried; the table says what failed

@@ -230,6 +230,12 @@ def _swap(
     optimizer: Any,
 ) -> nn.Module:
     """Exchange layers and parameters, or nothing at all."""
+    for module in model.modules():
+        if id(module._modules.get("_orig_mod")) in new:
+            raise ValueError(
+                f"{operation}: a layer by itself is compiled and would go on as it was; use the "
+                "layer inside it (._orig_mod), then compile it again"
+            )
     gradients = [optimizers.gradient(exchange) for exchange in exchanges]
     before = list(model.parameters())
     old = {id(module): module for module in model.modules() if id(module) in new}

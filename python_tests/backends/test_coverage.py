@@ -21,22 +21,6 @@ OPERATIONS = sorted(
         if name.startswith("paikern::")
     }
 )
-# Operations without a kernel there: the reference runs them.
-REFERENCE_ON_GPU: dict[str, tuple[str, ...]] = {
-    "cuda": (),
-    "triton": (
-        "gather_kept",
-        "list_positions",
-        "masked_conv2d",
-        "masked_conv2d_input",
-        "masked_conv2d_kept",
-        "masked_linear",
-        "masked_linear_input",
-        "masked_linear_kept",
-        "scatter_kept",
-        "transpose_positions",
-    ),
-}
 LANES = {"cuda": "cuda_source", "triton": "triton"}
 DERIVATIVES = {  # reached through autograd alone
     "masked_conv2d_input",
@@ -45,12 +29,7 @@ DERIVATIVES = {  # reached through autograd alone
     "masked_linear_kept",
 }
 MAPS = ("map_maximum", "map_scale_", "live_nodes", "through_maximum_")
-ON_GPU = [
-    (backend, name)
-    for backend, without in REFERENCE_ON_GPU.items()
-    for name in (*OPERATIONS, *MAPS)
-    if name not in without
-]
+ON_GPU = [(backend, name) for backend in LANES for name in (*OPERATIONS, *MAPS)]
 
 
 def listed(path: Path) -> set[str]:

@@ -258,6 +258,10 @@ def test_wrapped_models() -> None:
     masks.verify(compiled)
     pk.densify(compiled)
     assert_equal(model.state_dict(), state)
+    alone = torch.compile(nn.Linear(4, 4), backend="eager")
+    with pytest.raises(ValueError, match=r"a layer by itself is compiled .*\(\._orig_mod\)"):
+        pk.sparsify(alone, nets.random_masks(alone), force=True)
+    assert type(alone._orig_mod) is nn.Linear
     parallel = nn.DataParallel(model)
     for change in (lambda: pk.sparsify(parallel, masks), lambda: pk.densify(parallel)):
         with pytest.raises(ValueError, match=r"DataParallel holds the parameters .*\(\.module\)"):

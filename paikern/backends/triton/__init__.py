@@ -11,6 +11,22 @@ from paikern.backends.triton.bits import apply_mask_, pack_mask, unpack_mask
 from paikern.backends.triton.config import interpreting
 from paikern.backends.triton.dpai import dpai_step_, dpai_update_
 from paikern.backends.triton.maps import live_nodes, map_maximum, map_scale_, through_maximum_
+from paikern.backends.triton.masked import (
+    masked_linear,
+    masked_linear_input,
+    masked_linear_kept,
+)
+from paikern.backends.triton.masked_conv import (
+    masked_conv2d,
+    masked_conv2d_input,
+    masked_conv2d_kept,
+)
+from paikern.backends.triton.masked_words import (
+    gather_kept,
+    list_positions,
+    scatter_kept,
+    transpose_positions,
+)
 from paikern.backends.triton.patterns import (
     block_means,
     block_means_factored,
@@ -44,11 +60,19 @@ __all__ = [
     "dpai_step_",
     "dpai_update_",
     "expand_blocks",
+    "gather_kept",
     "interpreting",
     "kth_largest",
+    "list_positions",
     "live_nodes",
     "map_maximum",
     "map_scale_",
+    "masked_conv2d",
+    "masked_conv2d_input",
+    "masked_conv2d_kept",
+    "masked_linear",
+    "masked_linear_input",
+    "masked_linear_kept",
     "nm_mask",
     "nm_mask_factored",
     "pack_mask",
@@ -62,20 +86,22 @@ __all__ = [
     "phew_keep_",
     "phew_tables",
     "phew_walks",
+    "scatter_kept",
     "takes",
     "through_maximum_",
     "topk_mask",
     "topk_mask_factored",
     "topk_mask_product",
+    "transpose_positions",
     "unpack_mask",
 ]
 
 _FLOAT64 = (
-    "apply_mask_", "balanced_mask", "pack_mask", "phew_keep_", "phew_tables", "phew_walks",
-    "topk_mask", "unpack_mask",
+    "apply_mask_", "balanced_mask", "gather_kept", "pack_mask", "phew_keep_", "phew_tables",
+    "phew_walks", "scatter_kept", "topk_mask", "unpack_mask",
 )  # fmt: skip
 
 
 def takes(operation: str, float64: bool) -> bool:
-    """Masks apply to any type; `topk_mask` passes float64 scores to the reference itself."""
+    """Masks apply to any type, values are moved as bits; `topk_mask` passes float64 scores on."""
     return not float64 or operation in _FLOAT64

@@ -17,6 +17,9 @@ from paikern.backends.triton import (
     config,
     dpai,
     maps,
+    masked_decode,
+    masked_index,
+    masked_words,
     patterns,
     phew,
     products,
@@ -37,6 +40,8 @@ _POINTERS = {
     "places": "i32", "repeats": "u8", "seen": "i32", "shares": "fp32", "slots": "i64",
     "starts": "i64", "sums": "fp64", "tables": "fp32", "walks": "i64", "words": "i32",
     "tensor": None, "ties": "i64", "values": "fp32", "weight": None, "x": "fp32", "y": "fp32",
+    "bias": "fp32", "dense": "i32", "flipped": "i32", "positions": "i16", "ranks": "i32",
+    "source": "i32",
 }  # fmt: skip
 _INTEGERS = {"infinity": "i64", "low": "i64", "high": "i64"}
 _FLOATS = ("threshold", "pruned", "factor", "floor", "maximum")
@@ -49,6 +54,7 @@ class Build(NamedTuple):
     signature: dict[str, str]
     constants: dict[str, Any]
     warps: int
+    fused: bool = False  # products and sums contracted
 
     @property
     def name(self) -> str:
@@ -96,6 +102,10 @@ def builds(row: str) -> list[Build]:
         *_dpai(sizes.pattern),
         *_phew(sizes),
         *_balanced(sizes),
+        *_masked_words(sizes.packed),
+        *_masked_index(sizes.packed),
+        *_masked_decode(sizes.decode, sizes),
+        *_masked_decode(sizes.decode_few, sizes),
     ]
     first = {build.kernel.fn.__name__: build for build in reversed(listed)}.values()
     wide = [
@@ -277,3 +287,73 @@ def _balanced(sizes: config.Config) -> Iterator[Build]:
         threads = max(warps, wide // 256)
         yield _build(balanced.balanced_draw_kernel, threads, types={"mask": "*u8"}, **same)
         yield _build(balanced.balanced_rank_kernel, threads, kind, **same)
+
+
+def _masked_words(packed: config.Packed) -> Iterator[Build]:
+    # Pointers of other types than elsewhere.
+    types = {"starts": "*i32", "words": "*i32", "counts": "*i32"}
+
+    def of(kernel: Any, **more: Any) -> Build:
+        return _build(kernel, packed.warps, types={**types, **more.pop("types", {})}, **more)
+
+    yield of(masked_words.masked_bit_words_kernel, LANES=packed.words)
+    yield of(masked_words.masked_entry_words_kernel, LANES=packed.words)
+    yield of(masked_words.masked_positions_kernel, WORDS=packed.tile)
+    yield of(masked_words.masked_flip_counts_kernel, WIDTH=packed.tile)
+    yield of(masked_words.masked_flip_kernel, WIDTH=packed.tile)
+    for kind, units in (("*u8", 1), ("*i16", 1), ("*i32", 1), ("*i64", 2)):
+        same: dict[str, Any] = {
+            "types": {"values": kind, "dense": kind}, "UNITS": units, "WORDS": packed.tile,
+        }  # fmt: skip
+        yield of(masked_words.masked_scatter_kernel, **same)
+        yield of(masked_words.masked_gather_kernel, **same)
+
+
+def _masked_index(packed: config.Packed) -> Iterator[Build]:
+    warps = packed.warps
+    for kind, few, wide in (("fp32", 1, packed.batch), ("bf16", 4, 16), ("fp16", 2, packed.batch)):
+        numbers = dict.fromkeys(("x", "g", "values", "bias", "out"), f"*{kind}")
+        types = {**numbers, "starts": "*i32"}
+        near: dict[str, Any] = {"BATCH": few, "ROWS": packed.rows, "LANES": packed.lanes}
+        tile: dict[str, Any] = {"ENTRIES": packed.entries * packed.batch // wide, "BATCH": wide}
+        for back in (False, True):
+            flags: dict[str, Any] = {"types": types, "SOURCE": back, "BIAS": not back}
+            yield _build(masked_index.masked_few_kernel, warps, kind, **near, **flags)._replace(
+                fused=True
+            )
+            yield _build(
+                masked_index.masked_lines_kernel, warps, kind, ROWS=packed.lines, **tile, **flags
+            )._replace(fused=True)
+            yield _build(
+                masked_index.masked_few_bits_kernel, warps, kind, types=types, BIAS=back, **near
+            )._replace(fused=True)
+        yield _build(masked_index.masked_entries_kernel, warps, kind, types=types, **tile)._replace(
+            fused=True
+        )
+
+
+def _masked_decode(tile: config.Decode, sizes: config.Config) -> Iterator[Build]:
+    same: dict[str, Any] = {"ROWS": tile.rows}
+    for kind in _TYPES:
+        numbers = dict.fromkeys(("x", "g", "values", "bias"), f"*{kind}")
+        for part in (False, True):
+            out = "*fp32" if part else f"*{kind}"
+            types = {**numbers, "words": "*i32", "out": out}
+            yield _build(
+                masked_decode.masked_decode_kernel, tile.warps, kind, types=types, BIAS=not part,
+                BATCH=tile.batch, **same,
+            )._replace(fused=True)  # fmt: skip
+            yield _build(
+                masked_decode.masked_decode_input_kernel, tile.warps, kind, types=types,
+                BATCH=tile.batch, **same,
+            )._replace(fused=True)  # fmt: skip
+        yield _build(
+            masked_decode.masked_decode_kept_kernel, tile.warps, kind,
+            types={**types, "out": f"*{kind}"}, COLUMNS=tile.columns, BATCH=min(tile.batch, 32),
+            **same,
+        )._replace(fused=True)  # fmt: skip
+        yield _build(
+            masked_decode.masked_join_kernel, sizes.pattern.warps, kind,
+            types={"out": f"*{kind}", "bias": f"*{kind}"}, BIAS=kind != "fp16",
+            TILE=8 * sizes.pattern.rows,
+        )  # fmt: skip

@@ -60,6 +60,36 @@ class Walk(NamedTuple):
     warps: int
 
 
+class Packed(NamedTuple):
+    """Packed weights entry by entry, and the words that say where the entries are.
+
+    A program has `words` of 32 weights and looks into `tile` of them at once; or `rows` rows with
+    `lanes` entries of each; or `entries` entries with `batch` rows of x.
+    """
+
+    words: int
+    tile: int
+    rows: int
+    lanes: int
+    lines: int
+    entries: int
+    batch: int
+    warps: int
+
+
+class Decode(NamedTuple):
+    """Tiles [rows, columns] of a packed weight made dense on chip, for `batch` rows of x at once.
+
+    Where that gives fewer than `programs`, sums are cut into parts.
+    """
+
+    rows: int
+    columns: int
+    batch: int
+    programs: int
+    warps: int
+
+
 class Config(NamedTuple):
     flat: Flat
     pattern: Flat  # with 64-bit positions an element
@@ -69,6 +99,9 @@ class Config(NamedTuple):
     product: Product  # maps of many positions
     product_few: Product  # maps of at most 16
     walk: Walk
+    packed: Packed
+    decode: Decode
+    decode_few: Decode  # batches of at most 16
 
 
 _TABLE = {
@@ -81,6 +114,9 @@ _TABLE = {
         product=Product(32, 64, 16, 8),
         product_few=Product(32, 16, 16, 4),
         walk=Walk(64, 2),
+        packed=Packed(256, 32, 4, 128, 1, 16, 64, 4),
+        decode=Decode(64, 64, 64, 256, 8),
+        decode_few=Decode(32, 64, 16, 256, 4),
     ),
     "hip": Config(
         flat=Flat(256, 4),
@@ -91,6 +127,9 @@ _TABLE = {
         product=Product(32, 32, 16, 4),
         product_few=Product(32, 16, 16, 4),
         walk=Walk(64, 1),
+        packed=Packed(256, 32, 4, 128, 1, 16, 64, 4),
+        decode=Decode(64, 64, 64, 256, 4),
+        decode_few=Decode(32, 64, 16, 256, 4),
     ),
     "interpreter": Config(
         flat=Flat(64, 1),
@@ -101,6 +140,9 @@ _TABLE = {
         product=Product(16, 64, 16, 1),
         product_few=Product(16, 16, 16, 1),
         walk=Walk(64, 1),
+        packed=Packed(256, 128, 32, 64, 16, 128, 32, 1),
+        decode=Decode(32, 32, 32, 16, 1),
+        decode_few=Decode(32, 32, 16, 16, 1),
     ),
 }
 
@@ -132,18 +174,35 @@ def _probe(x):  # type: ignore[no-untyped-def]
     pass
 
 
+def stored(dtype: torch.dtype) -> torch.dtype:
+    """What kernels store for results of a dtype: the interpreter cuts bfloat16 off."""
+    return torch.float32 if interpreting() and dtype == torch.bfloat16 else dtype
+
+
+def multiplied(operand: Tensor) -> Tensor:
+    """An operand of `tl.dot`: the interpreter multiplies the bits of bfloat16 as integers."""
+    return operand.to(stored(operand.dtype))
+
+
 def launch(
-    kernel: Any, grid: Sequence[int], like: Tensor, *args: Any, warps: int, **constants: Any
+    kernel: Any,
+    grid: Sequence[int],
+    like: Tensor,
+    *args: Any,
+    warps: int,
+    fused: bool = False,
+    **constants: Any,
 ) -> None:
     """Run a kernel on the device and the current stream of `like`, if there is anything to do.
 
-    Products and sums are never contracted: counting and emitting recompute the same scores.
+    Products and sums are contracted only where `fused`: counting and emitting recompute the same
+    scores.
     """
     if 0 in grid:
         return
     where = torch.cuda.device_of(like) if like.is_cuda else contextlib.nullcontext()
     with where:
-        kernel[tuple(grid)](*args, **constants, num_warps=warps, enable_fp_fusion=False)
+        kernel[tuple(grid)](*args, **constants, num_warps=warps, enable_fp_fusion=fused)
 
 
 def blocks(count: int, size: int) -> int:
