@@ -107,7 +107,7 @@ def test_only_where_it_wins(caplog: Log) -> None:
 def test_the_number_of_rows_decides() -> None:
     def packed(training: bool = False, **how: object) -> bool:
         model = nn.Linear(512, 512)
-        masks = pk.MaskSet.from_bool({"weight": torch.rand(512, 512) < 0.05})
+        masks = pk.MaskSet.from_bool({"weight": (torch.randperm(512 * 512) < 13107).view(512, 512)})
         return isinstance(pk.sparsify(model, masks, training=training, **how), pk.MaskedLinear)
 
     estimates = {n: swap.choice.masked_cost.estimate("cpu", 512, 512, 13107, n) for n in (1, 4096)}
