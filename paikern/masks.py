@@ -18,7 +18,8 @@ from paikern._names import Slot, find, slots, storage_key, strip_wrappers
 from paikern.errors import MaskFormatError, PaikernError
 from paikern.ops.unpack_mask import count_kept
 from paikern.prunable import Filter, prunable_parameters
-from paikern.sparse.packed_weight import PackedWeight, packed_weights
+from paikern.sparse.in_models import packed_weights
+from paikern.sparse.packed_weight import PackedWeight
 
 __all__ = ["AttachedMasks", "MaskSet", "load_masks"]
 

@@ -5,8 +5,8 @@
 // an entry of V reads whole vectors at an offset that is known before: 16 images make every load aligned, and no
 // position between two rows need be computed.
 //
-// Outputs are cut into chunks of rows whose window of all channels stays in L2; a thread takes all rows of V over one
-// chunk. A chunk of one row of V lies in L1 until it is written out.
+// Outputs are cut into chunks whose window of all channels stays in L2, and rows of V go over one chunk after the other
+// (masked_conv_chunks.h).
 #include "masked_conv.h"
 
 #include <omp.h>
@@ -17,16 +17,16 @@
 #include <vector>
 
 #include "isa.h"
+#include "masked_conv_chunks.h"
 #include "masked_conv_kernels.h"
 #include "masked_conv_lists.h"
+#include "masked_conv_pointwise.h"
 #include "path_plan.h"
 
 namespace paikern {
 namespace {
 
 constexpr int64_t kPlaneFloats = 6 << 20;  // of planes at a time: 24 MB, which the scratch pool keeps
-constexpr int64_t kWindow = 1 << 18;       // floats that the rows of V read in turn: 1 MB, half of a server core's L2
-constexpr int64_t kChunk = 2048;           // floats of a row of V in one chunk, which stay in L1
 
 // The images of one block as the third axis.
 PathGeometry geometry_of(const ConvShape &s, int64_t images) {
@@ -68,76 +68,40 @@ std::vector<int32_t> plane_table(const Lattice &lattice, const std::vector<Grid>
   return table;
 }
 
+std::vector<ConvRun> runs_of(const std::vector<int32_t> &table) {
+  std::vector<ConvRun> runs;
+  for (size_t p = 0; p < table.size(); ++p) {
+    if (table[p] < 0) continue;
+    if (!runs.empty()) {
+      ConvRun &last = runs.back();
+      if (last.pixel + last.count == static_cast<int64_t>(p) && last.at + last.count == table[p]) {
+        ++last.count;
+        continue;
+      }
+    }
+    runs.push_back({static_cast<int64_t>(p), table[p], 1});
+  }
+  return runs;
+}
+
 int64_t type_size(WeightType type) { return type == WeightType::kFloat32 ? 4 : 2; }
 
 // planes [channels][per_channel] <- images first .. first + count of a map [batch, channels, pixels].
 void fill(const ConvKernels &kernels, ConvMap map, int64_t channels, int64_t pixels, int64_t first, int64_t count,
           const std::vector<int32_t> &table, int64_t per_channel, float *planes) {
   const auto *data = static_cast<const char *>(map.data);
+  const std::vector<ConvRun> runs = count == 1 ? runs_of(table) : std::vector<ConvRun>{};
 #pragma omp parallel for schedule(static) if (channels * per_channel > parallel_work() / 2)
   for (int64_t c = 0; c < channels; ++c) {
     float *to = planes + c * per_channel;
     std::memset(to, 0, sizeof(float) * static_cast<size_t>(per_channel));
-    kernels.pack(data + (first * channels + c) * pixels * type_size(map.type), map.type, channels * pixels, count,
-                 pixels, table.data(), to);
-  }
-}
-
-// A part of the positions of a grid: rows first .. first + rows, of which columns from .. from + wide.
-struct Chunk {
-  int64_t first, rows, from, wide;
-  size_t tile, tiles;
-};
-
-struct Chunks {
-  std::vector<Chunk> chunks;
-  std::vector<ConvTile> tiles;
-  bool compact;  // z has no gaps between rows
-  int64_t room;  // floats of z
-};
-
-// Positions high x wide of a lattice whose rows are `pitch` pixels of `images` floats apart; `reads` is what all
-// channels read for one row, halo of `halo` rows aside.
-Chunks cut(int64_t high, int64_t wide, int64_t pitch, int64_t images, int64_t reads, int64_t halo, int64_t lanes,
-           int64_t vectors) {
-  Chunks cut;
-  const int64_t by_rows = high * divide_up(wide * images, lanes);
-  const int64_t flat = divide_up(((high - 1) * pitch + wide) * images, lanes);
-  cut.compact = by_rows <= flat;
-  const int64_t fits = std::max<int64_t>(1, kWindow / std::max<int64_t>(reads, 1) - halo);
-  int64_t rows = std::clamp<int64_t>(std::min(fits, kChunk / (wide * images)), 1, high);
-  rows = divide_up(high, divide_up(high, rows));
-  int64_t columns = wide;
-  if (cut.compact && rows == 1 && reads * (1 + halo) > kWindow) {
-    const int64_t parts = divide_up(reads * (1 + halo), kWindow);
-    columns = std::max(round_up(divide_up(wide, parts) * images, lanes * vectors) / images, int64_t{1});
-  }
-  const auto tile = [&](int64_t at, int64_t to, int64_t count) {
-    // Tiles of about equal size: 7 + 7 vectors rather than 8 + 6.
-    const int64_t all = divide_up(count, lanes), parts = divide_up(all, vectors);
-    for (int64_t p = 0, v = 0; p < parts; ++p) {
-      const int64_t next = all * (p + 1) / parts;
-      cut.tiles.push_back({at + v * lanes, to + v * lanes, next - v});
-      v = next;
-    }
-  };
-  for (int64_t first = 0; first < high; first += rows) {
-    const int64_t some = std::min(rows, high - first);
-    for (int64_t from = 0; from < wide; from += columns) {
-      const int64_t across = std::min(columns, wide - from);
-      const size_t start = cut.tiles.size();
-      if (cut.compact) {
-        for (int64_t r = 0; r < some; ++r) {
-          tile(((first + r) * pitch + from) * images, r * across * images, across * images);
-        }
-      } else {
-        tile(first * pitch * images, 0, ((some - 1) * pitch + across) * images);
-      }
-      cut.chunks.push_back({first, some, from, across, start, cut.tiles.size() - start});
+    const char *from = data + (first * channels + c) * pixels * type_size(map.type);
+    if (count == 1 && 4 * static_cast<int64_t>(runs.size()) < pixels) {
+      kernels.copy(from, map.type, runs.data(), static_cast<int64_t>(runs.size()), to);
+    } else {
+      kernels.pack(from, map.type, channels * pixels, count, pixels, table.data(), to);
     }
   }
-  cut.room = rows * (cut.compact ? wide : pitch) * images + 2 * lanes;
-  return cut;
 }
 
 // Where the results of one grid go: `map` is the caller's [batch, channels, *size].
@@ -150,47 +114,50 @@ struct Target {
   int64_t pixels() const { return grid.size[0] * grid.size[1]; }
 };
 
-void write_chunk(const ConvKernels &kernels, const Target &t, const Chunk &chunk, bool compact, int64_t pitch,
-                 int64_t channel, const float *z) {
+void write_band(const ConvKernels &kernels, const Target &t, const ConvBand &band, bool compact, int64_t pitch,
+                int64_t channel, const float *z) {
   const Grid &grid = t.grid;
   float *plane = t.map + (t.first * t.channels + channel) * t.pixels();
-  const float bias = t.bias ? t.bias[channel] : 0.0f;
-  const int64_t ldy = t.channels * t.pixels();
-  const bool whole = grid.count[1] == grid.size[1] && grid.step[0] == 1 && chunk.wide == grid.count[1];
-  if (compact && whole) {
-    kernels.unpack(z, t.images, chunk.rows * chunk.wide, bias, plane + chunk.first * grid.size[1], ldy, 1);
+  const int64_t ldy = t.channels * t.pixels(), wide = grid.count[1];
+  if (compact && wide == grid.size[1] && grid.step[0] == 1) {
+    kernels.unpack(z, t.images, band.rows * wide, plane + band.first * wide, ldy, 1);
     return;
   }
-  for (int64_t r = 0; r < chunk.rows; ++r) {
-    const int64_t row = grid.first[0] + (chunk.first + r) * grid.step[0];
-    const int64_t column = grid.first[1] + chunk.from * grid.step[1];
-    kernels.unpack(z + r * (compact ? chunk.wide : pitch) * t.images, t.images, chunk.wide, bias,
-                   plane + row * grid.size[1] + column, ldy, grid.step[1]);
+  for (int64_t r = 0; r < band.rows; ++r) {
+    const int64_t row = grid.first[0] + (band.first + r) * grid.step[0];
+    kernels.unpack(z + r * (compact ? wide : pitch) * t.images, t.images, wide,
+                   plane + row * grid.size[1] + grid.first[1], ldy, grid.step[1]);
   }
 }
 
 // The results of one grid: channel c of the target reads list c * step + phase over the planes of its group.
 void run_grid(const ConvKernels &kernels, const ConvLists &lists, int64_t step, int64_t phase, const Lattice &lattice,
-              const float *planes, int64_t group_stride, int64_t groups, const Chunks &cut, const Target &target) {
-  const int64_t chunks = static_cast<int64_t>(cut.chunks.size()), per_group = target.channels / groups;
+              const float *planes, int64_t group_stride, int64_t groups, const ConvCut &cut, const Target &target) {
+  const int64_t bands = static_cast<int64_t>(cut.bands.size()), per_group = target.channels / groups;
   const int64_t positions = lattice.positions / kernels.lanes + 1;
-  const bool parallel = lists.kept() * positions + target.channels * positions > parallel_work() / 8;
-  // Chunks alone if there are enough of them: threads that share a chunk read its window twice.
+  const bool parallel = (lists.kept() + target.channels) * positions > parallel_work() / 8;
+  // Bands alone if there are enough of them: threads that share a window read it twice.
   const int64_t wanted = parallel ? 4 * omp_get_max_threads() : 1;
-  const int64_t blocks = std::clamp<int64_t>(divide_up(wanted, chunks), 1, divide_up(target.channels, 8));
-  const int64_t high = divide_up(target.channels, blocks);
+  const int64_t fit = std::max<int64_t>(8, kConvBand / cut.room);
+  const int64_t high = std::clamp<int64_t>(target.channels / divide_up(wanted, bands), 1, fit);
+  const int64_t blocks = divide_up(target.channels, high);
 #pragma omp parallel if (parallel)
   {
-    const FloatBuffer z(cut.room);
+    const FloatBuffer z(high * cut.room);
 #pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < chunks * blocks; ++task) {
-      const Chunk &chunk = cut.chunks[static_cast<size_t>(task / blocks)];
+    for (int64_t task = 0; task < bands * blocks; ++task) {
+      const ConvBand &band = cut.bands[static_cast<size_t>(task / blocks)];
       const int64_t first = task % blocks * high, last = std::min(target.channels, first + high);
+      for (size_t k = band.chunk; k < band.chunk + band.chunks; ++k) {
+        const ConvTile *tiles = cut.tiles.data() + cut.chunks[k].tile;
+        for (int64_t c = first; c < last; ++c) {
+          kernels.products(lists.get(c * step + phase), target.bias ? target.bias[c] : 0.0f,
+                           planes + c / per_group * group_stride + lattice.lead, tiles,
+                           static_cast<int64_t>(cut.chunks[k].tiles), z.get() + (c - first) * cut.room);
+        }
+      }
       for (int64_t c = first; c < last; ++c) {
-        const ConvList list = lists.get(c * step + phase);
-        kernels.products(list, planes + c / per_group * group_stride + lattice.lead, cut.tiles.data() + chunk.tile,
-                         static_cast<int64_t>(chunk.tiles), z.get());
-        write_chunk(kernels, target, chunk, cut.compact, lattice.pitch[1], c, z.get());
+        write_band(kernels, target, band, cut.compact, lattice.pitch[1], c, z.get() + (c - first) * cut.room);
       }
     }
   }
@@ -223,6 +190,7 @@ const ConvKernels &conv_kernels() {
 void masked_conv2d(const ConvShape &s, const ConvEntries &v, ConvMap x, const float *bias, float *y) {
   if (s.batch == 0 || s.rows == 0) return;
   const ConvKernels &kernels = conv_kernels();
+  if (pointwise(s, x, kernels)) return pointwise_output(s, v, static_cast<const float *>(x.data), bias, y, kernels);
   const ForwardPlan one = plan_forward(geometry_of(s, 1), 1);
   const int64_t most =
       images_at_once(s, s.channels * static_cast<int64_t>(one.planes.size()) * one.lattice.span, kernels.lanes);
@@ -235,14 +203,14 @@ void masked_conv2d(const ConvShape &s, const ConvEntries &v, ConvMap x, const fl
     check_offsets(group_channels * per_channel);
     const std::vector<int32_t> table = plane_table(lattice, plan.planes);
     const ConvLists lists = forward_lists(v, s, plan);
-    const Chunks cuts =
-        cut(s.out[0], s.out[1], lattice.pitch[1], images, s.channels * grids * lattice.pitch[1] * images,
-            halo_of(plan.taps, lattice), kernels.lanes, kernels.vectors);
+    const ConvCut cut =
+        cut_outputs(s.out[0], s.out[1], lattice.pitch[1], images, s.channels * grids * lattice.pitch[1] * images,
+                    halo_of(plan.taps, lattice), kernels);
     const FloatBuffer planes(s.channels * per_channel);
     for (const int64_t end = images == most ? s.batch - s.batch % most : s.batch; first < end; first += images) {
       fill(kernels, x, s.channels, s.pixels(), first, images, table, per_channel, planes.get());
       const int64_t out[3] = {s.out[0], s.out[1], images};
-      run_grid(kernels, lists, 1, 0, lattice, planes.get(), group_channels * per_channel, s.groups, cuts,
+      run_grid(kernels, lists, 1, 0, lattice, planes.get(), group_channels * per_channel, s.groups, cut,
                {whole_grid(out), s.rows, first, images, bias, y});
     }
   }
@@ -251,6 +219,9 @@ void masked_conv2d(const ConvShape &s, const ConvEntries &v, ConvMap x, const fl
 void masked_conv2d_input(const ConvShape &s, const ConvEntries &transposed, ConvMap g, float *x) {
   if (s.batch == 0 || s.channels == 0) return;
   const ConvKernels &kernels = conv_kernels();
+  if (pointwise(s, g, kernels)) {
+    return pointwise_input(s, transposed, static_cast<const float *>(g.data), x, kernels);
+  }
   const BackwardPlan one = plan_backward(geometry_of(s, 1), 1);
   const int64_t most = images_at_once(s, s.rows * one.lattice.span, kernels.lanes);
   const int64_t group_rows = s.rows / s.groups;
@@ -263,11 +234,10 @@ void masked_conv2d_input(const ConvShape &s, const ConvEntries &transposed, Conv
     const std::vector<int32_t> table = plane_table(lattice, {whole_grid(out)});
     const ConvLists lists = input_lists(transposed, s, plan);
     const int64_t phases = static_cast<int64_t>(plan.phases.size());
-    std::vector<Chunks> cuts;
+    std::vector<ConvCut> cuts;
     for (const BackwardPhase &part : plan.phases) {
-      cuts.push_back(cut(part.grid.count[0], part.grid.count[1], lattice.pitch[1], images,
-                         s.rows * lattice.pitch[1] * images, halo_of(part.taps, lattice), kernels.lanes,
-                         kernels.vectors));
+      cuts.push_back(cut_outputs(part.grid.count[0], part.grid.count[1], lattice.pitch[1], images,
+                                 s.rows * lattice.pitch[1] * images, halo_of(part.taps, lattice), kernels));
     }
     const FloatBuffer planes(s.rows * lattice.span);
     for (const int64_t end = images == most ? s.batch - s.batch % most : s.batch; first < end; first += images) {
@@ -289,6 +259,9 @@ void masked_conv2d_kept(const ConvShape &s, const ConvEntries &v, ConvMap g, Con
     return;
   }
   const ConvKernels &kernels = conv_kernels();
+  if (pointwise(s, x, kernels) && g.type == WeightType::kFloat32 && s.pixels() % kernels.lanes == 0) {
+    return pointwise_kept(s, v, static_cast<const float *>(g.data), static_cast<const float *>(x.data), out, kernels);
+  }
   const ForwardPlan one = plan_forward(geometry_of(s, 1), 1);
   const int64_t most = images_at_once(
       s, std::max(s.rows, s.channels * static_cast<int64_t>(one.planes.size())) * one.lattice.span, kernels.lanes);
@@ -310,7 +283,7 @@ void masked_conv2d_kept(const ConvShape &s, const ConvEntries &v, ConvMap g, Con
     // Chunks of rows where rows are whole vectors, else of flat positions: what lies between rows meets zeros of g.
     const bool by_rows = wide % lanes == 0;
     const int64_t reads = s.channels * grids * pitch, halo = halo_of(plan.taps, lattice);
-    const int64_t rows = std::clamp<int64_t>(kWindow / std::max<int64_t>(reads, 1) - halo, 1, s.out[0]);
+    const int64_t rows = std::min(rows_in_window(reads, halo), s.out[0]);
     std::vector<ConvTile> tiles;
     std::vector<size_t> ends;
     if (by_rows) {

@@ -12,6 +12,7 @@ namespace {
 
 using paikern::ConvKernels;
 using paikern::ConvList;
+using paikern::ConvRun;
 using paikern::ConvTile;
 using paikern::WeightType;
 
@@ -30,19 +31,8 @@ inline vf load_pixels(const T *x, int64_t left) {
 template <class T>
 void pack_of(const T *x, int64_t ldx, int64_t count, int64_t pixels, const int32_t *table, float *planes) {
   if (count == 1) {
-    for (int64_t p = 0; p < pixels;) {
-      // Pixels that stay side by side go as vectors.
-      bool together = p + kLanes <= pixels && table[p] >= 0;
-      if (together) {
-        for (int i = 1; i < kLanes; ++i) together &= table[p + i] == table[p] + i;
-      }
-      if (together) {
-        v_store(planes + table[p], v_weight(x + p));
-        p += kLanes;
-      } else {
-        if (table[p] >= 0) planes[table[p]] = to_float(x[p]);
-        ++p;
-      }
+    for (int64_t p = 0; p < pixels; ++p) {
+      if (table[p] >= 0) planes[table[p]] = to_float(x[p]);
     }
     return;
   }
@@ -76,6 +66,31 @@ void conv_pack(const void *x, WeightType type, int64_t ldx, int64_t count, int64
   }
 }
 
+template <class T>
+void copy_of(const T *x, const ConvRun *runs, int64_t count, float *planes) {
+  for (int64_t r = 0; r < count; ++r) {
+    const T *from = x + runs[r].pixel;
+    float *to = planes + runs[r].at;
+    int64_t i = 0;
+    for (; i + kLanes <= runs[r].count; i += kLanes) v_store(to + i, v_weight(from + i));
+    if constexpr (sizeof(T) == sizeof(float)) {
+      std::memcpy(to + i, from + i, sizeof(float) * static_cast<size_t>(runs[r].count - i));
+    } else {
+      for (; i < runs[r].count; ++i) to[i] = to_float(from[i]);
+    }
+  }
+}
+
+void conv_copy(const void *x, WeightType type, const ConvRun *runs, int64_t count, float *planes) {
+  if (type == WeightType::kFloat32) {
+    copy_of(static_cast<const float *>(x), runs, count, planes);
+  } else if (type == WeightType::kBfloat16) {
+    copy_of(static_cast<const Bf16 *>(x), runs, count, planes);
+  } else {
+    copy_of(static_cast<const Fp16 *>(x), runs, count, planes);
+  }
+}
+
 inline void store_pixels(vf values, int64_t left, int64_t step, float *y) {
   if (step == 1 && left >= kLanes) return v_store(y, values);
   float lane[kLanes];
@@ -84,19 +99,18 @@ inline void store_pixels(vf values, int64_t left, int64_t step, float *y) {
   for (int64_t i = 0; i < count; ++i) y[i * step] = lane[i];
 }
 
-void conv_unpack(const float *z, int64_t count, int64_t pixels, float bias, float *y, int64_t ldy, int64_t step) {
-  const vf add = v_set(bias);
+void conv_unpack(const float *z, int64_t count, int64_t pixels, float *y, int64_t ldy, int64_t step) {
   for (int64_t p = 0; p < pixels; p += kLanes) {
     const int64_t left = pixels - p;
     if (count == 1) {
-      store_pixels(v_add(v_load(z + p), add), left, step, y + p * step);
+      store_pixels(v_load(z + p), left, step, y + p * step);
       continue;
     }
     vf block[kLanes];
     for (int i = 0; i < kLanes; ++i) block[i] = v_load(z + (p + (i < left ? i : 0)) * count);
     v_transpose(block);
     for (int i = 0; i < kLanes && i < count; ++i) {
-      store_pixels(v_add(block[i], add), left, step, y + i * ldy + p * step);
+      store_pixels(block[i], left, step, y + i * ldy + p * step);
     }
   }
 }
@@ -104,10 +118,10 @@ void conv_unpack(const float *z, int64_t count, int64_t pixels, float bias, floa
 // --- products ------------------------------------------------------------------------------------
 
 template <int V>
-inline void product_of(const ConvList &list, const float *x, float *z) {
+inline void product_of(const ConvList &list, float bias, const float *x, float *z) {
   vf sum[V];
 #pragma GCC unroll 16
-  for (int v = 0; v < V; ++v) sum[v] = v_zero();
+  for (int v = 0; v < V; ++v) sum[v] = v_set(bias);
   for (int64_t i = 0; i < list.count; ++i) {
     const float *from = x + list.offsets[i];
     const vf value = v_set(list.values[i]);
@@ -118,34 +132,35 @@ inline void product_of(const ConvList &list, const float *x, float *z) {
   for (int v = 0; v < V; ++v) v_store(z + v * kLanes, sum[v]);
 }
 
-void conv_products(const ConvList &list, const float *planes, const ConvTile *tiles, int64_t count, float *z) {
+void conv_products(const ConvList &list, float bias, const float *planes, const ConvTile *tiles, int64_t count,
+                   float *z) {
   for (int64_t t = 0; t < count; ++t) {
     const float *x = planes + tiles[t].at;
     float *to = z + tiles[t].to;
     switch (tiles[t].vectors) {
       case 1:
-        product_of<1>(list, x, to);
+        product_of<1>(list, bias, x, to);
         break;
       case 2:
-        product_of<2>(list, x, to);
+        product_of<2>(list, bias, x, to);
         break;
       case 3:
-        product_of<3>(list, x, to);
+        product_of<3>(list, bias, x, to);
         break;
       case 4:
-        product_of<4>(list, x, to);
+        product_of<4>(list, bias, x, to);
         break;
       case 5:
-        product_of<5>(list, x, to);
+        product_of<5>(list, bias, x, to);
         break;
       case 6:
-        product_of<6>(list, x, to);
+        product_of<6>(list, bias, x, to);
         break;
       case 7:
-        product_of<7>(list, x, to);
+        product_of<7>(list, bias, x, to);
         break;
       default:
-        product_of<8>(list, x, to);
+        product_of<8>(list, bias, x, to);
     }
   }
 }
@@ -195,7 +210,7 @@ void conv_dots(const ConvList &list, const float *g, const float *planes, const 
 }
 
 constexpr ConvKernels make_conv_kernels(const char *name) {
-  return {name, kLanes, kConvVectors, conv_pack, conv_unpack, conv_products, conv_dots};
+  return {name, kLanes, kConvVectors, conv_pack, conv_copy, conv_unpack, conv_products, conv_dots};
 }
 
 }  // namespace

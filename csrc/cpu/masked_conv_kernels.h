@@ -19,6 +19,11 @@ struct ConvList {
   int64_t count;
 };
 
+// Pixels that stay side by side in a plane.
+struct ConvRun {
+  int64_t pixel, at, count;
+};
+
 struct ConvKernels {
   const char *name;
   int lanes;
@@ -28,11 +33,15 @@ struct ConvKernels {
   void (*pack)(const void *x, WeightType type, int64_t ldx, int64_t count, int64_t pixels, const int32_t *table,
                float *planes);
 
-  // y[i * ldy + p * step] = z[p * count + i] + bias for i < count, p < pixels. Reads up to `lanes` floats behind z.
-  void (*unpack)(const float *z, int64_t count, int64_t pixels, float bias, float *y, int64_t ldy, int64_t step);
+  // planes[at + i] = x[pixel + i] for each run: one image whose pixels stay together.
+  void (*copy)(const void *x, WeightType type, const ConvRun *runs, int64_t count, float *planes);
 
-  // z[to + j] = sum over the entries of value * planes[offset + at + j] for each tile and j < vectors * lanes.
-  void (*products)(const ConvList &list, const float *planes, const ConvTile *tiles, int64_t count, float *z);
+  // y[i * ldy + p * step] = z[p * count + i] for i < count, p < pixels. Reads up to `lanes` floats behind z.
+  void (*unpack)(const float *z, int64_t count, int64_t pixels, float *y, int64_t ldy, int64_t step);
+
+  // z[to + j] = bias + sum over the entries of value * planes[offset + at + j] for each tile and j < vectors * lanes.
+  void (*products)(const ConvList &list, float bias, const float *planes, const ConvTile *tiles, int64_t count,
+                   float *z);
 
   // out[e] (+)= sum over the tiles and j of g[to + j] * planes[offset + at + j] for each entry e.
   void (*dots)(const ConvList &list, const float *g, const float *planes, const ConvTile *tiles, int64_t count,

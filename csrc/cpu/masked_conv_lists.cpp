@@ -71,13 +71,17 @@ ConvLists input_lists(const ConvEntries &v, const ConvShape &shape, const Backwa
   };
   const bool parallel = v.kept() > parallel_work() / 8;
   std::vector<int64_t> begins(static_cast<size_t>(count) + 1, 0);
+  if (phases == 1 && shape.groups == 1) {  // a list is what `taps` rows of V^T hold
+    for (int64_t i = 1; i <= count; ++i) begins[static_cast<size_t>(i)] = v.starts[i * taps * v.panels()];
+  } else {
 #pragma omp parallel for schedule(static) if (parallel)
-  for (int64_t i = 0; i < count; ++i) {
-    int64_t found = 0;
-    each(i, [&](int32_t, int64_t) { ++found; });
-    begins[static_cast<size_t>(i) + 1] = found;
+    for (int64_t i = 0; i < count; ++i) {
+      int64_t found = 0;
+      each(i, [&](int32_t, int64_t) { ++found; });
+      begins[static_cast<size_t>(i) + 1] = found;
+    }
+    for (size_t i = 0; i < static_cast<size_t>(count); ++i) begins[i + 1] += begins[i];
   }
-  for (size_t i = 0; i < static_cast<size_t>(count); ++i) begins[i + 1] += begins[i];
   ConvLists lists(std::move(begins), nullptr);
 #pragma omp parallel for schedule(static) if (parallel)
   for (int64_t i = 0; i < count; ++i) {

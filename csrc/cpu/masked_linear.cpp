@@ -95,7 +95,7 @@ class Values {
     const int64_t kept = v.kept();
     const auto *bytes = static_cast<const char *>(v.values);
     const int64_t size = v.type == WeightType::kFloat32 ? 4 : 2;
-#pragma omp parallel for schedule(static) if (kept > parallel_work())
+#pragma omp parallel for schedule(static) if (kept > parallel_work() / 8)
     for (int64_t i = 0; i < kept; i += kSome) {
       const void *from = v.source ? v.values : bytes + i * size;
       kernels.collect(from, v.type, v.source ? v.source + i : nullptr, std::min(kSome, kept - i), buffer_.get() + i);

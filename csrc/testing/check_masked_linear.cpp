@@ -27,7 +27,7 @@ void close(float found, double truth, double magnitude) { CHECK(std::fabs(found 
 struct Weight {
   Weight(Random &random, int64_t high, int64_t wide, int64_t out_of_ten, int64_t step, WeightType kind)
       : rows(high), columns(wide), panel(step), type(kind) {
-    const auto bits = random_bits(random, rows * columns, out_of_ten);
+    bits = random_bits(random, rows * columns, out_of_ten);
     starts.assign(static_cast<size_t>(rows * ((columns + panel - 1) / panel) + 1), -1);
     paikern::list_positions(bits.data(), rows, columns, panel, nullptr, starts.data());
     const auto kept = static_cast<size_t>(starts.back());
@@ -61,6 +61,7 @@ struct Weight {
 
   int64_t rows, columns, panel;
   WeightType type;
+  std::vector<uint8_t> bits;
   std::vector<uint16_t> positions, halves;
   std::vector<int32_t> starts;
   std::vector<float> full;
@@ -86,8 +87,33 @@ void products(const Weight &w, bool transposed, const std::vector<float> &x, int
   }
 }
 
-void one(Random &random) {
-  const int64_t rows = below(random, 150), columns = below(random, 150), batch = below(random, 70);
+// Made dense in two blocks of rows and gathered again, through columns and through bits, any size of an element.
+template <class T>
+void moves(Random &random, const Weight &w) {
+  const int64_t cut = below(random, w.rows + 1), size = static_cast<int64_t>(sizeof(T));
+  std::vector<T> values(w.positions.size()), back(values.size(), T{77});
+  for (T &value : values) value = static_cast<T>(below(random, 100) + 1);
+  std::vector<T> dense(static_cast<size_t>(w.rows * w.columns), T{77});
+  T *const below_cut = dense.data() + cut * w.columns;
+  for (const bool by_bits : {false, true}) {
+    const auto view = [&](std::vector<T> &of) {
+      return paikern::KeptView{
+          of.data(), w.positions.data(), by_bits ? w.bits.data() : nullptr, w.starts.data(), w.rows, w.columns,
+          w.panel};
+    };
+    paikern::scatter_kept(view(values), size, 0, cut, dense.data());
+    paikern::scatter_kept(view(values), size, cut, w.rows - cut, below_cut);
+    size_t next = 0;
+    for (int64_t i = 0; i < w.rows * w.columns; ++i) {
+      CHECK(dense[static_cast<size_t>(i)] == (bit(w.bits, i) ? values[next++] : T{0}));
+    }
+    paikern::gather_kept(view(back), size, 0, cut, dense.data());
+    paikern::gather_kept(view(back), size, cut, w.rows - cut, below_cut);
+    CHECK(back == values);
+  }
+}
+
+void one(Random &random, int64_t rows, int64_t columns, int64_t batch) {
   const auto type = pick<WeightType>(random, {WeightType::kFloat32, WeightType::kBfloat16});
   const Weight w(random, rows, columns, pick<int64_t>(random, {0, 1, 5, 10}), pick<int64_t>(random, {1, 16, 4096}),
                  type);
@@ -97,6 +123,11 @@ void one(Random &random) {
   std::vector<float> y(static_cast<size_t>(batch * rows), 77.0f);
   paikern::masked_linear(w.view(), x.data(), batch, bias.empty() ? nullptr : bias.data(), y.data());
   products(w, false, x, batch, bias, y);
+
+  moves<uint8_t>(random, w);
+  moves<uint16_t>(random, w);
+  moves<uint32_t>(random, w);
+  moves<uint64_t>(random, w);
 
   const size_t kept = w.positions.size();
   const int64_t panels = (rows + w.panel - 1) / w.panel;
@@ -130,7 +161,9 @@ void one(Random &random) {
 }  // namespace
 
 void masked_linear(Random &random, int rounds) {
-  for (int i = 0; i < rounds; ++i) one(random);
+  for (int i = 0; i < rounds; ++i) one(random, below(random, 150), below(random, 150), below(random, 70));
+  // Several threads: rows of one panel shared, a panel each, more panels than threads.
+  for (const int64_t batch : {1, 5, 40, 150}) one(random, 400, 700, batch);
 }
 
 }  // namespace check

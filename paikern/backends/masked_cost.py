@@ -26,7 +26,7 @@ VECTOR, WIDE, NEARER = 0.31e-9, 4096, 0.15
 NARROW = 0.05e-9  # and more up to 32 rows of x, a panel of 16 rows for each thread
 PANEL = 0.12e-9  # an element of x put into a panel, or of y taken out of one
 FAR = 0.12e-9  # and more for those behind the first two million
-COLLECT = 1.2e-9  # a value brought into the order of the transposed weight
+COLLECT = 0.6e-9  # a value brought into the order of the transposed weight
 LIST = 0.5e-9  # an element of a weight whose bits are turned into columns for one call
 DECODE = 0.4e-9  # an element of the weight written to a block and read by the product
 FINITE = 0.15e-9  # an element of x or y looked at or copied on the way there
@@ -50,6 +50,7 @@ FEW = 2  # rows of x that go by gathers
 # Half of the times are predicted within a tenth or so: the index kernels are taken where they
 # should win by that, decoded rows, which take what dense takes and some more, up to a loss of 5 %.
 GAIN, LOSS = 0.9, 1.05
+LEAST = 15e-6  # that a packed layer should save: caches that others have filled cost it about that
 BITMAP_DENSITY = 0.5  # from which PackedWeight keeps bits unless told otherwise
 
 
@@ -91,7 +92,8 @@ def index_seconds(
     if not training:
         return CALL + listing + forward
     # The transposed weight of bits is made anew in every call, too.
-    by_input = forward + kept * COLLECT + (2 * listing if bits else 0.0)
+    collecting = kept * COLLECT * (2 if kept <= ALONE else 1)
+    by_input = forward + collecting + (2 * listing if bits else 0.0)
     return 3 * (CALL + listing) + forward + by_input + _panels(rows, columns, kept, batch)
 
 
@@ -154,7 +156,8 @@ def estimate(
         rows, columns, kept, batch, bits=density > BITMAP_DENSITY, training=training
     )
     times = f"{1e3 * seconds:.3g} ms against {1e3 * dense:.3g} dense at density {density:.3g}"
-    if seconds > (GAIN if kernel == "index" else LOSS) * dense:
+    limit = min(GAIN * dense, dense - LEAST) if kernel == "index" else LOSS * dense
+    if seconds > limit:
         return Estimate("dense", dense, dense, f"{kernel} would take {times}")
     return Estimate(kernel, seconds, dense, times)
 

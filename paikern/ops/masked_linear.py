@@ -132,7 +132,9 @@ def masked_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -
 
     Returns:
         `[out]` or `[..., out]`, the dtype of x. Sums are float32 (float64 for float64), in an order
-        that does not depend on the number of threads. Differentiable, any number of times, in x,
+        that does not depend on the number of threads; on the CPU, large batches times a weight that
+        keeps much go through the library's dense product of some rows at a time, and the order is
+        the library's (`paikern.backends.masked_cost`). Differentiable, any number of times, in x,
         in `weight.values` (the gradient exists at the kept positions only) and in the bias.
         A pruned weight multiplies nothing: NaN or infinity in x reaches the rows that keep a
         weight for it, where a dense product with zeros would spread NaN to all. Not so on a GPU

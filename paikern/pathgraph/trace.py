@@ -20,7 +20,7 @@ from paikern.errors import PathRuleError
 from paikern.pathgraph import capture, exported
 from paikern.pathgraph.graph import PathGraph, PathValue
 from paikern.pathgraph.tracer import Tracer
-from paikern.sparse.packed_weight import packed_weights
+from paikern.sparse.in_models import packed_weights
 
 
 def trace(model: nn.Module, example_inputs: Any) -> PathGraph:

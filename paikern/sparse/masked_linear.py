@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
-from paikern.ops._path import run
+from paikern.ops._path import nothing_intercepts, run
 from paikern.ops.masked_linear import masked_linear
 from paikern.sparse.masked_module import (
     MaskedModule,
@@ -13,6 +16,8 @@ from paikern.sparse.masked_module import (
     pack_weight_of,
 )
 from paikern.sparse.packed_weight import PackedWeight
+
+_PLAIN = (Tensor, nn.Parameter)
 
 
 class MaskedLinear(MaskedModule):
@@ -125,9 +130,40 @@ class MaskedConv1D(MaskedModule):
                 f"MaskedConv1D: x is on {x.device} and the weight on {values.device}; move them "
                 "to one device"
             )
-        where = weight.where(transposed=True)
-        y: Tensor = run("masked_linear_input", x, values, *where, differentiable=True)
+        y = _product(x, values, weight.where(transposed=True))
         return y if bias is None else y + bias
 
     def extra_repr(self) -> str:
         return f"nx={self.nx}, nf={self.nf}, {super().extra_repr()}"
+
+
+def _product(x: Tensor, values: Tensor, where: tuple[Any, ...]) -> Tensor:
+    recorded = torch.is_grad_enabled() and (x.requires_grad or values.requires_grad)
+    plain = x.is_cpu and type(x) in _PLAIN and type(values) in _PLAIN
+    if recorded and plain and nothing_intercepts():
+        y: Tensor = _Eager.apply(x, values, where)
+        return y
+    product: Tensor = run("masked_linear_input", x, values, *where, differentiable=True)
+    return product
+
+
+class _Eager(torch.autograd.Function):
+    """The derivative of the operation without its way through the dispatcher, as `masked_linear`
+    does it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor, where: tuple[Any, ...]) -> Tensor:
+        ctx.save_for_backward(x, values)
+        ctx.where = where
+        y: Tensor = run("masked_linear_input", x, values, *where)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (g,), (x, values), where = gradients, ctx.saved_tensors, ctx.where
+        by_x, by_values = ctx.needs_input_grad[:2]
+        return (
+            run("masked_linear", g, values, None, *where, differentiable=True) if by_x else None,
+            run("masked_linear_kept", x, g, *where, differentiable=True) if by_values else None,
+            None,
+        )

@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from paikern.sparse.packed_weight import PackedWeight, pack_keys
+from paikern.sparse.in_models import pack_keys
+from paikern.sparse.packed_weight import PackedWeight
 
 _Module = TypeVar("_Module", bound=nn.Module)
 

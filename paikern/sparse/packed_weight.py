@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from paikern._names import walk
 from paikern.ops.pack_mask import pack_mask
 from paikern.ops.positions import MOST_KEPT, list_positions, transpose_positions
 from paikern.ops.scatter_kept import gather_kept, scatter_kept
@@ -52,46 +51,6 @@ def dense_keys() -> Iterator[None]:
         yield
     finally:
         _dense_keys.reset(token)
-
-
-def pack_keys(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict of the dense model as one that `model`, with packed weights, can load.
-
-    Args:
-        model: has packed weights somewhere.
-        state_dict: may hold a dense weight for each of them, see `dense_keys`.
-
-    Returns:
-        A copy in which each such weight has become the values that the model keeps and its mask.
-        What the dense weight holds elsewhere is dropped.
-
-    Raises:
-        ValueError: a dense weight of another shape.
-
-    Example:
-        >>> import torch
-        >>> net = torch.nn.Module()
-        >>> net.weight = PackedWeight.from_dense(torch.ones(1, 2), torch.tensor([[True, False]]))
-        >>> net.load_state_dict(pack_keys(net, {"weight": torch.tensor([[5.0, 6.0]])}))
-        <All keys matched successfully>
-        >>> net.weight.to_dense().tolist()
-        [[5.0, 0.0]]
-    """
-    found = dict(state_dict)
-    for name, module in model.named_modules():
-        key = _dense_key(name + "." if name else "")
-        if not isinstance(module, PackedWeight) or key not in found:
-            continue
-        dense = found.pop(key)
-        if dense.shape != module.shape:
-            raise ValueError(
-                f"pack_keys: {key} has shape {tuple(dense.shape)} in the state dict, "
-                f"{tuple(module.shape)} in the model"
-            )
-        prefix = name + "." if name else ""
-        found[prefix + "mask"] = module.packed_mask()
-        found[prefix + "values"] = module.gather(dense.detach().to(module.device))
-    return found
 
 
 class PackedWeight(nn.Module):
@@ -207,21 +166,26 @@ class PackedWeight(nn.Module):
                 f"PackedWeight.from_dense: weight is on {weight.device} and mask on "
                 f"{mask.device}; move them to one device"
             )
-        kept = _bool_mask(weight, mask)
-        values = weight.detach()[kept]
-        if values.numel() > MOST_KEPT:
+        bits = _bits(weight, mask)
+        kept = count_kept(bits)
+        if kept > MOST_KEPT:
             raise ValueError(
-                f"PackedWeight.from_dense: {values.numel()} weights are kept, at most {MOST_KEPT} "
+                f"PackedWeight.from_dense: {kept} weights are kept, at most {MOST_KEPT} "
                 "can be; split the weight by rows"
             )
+        matrix = weight.detach().reshape(weight.shape[0], weight.shape[1:].numel())
+        rows, columns = matrix.shape
+        places = list_positions(bits, kept, rows, columns, panel)
+        values = gather_kept(matrix, *places, rows, columns, panel, kept)
         if bool(torch.isnan(values).any()):
-            at = (torch.isnan(weight.detach()) & kept).nonzero()[0].tolist()
+            found = torch.isnan(weight.detach()) & unpack_mask(bits, weight.shape)
+            at = found.nonzero()[0].tolist()
             raise ValueError(
                 f"PackedWeight.from_dense: weight holds NaN at {at}, which the mask keeps"
             )
         trained = weight.requires_grad or not isinstance(weight, nn.Parameter)
         parameter = nn.Parameter(values, requires_grad=trained)
-        return cls(parameter, pack_mask(kept), weight.shape, format=format, panel=panel)
+        return cls(parameter, bits, weight.shape, format=format, panel=panel)
 
     # --- what it is ------------------------------------------------------------------------------
 
@@ -328,7 +292,7 @@ class PackedWeight(nn.Module):
         """Sets the positions from packed bits, of which as many as there are values are set."""
         rows, columns = self.rows, self.columns
         check_packed("PackedWeight", mask, rows * columns)
-        bits = pack_mask(unpack_mask(mask, (rows * columns,)))  # spare bits become zero
+        bits = _clean(mask, rows * columns)
         kept = count_kept(bits)
         if kept != self.values.numel():
             raise ValueError(
@@ -376,7 +340,7 @@ class PackedWeight(nn.Module):
     ) -> None:
         if _dense_keys.get():
             dense = self.to_dense()
-            destination[_dense_key(prefix)] = dense if keep_vars else dense.detach()
+            destination[dense_key(prefix)] = dense if keep_vars else dense.detach()
             return
         destination[prefix + "values"] = self.values if keep_vars else self.values.detach()
         destination[prefix + "mask"] = self.packed_mask()
@@ -456,18 +420,19 @@ class PackedWeight(nn.Module):
         return cls(values, mask, shape, format=format)
 
 
-def packed_weights(model: nn.Module) -> dict[str, PackedWeight]:
-    """Name in the unwrapped model -> packed weight, every name of a tied one."""
-    return {
-        path: module for (path, _), module, _ in walk(model) if isinstance(module, PackedWeight)
-    }
-
-
-def _dense_key(prefix: str) -> str:
+def dense_key(prefix: str) -> str:
     return prefix[:-1] if prefix else "weight"
 
 
-def _bool_mask(weight: Tensor, mask: Tensor) -> Tensor:
+def _clean(mask: Tensor, numel: int) -> Tensor:
+    """A copy of packed bits for `numel` weights, what is spare zero."""
+    bits = mask[: (numel + 7) // 8].clone()
+    if numel % 8:
+        bits[-1] &= (1 << numel % 8) - 1
+    return bits
+
+
+def _bits(weight: Tensor, mask: Tensor) -> Tensor:
     if mask.dtype == torch.uint8:
         check_packed("PackedWeight.from_dense", mask, weight.numel())
         if mask.numel() != (weight.numel() + 7) // 8:
@@ -475,7 +440,7 @@ def _bool_mask(weight: Tensor, mask: Tensor) -> Tensor:
                 f"PackedWeight.from_dense: a packed mask for shape {tuple(weight.shape)} has "
                 f"{(weight.numel() + 7) // 8} bytes, got {mask.numel()}"
             )
-        return unpack_mask(mask, weight.shape)
+        return _clean(mask, weight.numel())
     if mask.dtype != torch.bool:
         raise TypeError(
             f"PackedWeight.from_dense: mask must be bool or packed bits (uint8), got {mask.dtype}"
@@ -485,4 +450,4 @@ def _bool_mask(weight: Tensor, mask: Tensor) -> Tensor:
             f"PackedWeight.from_dense: mask must have the shape {tuple(weight.shape)} of the "
             f"weight, got {tuple(mask.shape)}"
         )
-    return mask
+    return pack_mask(mask)

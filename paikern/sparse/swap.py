@@ -13,12 +13,13 @@ from paikern.ops.unpack_mask import count_kept
 from paikern.progress import logger
 from paikern.sparse import choice, layers
 from paikern.sparse import optimizer as optimizers
+from paikern.sparse.in_models import packed_weights
 from paikern.sparse.layers import Place
 from paikern.sparse.masked_linear import MaskedConv1D
 from paikern.sparse.masked_module import MaskedModule
 from paikern.sparse.observed import DEFAULT_BATCH, input_shapes
 from paikern.sparse.optimizer import Exchange
-from paikern.sparse.packed_weight import PackedWeight, packed_weights
+from paikern.sparse.packed_weight import PackedWeight
 
 if TYPE_CHECKING:
     from paikern.masks import MaskSet
@@ -230,6 +231,12 @@ def _swap(
     optimizer: Any,
 ) -> nn.Module:
     """Exchange layers and parameters, or nothing at all."""
+    for module in model.modules():
+        if id(module._modules.get("_orig_mod")) in new:
+            raise ValueError(
+                f"{operation}: a layer by itself is compiled and would go on as it was; use the "
+                "layer inside it (._orig_mod), then compile it again"
+            )
     gradients = [optimizers.gradient(exchange) for exchange in exchanges]
     before = list(model.parameters())
     old = {id(module): module for module in model.modules() if id(module) in new}

@@ -21,7 +21,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("moved")]
 LANES = ("cuda_source", "triton")
 #: About how a lane works, not about what an operation gives.
 NOT_HERE = {
-    "test_backend", "test_barriers", "test_compile", "test_jit", "test_plan", "test_shim",
+    "test_backend", "test_barriers", "test_compile", "test_jit", "test_masked_plan", "test_plan",
+    "test_shim",
 }  # fmt: skip
 #: Of the CPU suite: those that compare an operation with an oracle of their own.
 OPERATIONS = (

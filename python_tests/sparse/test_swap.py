@@ -107,7 +107,7 @@ def test_only_where_it_wins(caplog: Log) -> None:
 def test_the_number_of_rows_decides() -> None:
     def packed(training: bool = False, **how: object) -> bool:
         model = nn.Linear(512, 512)
-        masks = pk.MaskSet.from_bool({"weight": torch.rand(512, 512) < 0.05})
+        masks = pk.MaskSet.from_bool({"weight": (torch.randperm(512 * 512) < 13107).view(512, 512)})
         return isinstance(pk.sparsify(model, masks, training=training, **how), pk.MaskedLinear)
 
     estimates = {n: swap.choice.masked_cost.estimate("cpu", 512, 512, 13107, n) for n in (1, 4096)}
@@ -258,6 +258,10 @@ def test_wrapped_models() -> None:
     masks.verify(compiled)
     pk.densify(compiled)
     assert_equal(model.state_dict(), state)
+    alone = torch.compile(nn.Linear(4, 4), backend="eager")
+    with pytest.raises(ValueError, match=r"a layer by itself is compiled .*\(\._orig_mod\)"):
+        pk.sparsify(alone, nets.random_masks(alone), force=True)
+    assert type(alone._orig_mod) is nn.Linear
     parallel = nn.DataParallel(model)
     for change in (lambda: pk.sparsify(parallel, masks), lambda: pk.densify(parallel)):
         with pytest.raises(ValueError, match=r"DataParallel holds the parameters .*\(\.module\)"):
