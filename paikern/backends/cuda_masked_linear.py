@@ -51,8 +51,8 @@ class Rule(NamedTuple):
 _ANY = 1 << 62
 # What is expected of an H200: a product by index takes 64 bytes or more of x from L2 for an entry,
 # the dense way writes and reads the whole weight, and from some hundred rows of x on tensor cores
-# leave less and less to gain. The values of the transposed weight lie apart, 32 bytes to be read for
-# each of them, which a dense weight does not have.
+# leave less and less to gain. The values of the transposed weight lie apart: 32 bytes are read for
+# each of them.
 RULES = (
     Rule("output", False, False, 1.0, 4, "index", "not yet measured"),
     Rule("output", False, False, 0.03, _ANY, "index", "not yet measured"),

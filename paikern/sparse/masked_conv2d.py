@@ -20,6 +20,7 @@ class MaskedConv2d(MaskedModule):
         bias: Parameter `[out]`, or None.
 
     Example:
+        >>> import torch
         >>> dense = nn.Conv2d(4, 6, 3, padding="same", groups=2)
         >>> layer = MaskedConv2d.from_conv(dense, torch.rand(6, 2, 3, 3) < 0.2)
         >>> layer(torch.ones(1, 4, 8, 9)).shape

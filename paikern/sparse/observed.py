@@ -44,7 +44,7 @@ def input_shapes(
     handles = [layer.register_forward_pre_hook(look) for layer in layers]
     try:
         inner.eval()
-        with torch.no_grad(), torch.random.fork_rng():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
             inner(*args, **kwargs)
     finally:
         for handle in handles:

@@ -48,6 +48,10 @@ def worker(rank: int, folder: str) -> None:
             optimizer.step()
         masks.verify(wrapped)
         assert pk.MaskSet.from_model(wrapped) == masks
+        with pytest.raises(
+            ValueError, match="densify: DistributedDataParallel holds the parameters"
+        ):
+            pk.densify(wrapped)
         torch.save(wrapped.state_dict(), f"{folder}/{rank}.pt")
         shard(masks)
     finally:
