@@ -10,6 +10,8 @@
 // (0.157), panels asked for ahead (0.135), huge pages (the same).
 #pragma once
 
+#include <algorithm>
+
 #include "masked_linear_kernels.h"
 #include "path_simd.h"
 
@@ -315,9 +317,36 @@ void masked_collect(const void *values, WeightType type, const int32_t *source, 
   });
 }
 
+void masked_expand(const uint8_t *bits, int64_t bytes, int64_t start, int64_t columns, const float *values,
+                   const float *end, float *row) {
+  constexpr int kWord = 48;  // bits that one load has wherever it starts, a multiple of every vector length
+  for (int64_t c = 0; c < columns; c += kWord) {
+    const int count = static_cast<int>(std::min<int64_t>(kWord, columns - c));
+    const uint64_t word = paikern::mask_bits(bits, bytes, start + c, count);
+#if defined(__AVX512F__)
+    for (int i = 0; i < count; i += kLanes) {
+      const uint32_t some = static_cast<uint32_t>(word >> i) & 0xffffu;
+      const int kept = __builtin_popcount(some);
+      const vf next = end - values >= kLanes ? v_load(values) : _mm512_maskz_loadu_ps(v_mask((1u << kept) - 1), values);
+      const vf spread = _mm512_maskz_expand_ps(v_mask(some), next);
+      if (count - i >= kLanes) {
+        v_store(row + c + i, spread);
+      } else {
+        _mm512_mask_storeu_ps(row + c + i, v_mask((1u << (count - i)) - 1), spread);
+      }
+      values += kept;
+    }
+#else
+    (void)end;
+    std::memset(row + c, 0, sizeof(float) * static_cast<size_t>(count));
+    for (uint64_t left = word; left; left &= left - 1) row[c + __builtin_ctzll(left)] = *values++;
+#endif
+  }
+}
+
 constexpr MaskedKernels make_masked_kernels(const char *name) {
-  return {name,        kLanes,        kPanelVectors, masked_pack, masked_unpack, masked_products,
-          masked_dots, masked_matvec, masked_collect};
+  return {name,        kLanes,        kPanelVectors,  masked_pack,  masked_unpack, masked_products,
+          masked_dots, masked_matvec, masked_collect, masked_expand};
 }
 
 }  // namespace

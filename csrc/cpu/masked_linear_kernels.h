@@ -45,6 +45,11 @@ struct MaskedKernels {
 
   // out[i] = values[source[i]] as float for i < count, values[i] where source is null.
   void (*collect)(const void *values, WeightType type, const int32_t *source, int64_t count, float *out);
+
+  // row[c] = the next of values where bit start + c of a mask of `bytes` bytes is set, else 0, for c < columns; nothing
+  // is read from `end` on.
+  void (*expand)(const uint8_t *bits, int64_t bytes, int64_t start, int64_t columns, const float *values,
+                 const float *end, float *row);
 };
 
 const MaskedKernels &masked_kernels_portable();

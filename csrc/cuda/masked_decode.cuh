@@ -200,7 +200,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
   pk_decode_of<2>(PK_PACKED, type, mask, x, pitch, batch, bias, parts, y);
 }
 
-extern "C" __global__ void __launch_bounds__(256, 1)
+extern "C" __global__ void __launch_bounds__(256, 2)
     paikern_masked_decode_4(PK_PACKED_PARAMETERS, long long type, const unsigned char *mask, const void *x,
                             long long pitch, long long batch, const void *bias, long long parts, void *y) {
   pk_decode_of<4>(PK_PACKED, type, mask, x, pitch, batch, bias, parts, y);

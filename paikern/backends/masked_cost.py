@@ -23,6 +23,7 @@ ALONE = 131_072  # kept weights times vectors up to which one thread works
 # A kept weight times 16 rows of x out of a panel of 4096 columns: 15.8 ms for 3.36 million, 16
 # times. Smaller panels lie in nearer caches: 0.9 ms for 210,000 weights of 1024 columns.
 VECTOR, WIDE, NEARER = 0.31e-9, 4096, 0.15
+SEVERAL = 1.15  # times as long where several panels take turns: 11,008 columns
 NARROW = 0.05e-9  # and more up to 32 rows of x, a panel of 16 rows for each thread
 PANEL = 0.12e-9  # an element of x put into a panel, or of y taken out of one
 FAR = 0.12e-9  # and more for those behind the first two million
@@ -165,6 +166,7 @@ def estimate(
 def _panels(rows: int, columns: int, kept: int, batch: int) -> float:
     vectors = -(-batch // LANES)
     each = VECTOR * (min(max(columns, 1), WIDE) / WIDE) ** NEARER + (NARROW if vectors <= 2 else 0)
+    each *= SEVERAL if columns > WIDE else 1
     moved = (rows + columns) * vectors * LANES
     time = kept * vectors * each + moved * PANEL + max(0, moved - STREAMED) * FAR
     return 2 * time if kept * vectors <= ALONE else time

@@ -95,6 +95,7 @@ def loss(
 def packed(
     layer: nn.Module,
     kept: int,
+    like: Tensor,
     found: Estimate,
     shape: tuple[int, ...] | None,
     batch: int,
@@ -103,8 +104,11 @@ def packed(
 ) -> tuple[str, float | None]:
     """Kernel and seconds of a layer that is packed, also where dense would be faster.
 
-    A convolution that is packed and slower so runs dense, on the weight made dense for the call.
+    A convolution that is packed and slower so runs dense, on the weight made dense for the call. On
+    a GPU the backend chooses call by call, and no figure has been measured.
     """
+    if like.device.type not in ("cpu", "meta"):
+        return "backend", None
     if found.why == NO_MAPS:
         return "unknown", None
     if found.kernel != "dense" or found.seconds is None or isinstance(layer, MaskedConv2d):

@@ -29,7 +29,8 @@ class LayerPlan:
         kept: how many of its entries are kept; of a dense weight those that are not 0.
         packed: whether the layer stores the kept values only.
         forward, backward: the kernels that run: "index", "decode", "direct" (a convolution by its
-            kept weights), "dense", or "unknown" (a convolution of maps of unknown size).
+            kept weights), "dense", "backend" (on a GPU, whose backend chooses call by call), or
+            "unknown" (a convolution of maps of unknown size).
         why: what speaks for it.
         seconds, dense_seconds: expected for one pass over the layer, as it is and dense; None where
             nothing is measured.
@@ -210,8 +211,8 @@ def _plan(
         weight = owner.weight
         one = choice.estimate(owner, weight.nnz, weight.values, shape, batch, training=False)
         step = choice.estimate(owner, weight.nnz, weight.values, shape, batch, training=True)
-        forward = choice.packed(owner, weight.nnz, one, shape, batch, training=False)
-        both = choice.packed(owner, weight.nnz, step, shape, batch, training=True)
+        forward = choice.packed(owner, weight.nnz, weight.values, one, shape, batch, training=False)
+        both = choice.packed(owner, weight.nnz, weight.values, step, shape, batch, training=True)
         item = weight.values.element_size()
         return LayerPlan(
             name,

@@ -10,6 +10,7 @@ from torch import nn
 
 import paikern as pk
 from paikern.backends import masked_cost
+from paikern.sparse import choice
 from python_tests.sparse import nets
 
 
@@ -104,6 +105,16 @@ def test_the_table() -> None:
     assert "2 packed" in lines[4]
     assert len(lines) == 5
     assert str(pk.explain(model, training=False)).startswith("time: expected for the forward pass")
+
+
+def test_on_a_gpu_the_backend_chooses() -> None:
+    class Far:  # a tensor of another device, as far as the choice looks
+        device, dtype = torch.device("cuda"), torch.float32
+
+    layer = pk.sparsify(nn.Linear(8, 8), pk.MaskSet.from_bool({"weight": torch.eye(8)}), force=True)
+    found = choice.estimate(layer, 8, Far(), None, 4, training=True)
+    assert "not yet measured on cuda" in found.why
+    assert choice.packed(layer, 8, Far(), found, None, 4, training=True) == ("backend", None)
 
 
 def test_other_dtypes_devices_and_wrappers() -> None:

@@ -25,7 +25,7 @@ CONVOLUTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_masked_conv2d_and_its_derivatives(name: str, format: str, dtype: torch.dtype) -> None:
     def run() -> None:
-        for density, batch in ((0.0, 1), (0.3, 3), (1.0, 2)):
+        for density, batch in ((0.3, 3), (1.0, 2)):
             case = make(8, 6, (3, 3), density, dtype, format=format, **CONVOLUTIONS[name])
             check(case, torch.randn(batch, 6, 9, 8).to(dtype), bias=batch % 2 == 0)
 
@@ -46,5 +46,6 @@ def test_the_derivatives_by_name() -> None:
 
 
 def test_masked_conv2d_of_nothing() -> None:
-    case = make(8, 6, (3, 3), 0.5)
-    on("triton", lambda: check(case, torch.randn(0, 6, 5, 5)))
+    for density, batch in ((0.5, 0), (0.0, 2)):
+        case = make(8, 6, (3, 3), density)
+        on("triton", lambda c=case, b=batch: check(c, torch.randn(b, 6, 5, 5)))

@@ -50,10 +50,11 @@ def random(batch: int, case: Case) -> Tensor:
 @pytest.mark.parametrize("kernel", ["index", "decode", "library"])
 @pytest.mark.parametrize("shape", SHAPES, ids=ids)
 def test_masked_linear_by_each_kernel(shape: tuple[int, int], kernel: str) -> None:
-    for at, density in enumerate(DENSITIES):
+    # Every other density, so that each kernel meets all of them.
+    for at, density in enumerate(DENSITIES[SHAPES.index(shape) % 2 :: 2]):
         case = make(*shape, density)
         with only(kernel):
-            on("triton", lambda c=case, b=BATCHES[at % 4]: check(c, random(b, c), bias=b % 2 == 1))
+            on("triton", lambda c=case, b=BATCHES[at + 1]: check(c, random(b, c), bias=b % 2 == 1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
@@ -62,7 +63,7 @@ def test_masked_linear_by_each_kernel(shape: tuple[int, int], kernel: str) -> No
 def test_masked_linear_of_each_type_and_format(
     dtype: torch.dtype, format: str, density: float
 ) -> None:
-    case = make(37, 70, density, dtype, format=format)
+    case = make(33, 40, density, dtype, format=format)
     for batch in BATCHES:
         on("triton", lambda b=batch: check(case, random(b, case)))
 
@@ -76,7 +77,7 @@ def test_masked_linear_of_halves_by_each_kernel(dtype: torch.dtype, kernel: str)
             on("triton", lambda b=batch: check(case, random(b, case), bias=b == 5))
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     st.integers(1, 90),
     st.integers(1, 90),
@@ -99,7 +100,7 @@ def test_masked_linear_of_several_tiles() -> None:
     for format, density in (("index", 0.03), ("bitmap", 0.7)):
         case = make(65, 300, density, format=format)
         on("triton", lambda c=case: check(c, random(33, c)))
-    listed = make(257, 130, 0.4)
+    listed = make(130, 70, 0.4)
     on("triton", lambda: check(listed, random(17, listed)))
 
 
@@ -169,9 +170,9 @@ def test_pruned_weights_of_few_rows_multiply_nothing(format: str) -> None:
 
 @pytest.mark.parametrize("kernel", ["index", "decode"])
 def test_masked_linear_has_the_same_bits_from_run_to_run(kernel: str) -> None:
-    case = make(70, 90, 0.4)
-    for batch in (2, 40):
-        x, g = random(batch, case).requires_grad_(), torch.randn(batch, 70)
+    case = make(40, 50, 0.4)
+    for batch in (2, 20):
+        x, g = random(batch, case).requires_grad_(), torch.randn(batch, 40)
 
         def run(x: Tensor = x, g: Tensor = g) -> list[Tensor]:
             y = ops.masked_linear(x, case.packed, case.bias)
