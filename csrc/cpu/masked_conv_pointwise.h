@@ -9,7 +9,6 @@ namespace paikern {
 // Whether maps serve as planes. Where small images are not whole vectors apart, loads cross cache lines and the rest of
 // a vector is wasted, so a batch is better laid out side by side: 512 x 2048 at 7 x 7 and density 0.1, 8 images, 2.0 ms
 // for 2.6.
-// is better laid out side by side: 1024 x 256 at 14 x 14 and density 0.1, 32 images.
 bool pointwise(const ConvShape &shape, ConvMap map, const ConvKernels &kernels);
 
 void pointwise_output(const ConvShape &shape, const ConvEntries &v, const float *x, const float *bias, float *y,
