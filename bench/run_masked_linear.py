@@ -1,14 +1,17 @@
 """Packed weights against dense libraries and torch's CSR, on the CPU.
 
-    python -m bench.run_masked_linear                         the whole grid, about an hour
+    python -m bench.run_masked_linear                         everything, a quarter of an hour
     python -m bench.run_masked_linear --quick                 a minute, into out/bench
     python -m bench.run_masked_linear --sizes 4096 11008x4096 --batches 256 --no-write
+    python -m bench.run_masked_linear --report-only           page and plot again, from the results
     python -m bench.run_masked_linear --fit bench/results/masked_linear.json
 
 Dense contenders: torch (MKL), oneDNN with a weight laid out beforehand, numpy (OpenBLAS); the best
 of them counts. `dispatch` is what `pk.sparsify` would leave in the model by `masked_cost.estimate`.
 Contenders run in turn for `--seconds` a point, twice in a row each, and each gets its fastest time:
-on a machine with other work the median is that of the other work. Writes masked_linear.json.
+on a machine with other work the median is that of the other work. Who takes more than half a second
+runs once. Writes masked_linear.json into the folder of `--out`; with the default folder,
+bench/results, the page is bench/masked_linear.md and the plot docs/images/masked_linear.png.
 
 `--fit` measures nothing: it holds the constants of `paikern.backends.masked_cost` against a results
 file and says by how much they are wrong, and what wrong choices cost.
@@ -18,31 +21,52 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 import paikern as pk
-from bench import options
+from bench import masked_linear_report, options
+from bench.masked_linear_steps import step as training_step
 from bench.timing import RESULTS, Row, use_threads, write_results
 from paikern.backends import masked_cost
 
 MODULE = "bench.run_masked_linear"
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
-BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-SQUARES = ("1024", "2048", "4096", "8192")
 # [out, in] of 1x1 convolutions of ResNet-50, of ViT-B and of Llama-7B
 LAYERS = ("64x256", "512x2048", "2048x1024", "2304x768", "3072x768", "768x3072")
-LAYERS_OF_7B = ("11008x4096", "4096x11008")
+STEPS = ("forward", "backward", "step")
 SEED = 0
+
+
+class Part(NamedTuple):
+    """Every combination of its values is a point."""
+
+    sizes: Sequence[str]
+    sparsities: Sequence[float]
+    batches: Sequence[int]
+    steps: Sequence[str]
+
+
+PLAN = (
+    Part(("4096",), SPARSITIES, (1, 4, 16, 32, 64, 256, 1024), STEPS[:2]),
+    Part(("4096",), (0.9, 0.95, 0.99), (32, 256, 1024), STEPS[2:]),
+    Part(("1024",), SPARSITIES, (1, 32, 256, 4096), STEPS[:2]),
+    Part(("2048", *LAYERS), (0.5, 0.8, 0.9, 0.95, 0.99), (1, 32, 256, 1024), STEPS[:2]),
+    Part(("8192", "11008x4096", "4096x11008"), (0.9, 0.95, 0.99), (1, 32, 256), STEPS[:2]),
+)
+ONCE = 0.5  # seconds: who takes longer does not run again
 DENSE = ("mkl", "onednn", "openblas")
+ROOT = Path(__file__).parents[1]
 
 Contenders = dict[str, Callable[[], object]]
 
@@ -103,10 +127,13 @@ def backward(weight: Tensor, packed: pk.PackedWeight, x: Tensor) -> Contenders:
     }
 
 
+BUILD = {"forward": forward, "backward": backward, "step": training_step}
+
+
 def kernel_of(step: str, packed: pk.PackedWeight, batch: int) -> str:
     rows, columns = packed.shape
     return masked_cost.estimate(
-        "cpu", rows, columns, packed.nnz, batch, training=step == "backward"
+        "cpu", rows, columns, packed.nnz, batch, training=step != "forward"
     ).kernel
 
 
@@ -125,6 +152,8 @@ def fastest(contenders: Mapping[str, Callable[[], object]], seconds: float) -> d
             while names and (rounds < 3 or time.perf_counter() < end):
                 for name in names if rounds % 2 else reversed(names):
                     for _ in range(2):
+                        if ONCE < best[name] < float("inf"):
+                            break
                         start = time.perf_counter()
                         contenders[name]()
                         best[name] = min(best[name], time.perf_counter() - start)
@@ -133,31 +162,23 @@ def fastest(contenders: Mapping[str, Callable[[], object]], seconds: float) -> d
     return best
 
 
-def measure(
-    sizes: Iterable[str],
-    sparsities: Iterable[float],
-    batches: Iterable[int],
-    seconds: float,
-    steps: Sequence[str],
-) -> list[Row]:
+def measure(parts: Sequence[Part], seconds: float) -> list[Row]:
     rows: list[Row] = []
-    for size in sizes:
-        torch.manual_seed(SEED)
-        rows_of, columns = shape_of(size)
-        weight = torch.randn(rows_of, columns)
-        for sparsity in sparsities:
-            packed = pk.PackedWeight.from_dense(weight, torch.rand(rows_of, columns) >= sparsity)
-            for batch in batches:
-                x = torch.randn(batch, columns)
-                for step in steps:
-                    build = forward if step == "forward" else backward
-                    contenders = build(weight, packed, x)
-                    best = fastest(contenders, seconds)
-                    kernel = kernel_of(step, packed, batch)
-                    rows.append(row_of(step, size, sparsity, batch, best, kernel))
-                    print(line_of(rows[-1]), file=sys.stderr, flush=True)
-                    del contenders
-                    gc.collect()
+    for part in parts:
+        for size, sparsity in itertools.product(part.sizes, part.sparsities):
+            torch.manual_seed(SEED)
+            shape = shape_of(size)
+            weight, kept = torch.randn(shape), torch.rand(shape) >= sparsity
+            packed = pk.PackedWeight.from_dense(weight, kept)
+            for batch, step in itertools.product(part.batches, part.steps):
+                x = torch.randn(batch, shape[1])
+                contenders = BUILD[step](weight, packed, x)
+                best = fastest(contenders, seconds)
+                kernel = kernel_of(step, packed, batch)
+                rows.append(row_of(step, size, sparsity, batch, best, kernel))
+                print(line_of(rows[-1]), file=sys.stderr, flush=True)
+                del contenders
+                gc.collect()
     return rows
 
 
@@ -170,7 +191,7 @@ def shape_of(size: str) -> tuple[int, int]:
 def row_of(
     step: str, size: str, sparsity: float, batch: int, best: Mapping[str, float], kernel: str
 ) -> Row:
-    reference = min(DENSE, key=lambda name: best[name])
+    reference = min((name for name in DENSE if name in best), key=lambda name: best[name])
     return {
         "op": f"masked_linear {step}",
         "size": "{}x{}".format(*shape_of(size)),
@@ -206,6 +227,8 @@ def fit(path: Path) -> list[str]:
     """How far the predicted times are off, and what wrong choices cost."""
     errors, regrets = [], []
     for row in json.loads(path.read_text())["rows"]:
+        if row["op"].endswith("step"):  # the optimizer's share is not in the table
+            continue
         rows, columns = shape_of(row["size"])
         kept, batch = round((1 - row["sparsity"]) * rows * columns), row["batch"]
         backward = row["op"].endswith("backward")
@@ -251,26 +274,29 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--sizes", nargs="+", type=size_text, default=[*SQUARES, *LAYERS, *LAYERS_OF_7B]
-    )
-    parser.add_argument("--sparsities", nargs="+", type=options.fraction, default=SPARSITIES)
-    parser.add_argument("--batches", nargs="+", type=options.count, default=BATCHES)
-    parser.add_argument("--seconds", type=options.positive, default=3.0, help="a point")
-    parser.add_argument(
-        "--steps", nargs="+", choices=("forward", "backward"), default=["forward", "backward"]
-    )
+    parser.add_argument("--sizes", nargs="+", type=size_text, help="these points only")
+    parser.add_argument("--sparsities", nargs="+", type=options.fraction)
+    parser.add_argument("--batches", nargs="+", type=options.count)
+    parser.add_argument("--steps", nargs="+", choices=STEPS)
+    parser.add_argument("--seconds", type=options.positive, default=0.6, help="a point")
     parser.add_argument("--threads", type=int, choices=(1, 2), default=2)
     parser.add_argument("--quick", action="store_true", help="small and short, into out/bench")
     parser.add_argument("--out", type=Path, help="folder of masked_linear.json")
     parser.add_argument("--no-write", action="store_true")
+    parser.add_argument("--report-only", action="store_true", help="page and plot from the results")
     parser.add_argument("--fit", type=Path, help="check the constants against this results file")
     given = parser.parse_args(arguments)
+    chosen = [given.sizes, given.sparsities, given.batches, given.steps]
+    partial = given.quick or any(chosen)
     if given.quick:
-        given.sizes, given.sparsities, given.seconds = ["1024"], (0.5, 0.9, 0.99), 0.3
-        given.batches = (1, 32, 256)
-    root = Path(__file__).parents[1]
-    given.out = given.out or (root / "out" / "bench" if given.quick else RESULTS)
+        given.parts = [Part(["1024"], (0.5, 0.9, 0.99), (1, 32, 256), STEPS)]
+        given.seconds = 0.3
+    elif partial:
+        defaults = (["4096"], SPARSITIES, (1, 32, 256), STEPS[:2])
+        given.parts = [Part(*(c or d for c, d in zip(chosen, defaults, strict=True)))]
+    else:
+        given.parts = PLAN
+    given.out = given.out or (ROOT / "out" / "bench" if partial else RESULTS)
     return given
 
 
@@ -280,14 +306,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.fit:
         print("\n".join(fit(given.fit)))
         return 0
-    use_threads(MODULE, given.threads, arguments)
-    rows = measure(given.sizes, given.sparsities, given.batches, given.seconds, given.steps)
-    if not given.no_write:
-        print(
-            write_results(
-                "masked_linear", rows, threads=given.threads, seeds=[SEED], folder=given.out
-            )
-        )
+    if not given.report_only:
+        use_threads(MODULE, given.threads, arguments)
+    path = given.out / "masked_linear.json"
+    if not given.report_only:
+        rows = measure(given.parts, given.seconds)
+        if given.no_write:
+            return 0
+        print(write_results(path.stem, rows, threads=given.threads, seeds=[SEED], folder=given.out))
+    page, plot = path.with_suffix(".md"), path.with_suffix(".png")
+    if given.out.resolve() == RESULTS.resolve():
+        page, plot = ROOT / "bench/masked_linear.md", ROOT / "docs/images/masked_linear.png"
+    masked_linear_report.write(path, page, plot)
     return 0
 
 
