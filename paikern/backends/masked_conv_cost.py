@@ -39,8 +39,12 @@ def direct_seconds(op: str, shape: Shape, kept: int) -> float:
     pixels, out_pixels = high * wide, out_high * out_wide
     vectors = -(-batch * out_pixels // LANES)
     maps = batch * (rows * out_pixels + channels * pixels)
+    whole = (
+        pixels % LANES == 0
+    )  # gradients of 1x1 weights are taken in place of whole vectors alone
     pointwise = window[:6] == [1, 1, 1, 1, 0, 0] and pixels >= 8 * LANES
-    aligned = pixels % LANES == 0 if pointwise else batch >= LANES
+    pointwise = pointwise and (whole or op != "kept")
+    aligned = whole if pointwise else batch >= LANES
     element = IN_PLACE if pointwise else PIXEL * (1 + SMALL / max(1, out_pixels))
     by_vector = ALIGNED if aligned else VECTOR[op]
     return CALL + kept * (LIST[op] + vectors * by_vector) + maps * element
