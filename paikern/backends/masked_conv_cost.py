@@ -78,7 +78,7 @@ def _too_large(shape: Shape) -> bool:
 @functools.lru_cache(maxsize=4096)
 def _estimate(kind: str, shape: Shape, kept: int, dtype: torch.dtype, training: bool) -> Estimate:
     if kind != "cpu":
-        why = f"not yet measured on {kind}: the library's convolution, packed for its memory"
+        why = f"not yet measured on {kind}; force=True packs it for its memory"
         return Estimate("dense", None, None, why)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return Estimate("dense", None, None, f"no packed kernel for {dtype}")

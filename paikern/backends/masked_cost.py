@@ -148,7 +148,8 @@ def estimate(
     """
     kind = torch.device(device).type
     if kind != "cpu":
-        return Estimate("index", None, None, f"not yet measured on {kind}: packed for its memory")
+        why = f"not yet measured on {kind}; force=True packs it for its memory"
+        return Estimate("dense", None, None, why)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return Estimate("dense", None, None, f"no packed kernel for {dtype}")
     dense = dense_seconds(rows, columns, batch, training=training)

@@ -100,9 +100,11 @@ def packed(
     shape: tuple[int, ...] | None,
     batch: int,
     *,
+    bits: bool,
     training: bool,
 ) -> tuple[str, float | None]:
-    """Kernel and seconds of a layer that is packed, also where dense would be faster.
+    """Kernel and seconds of a layer that is packed, with `bits` for positions or columns, also
+    where dense would be faster.
 
     A convolution that is packed and slower so runs dense, on the weight made dense for the call. On
     a GPU the backend chooses call by call, and no figure has been measured.
@@ -111,16 +113,11 @@ def packed(
         return "backend", None
     if found.why == NO_MAPS:
         return "unknown", None
-    if found.kernel != "dense" or found.seconds is None or isinstance(layer, MaskedConv2d):
+    if found.seconds is None or isinstance(layer, MaskedConv2d):
         return found.kernel, found.seconds
     rows, columns = matrix(layer)
     batch = _rows_of_x(shape, batch)
-    runs = masked_cost.cpu_kernel(rows, columns, kept, batch)
-    if runs == "index":
-        seconds = masked_cost.index_seconds(rows, columns, kept, batch)
-    else:
-        seconds = masked_cost.decode_seconds(rows, columns, batch)
-    return runs, (3 if training else 1) * seconds
+    return masked_cost.packed(rows, columns, kept, batch, bits=bits, training=training)
 
 
 def _rows_of_x(shape: tuple[int, ...] | None, batch: int) -> int:

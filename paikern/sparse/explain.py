@@ -211,8 +211,13 @@ def _plan(
         weight = owner.weight
         one = choice.estimate(owner, weight.nnz, weight.values, shape, batch, training=False)
         step = choice.estimate(owner, weight.nnz, weight.values, shape, batch, training=True)
-        forward = choice.packed(owner, weight.nnz, weight.values, one, shape, batch, training=False)
-        both = choice.packed(owner, weight.nnz, weight.values, step, shape, batch, training=True)
+        bits, values = weight.format == "bitmap", weight.values
+        forward, both = (
+            choice.packed(
+                owner, weight.nnz, values, found, shape, batch, bits=bits, training=training
+            )
+            for found, training in ((one, False), (step, True))
+        )
         item = weight.values.element_size()
         return LayerPlan(
             name,
