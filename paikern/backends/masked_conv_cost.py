@@ -39,9 +39,8 @@ def direct_seconds(op: str, shape: Shape, kept: int) -> float:
     pixels, out_pixels = high * wide, out_high * out_wide
     vectors = -(-batch * out_pixels // LANES)
     maps = batch * (rows * out_pixels + channels * pixels)
-    whole = (
-        pixels % LANES == 0
-    )  # gradients of 1x1 weights are taken in place of whole vectors alone
+    # The gradient of a 1x1 weight is taken in place from maps of whole vectors alone.
+    whole = pixels % LANES == 0
     pointwise = window[:6] == [1, 1, 1, 1, 0, 0] and pixels >= 8 * LANES
     pointwise = pointwise and (whole or op != "kept")
     aligned = whole if pointwise else batch >= LANES
