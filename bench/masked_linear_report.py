@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from itertools import groupby
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +100,10 @@ def verdict(
 
 def grid(rows: Sequence[Row]) -> list[str]:
     lines: list[str] = []
-    key: Callable[[Row], tuple[str, str]] = lambda row: (row["size"], step_of(row))  # noqa: E731
-    for (size, step), cells in groupby(rows, key):
+    grids: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        grids.setdefault((row["size"], step_of(row)), []).append(row)
+    for (size, step), cells in grids.items():
         body = []
         for row in cells:
             others = [against(row, name) for name in ("csr", "masked each call")]

@@ -28,20 +28,25 @@ NARROW = 0.05e-9  # and more up to 32 rows of x, a panel of 16 rows for each thr
 PANEL = 0.12e-9  # an element of x put into a panel, or of y taken out of one
 FAR = 0.12e-9  # and more for those behind the first two million
 COLLECT = 0.6e-9  # a value brought into the order of the transposed weight
+# And more for those that L2 does not hold: 1.3 ms for 1.7 million, 8 for 3.4, 18 for 5.0.
+SCATTERED, NEARBY = 4.5e-9, 1_700_000
 LIST = 0.5e-9  # an element of a weight whose bits are turned into columns for one call
 DECODE = 0.4e-9  # an element of the weight written to a block and read by the product
 FINITE = 0.15e-9  # an element of x or y looked at or copied on the way there
 DENSE_CALL = 2e-6
-DENSE_EDGE = 0.12e-9  # an element of x and y
+DENSE_EDGE = 0.04e-9  # an element of x and y
 STREAM = 0.045e-9  # an element of a dense weight beyond the two million that caches hold
 STREAMED = 2_000_000
+# An element of a dense gradient beyond those: memory that is new in every step. 21 ms for 4096 x
+# 4096 at one row of x, where the products take 3.
+GRADIENT = 1.1e-9
 # An element of a dense weight, by rows of x, with the best of three libraries; the points between
 # lie on lines of log over log.
 DENSE = (
-    (1, 0.053e-9),
+    (1, 0.036e-9),
     (4, 0.1e-9),
     (16, 0.17e-9),
-    (32, 0.31e-9),
+    (32, 0.27e-9),
     (256, 1.5e-9),
     (1024, 5.9e-9),
     (4096, 23.6e-9),
@@ -51,7 +56,9 @@ FEW = 2  # rows of x that go by gathers
 # Half of the times are predicted within a tenth or so: the index kernels are taken where they
 # should win by that, decoded rows, which take what dense takes and some more, up to a loss of 5 %.
 GAIN, LOSS = 0.9, 1.05
-LEAST = 15e-6  # that a packed layer should save: caches that others have filled cost it about that
+# That a packed layer should save: caches that others have filled cost it about that. In training
+# there are three calls: 64 x 256 at 1024 rows of x took 50 us more than dense, not 60 less.
+LEAST, LEAST_TRAINING = 15e-6, 75e-6
 BITMAP_DENSITY = 0.5  # from which PackedWeight keeps bits unless told otherwise
 
 
@@ -77,7 +84,7 @@ def dense_seconds(rows: int, columns: int, batch: int, *, training: bool = False
     numel = rows * columns
     each = DENSE_CALL + numel * _dense_rate(batch) + STREAM * max(0, numel - STREAMED)
     each += (rows + columns) * batch * DENSE_EDGE
-    return 3 * each if training else each
+    return 3 * each + GRADIENT * max(0, numel - STREAMED) if training else each
 
 
 def index_seconds(
@@ -93,7 +100,7 @@ def index_seconds(
     if not training:
         return CALL + listing + forward
     # The transposed weight of bits is made anew in every call, too.
-    collecting = kept * COLLECT * (2 if kept <= ALONE else 1)
+    collecting = kept * COLLECT * (2 if kept <= ALONE else 1) + SCATTERED * max(0, kept - NEARBY)
     by_input = forward + collecting + (2 * listing if bits else 0.0)
     return 3 * (CALL + listing) + forward + by_input + _panels(rows, columns, kept, batch)
 
@@ -136,8 +143,9 @@ def estimate(
     Args:
         device: where the layer is; there are figures for the CPU only.
         batch: rows of x, all leading axes together.
-        dtype: of the weight. The figures are those of float32; kernels for halves add a conversion
-            of x and y, and their dense products are slower too.
+        dtype: of the weight. The figures are those of float32. Dense products of halves are slower
+            still without matrix units (bfloat16, N = 256: 139 ms against 1.7 ms packed at 99 %);
+            with them (AMX) nothing is measured.
         training: the gradients for x and for the weight count too.
 
     Example:
@@ -158,7 +166,8 @@ def estimate(
         rows, columns, kept, batch, bits=density > BITMAP_DENSITY, training=training
     )
     times = f"{1e3 * seconds:.3g} ms against {1e3 * dense:.3g} dense at density {density:.3g}"
-    limit = min(GAIN * dense, dense - LEAST) if kernel == "index" else LOSS * dense
+    least = LEAST_TRAINING if training else LEAST
+    limit = min(GAIN * dense, dense - least) if kernel == "index" else LOSS * dense
     if seconds > limit:
         return Estimate("dense", dense, dense, f"{kernel} would take {times}")
     return Estimate(kernel, seconds, dense, times)
