@@ -15,7 +15,7 @@ from paikern.report import tables
 from paikern.sparse import choice, layers
 from paikern.sparse.layers import Place
 from paikern.sparse.masked_module import MaskedModule
-from paikern.sparse.observed import DEFAULT_BATCH, input_shapes
+from paikern.sparse.observed import DEFAULT_BATCH, check_batch, input_shapes
 
 _COPIES = 4  # a weight, its gradient and both moments of Adam
 
@@ -153,7 +153,7 @@ def explain(
         was measured on a CPU with two threads; they are None where nothing was measured.
 
     Raises:
-        ValueError: neither a packed nor a prunable weight.
+        ValueError: neither a packed nor a prunable weight, no batch. TypeError: no model.
 
     Example:
         >>> import paikern as pk
@@ -165,6 +165,8 @@ def explain(
         >>> found.nbytes < 0.1 * found.dense_nbytes
         True
     """
+    check_batch("explain", batch)
+    layers.check_model("explain", model)
     mode = model.training if training is None else training
     every = _weights(model)
     shapes: dict[int, tuple[int, ...]] = {}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from paikern._names import Slot, slots, storage_key, unwrap, walk
 from paikern.sparse.masked_conv2d import MaskedConv2d
 from paikern.sparse.masked_linear import MaskedConv1D, MaskedLinear
-from paikern.sparse.masked_module import MaskedModule
+from paikern.sparse.masked_module import MaskedModule, hand_over
 from paikern.sparse.packed_weight import DTYPES, PackedWeight
 
 # Modules that read the weight tensor of a layer inside them, past its forward.
@@ -73,9 +73,10 @@ def places(model: nn.Module, found: dict[str, Slot]) -> list[Place]:
 def kind(layer: nn.Module) -> str:
     """ "linear", "conv1d" (transformers' `Conv1D`), "conv2d", or "" for any other layer.
 
-    A subclass with a forward of its own is another layer: it may do more with its weight.
+    A subclass with a forward or a __call__ of its own is another layer: it may do more with its
+    weight.
     """
-    if "forward" in layer.__dict__:
+    if "forward" in layer.__dict__ or type(layer).__call__ is not nn.Module.__call__:
         return ""
     definer = next(cls for cls in type(layer).__mro__ if "forward" in vars(cls))
     if definer is nn.Linear:
@@ -83,8 +84,13 @@ def kind(layer: nn.Module) -> str:
     if definer is nn.Conv2d:
         usual = type(layer)._conv_forward is nn.Conv2d._conv_forward  # type: ignore[attr-defined]
         return "conv2d" if usual else ""
-    # transformers' Conv1D goes by its class name, so that transformers is not imported.
-    return "conv1d" if definer.__name__ == "Conv1D" else ""
+    # transformers' Conv1D goes by its class name, so that transformers is not imported. Others of
+    # that name are convolutions: a weight of two dimensions and nf outputs tells its copies.
+    if definer.__name__ != "Conv1D":
+        return ""
+    weight = layer._parameters.get("weight")
+    alike = weight is not None and weight.dim() == 2 and weight.shape[1] == getattr(layer, "nf", -1)
+    return "conv1d" if alike or definer.__module__.startswith("transformers.") else ""
 
 
 def matrix(layer: nn.Module) -> tuple[int, int]:
@@ -117,6 +123,22 @@ def masked_modules(model: nn.Module) -> Iterator[tuple[str, MaskedModule]]:
             yield path, module
 
 
+def check_model(operation: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{operation}: model must be an nn.Module, got {type(model).__name__}")
+
+
+def refuse_hooks(operation: str, name: str, parameter: Tensor) -> None:
+    """Raise where a hook on the parameter would be lost: torch cannot hand it to another one."""
+    for register in ("hook", "post_accumulate_grad_hook"):
+        held = "_backward_hooks" if register == "hook" else f"_{register}s"
+        if getattr(parameter, held, None):
+            raise ValueError(
+                f"{operation}: '{name}' has a hook (register_{register}), which its packed or "
+                "dense form cannot take over; remove it and register it again afterwards"
+            )
+
+
 def refuse_holders(operation: str, model: nn.Module) -> None:
     """Raise where a wrapper around or inside the model holds the parameters as they were."""
     for module in model.modules():
@@ -130,10 +152,14 @@ def refuse_holders(operation: str, model: nn.Module) -> None:
 
 def replace(model: nn.Module, new: dict[int, nn.Module]) -> nn.Module:
     """Put `new[id(old)]` wherever the model has `old`; returns the model or what replaces it."""
-    for module in list(model.modules()):
+    modules = list(model.modules())
+    old = [module for module in modules if id(module) in new]
+    for module in modules:
         for key, child in module._modules.items():
             if child is not None and id(child) in new:
                 module._modules[key] = new[id(child)]
+    for layer in old:
+        hand_over(layer, new[id(layer)])
     return new.get(id(model), model)
 
 
@@ -156,6 +182,8 @@ def _reason(slot: Slot, readers: dict[int, str]) -> str:
         return "torch.nn.utils.prune holds it; prune.remove(layer, 'weight') to pack it"
     if id(owner) in readers:
         return f"{readers[id(owner)]} reads it past the layer"
+    if slot.attribute == "weight" and not kind(owner) and isinstance(owner, (nn.Linear, nn.Conv2d)):
+        return f"{name}.weight has no packed form: {name} has a forward or __call__ of its own"
     if slot.attribute != "weight" or not kind(owner):
         return f"{name}.{slot.attribute} has no packed form"
     if slot.tensor.dtype not in DTYPES:

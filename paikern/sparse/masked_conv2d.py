@@ -31,8 +31,11 @@ class MaskedConv2d(MaskedModule):
         """`from_conv` is the usual way; this one takes a weight that is packed already.
 
         Raises:
-            ValueError: a weight of another shape than that of `conv`.
+            ValueError: a weight of another shape than that of `conv`. TypeError: no convolution, or
+            a weight that is not packed.
         """
+        if not isinstance(conv, nn.Conv2d):
+            raise TypeError(f"MaskedConv2d: conv must be an nn.Conv2d, got {type(conv).__name__}")
         super().__init__(weight, conv.bias)
         shape = (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
         if tuple(weight.shape) != shape:

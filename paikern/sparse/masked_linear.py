@@ -95,7 +95,7 @@ class MaskedConv1D(MaskedModule):
     """
 
     def __init__(self, weight: PackedWeight, bias: Tensor | None = None) -> None:
-        super().__init__(weight, bias)
+        super().__init__(weight, bias, outputs=-1)
         if len(weight.shape) != 2:
             raise ValueError(f"MaskedConv1D: weight must be [in, out], got {tuple(weight.shape)}")
         self.nx, self.nf = weight.shape

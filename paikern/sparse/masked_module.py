@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +16,7 @@ _Module = TypeVar("_Module", bound=nn.Module)
 # What `nn.Module.__init__` makes, and no dense layer brings along: modules, parameters, hooks.
 _INTERNALS = frozenset(nn.Module().__dict__)
 # Hooks that users register on a layer go with it; handles keep the dictionaries, so these move.
+# `hand_over` moves those that run before a state dict is loaded.
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -24,6 +26,9 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
     "_is_full_backward_hook",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
 )
 
 
@@ -38,8 +43,22 @@ class MaskedModule(nn.Module):
     weight: PackedWeight
     bias: nn.Parameter | None
 
-    def __init__(self, weight: PackedWeight, bias: Tensor | None) -> None:
+    def __init__(self, weight: PackedWeight, bias: Tensor | None, outputs: int = 0) -> None:
+        """`outputs` is the axis of the weight along which the bias lies."""
         super().__init__()
+        name = type(self).__name__
+        if not isinstance(weight, PackedWeight):
+            raise TypeError(
+                f"{name}: weight must be a PackedWeight, got {type(weight).__name__}; make one "
+                "with PackedWeight.from_dense(weight, mask)"
+            )
+        if bias is not None and not isinstance(bias, Tensor):
+            raise TypeError(f"{name}: bias must be a tensor or None, got {type(bias).__name__}")
+        if bias is not None and tuple(bias.shape) != (weight.shape[outputs],):
+            raise ValueError(
+                f"{name}: bias must be [{weight.shape[outputs]}] for a weight of shape "
+                f"{tuple(weight.shape)}, got {tuple(bias.shape)}"
+            )
         self.weight = weight
         if bias is not None and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias)
@@ -59,8 +78,16 @@ class MaskedModule(nn.Module):
 
         Args:
             weight: the dense weight, if it exists already (a tied one).
+
+        Raises:
+            ValueError: a `MaskedConv1D` that was made from a packed weight alone.
         """
-        assert self._dense is not None
+        if self._dense is None:
+            name = type(self).__name__
+            raise ValueError(
+                f"{name}.to_dense: no dense layer is known for one made from a PackedWeight alone; "
+                f"make it with {name}.from_conv1d(layer, weight=packed)"
+            )
         cls, attributes = self._dense
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
@@ -87,17 +114,6 @@ class MaskedModule(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        # `state_dict` is a copy of which the modules inside get their part next.
-        key = prefix + "weight"
-        if key in state_dict:
-            dense = state_dict.pop(key)
-            try:
-                packed = pack_keys(self.weight, {"weight": dense})
-            except ValueError:
-                own = tuple(self.weight.shape)
-                error_msgs.append(f"{key}: {tuple(dense.shape)} in the state dict, {own} here")
-                packed = self.weight.state_dict()
-            state_dict.update({f"{key}.{name}": value for name, value in packed.items()})
         super()._load_from_state_dict(
             state_dict,
             prefix,
@@ -107,6 +123,19 @@ class MaskedModule(nn.Module):
             unexpected_keys,
             error_msgs,
         )
+        # `state_dict` is a copy of which the modules inside get their part next. Hooks have run
+        # by now: a dense weight may have its key from one of them.
+        key = prefix + "weight"
+        if key in state_dict:
+            unexpected_keys[:] = [name for name in unexpected_keys if name != key]
+            dense = state_dict.pop(key)
+            try:
+                packed = pack_keys(self.weight, {"weight": dense})
+            except ValueError:
+                own = tuple(self.weight.shape)
+                error_msgs.append(f"{key}: {tuple(dense.shape)} in the state dict, {own} here")
+                packed = self.weight.state_dict()
+            state_dict.update({f"{key}.{name}": value for name, value in packed.items()})
 
 
 def carry_over(old: nn.Module, new: _Module) -> _Module:
@@ -115,6 +144,18 @@ def carry_over(old: nn.Module, new: _Module) -> _Module:
         new.__dict__[name] = old.__dict__[name]
     new.training = old.training
     return new
+
+
+def hand_over(old: nn.Module, new: nn.Module) -> None:
+    """What can belong to one of two modules only, when `new` takes the place of `old` in a model.
+
+    Hooks that run before a state dict is loaded know the module that they were registered on.
+    """
+    hooks: dict[int, Any] = old._load_state_dict_pre_hooks
+    new.__dict__["_load_state_dict_pre_hooks"] = hooks
+    for hook in hooks.values():
+        if hook.with_module:
+            hook.module = weakref.ref(new)
 
 
 def pack_weight_of(

@@ -14,6 +14,11 @@ from paikern._names import unwrap
 DEFAULT_BATCH = 32
 
 
+def check_batch(operation: str, batch: Any) -> None:
+    if batch is not None and (type(batch) is not int or batch < 1):
+        raise ValueError(f"{operation}: batch must be an int of at least 1, got {batch!r}")
+
+
 def input_shapes(
     operation: str, model: nn.Module, layers: Sequence[nn.Module], example_inputs: Any
 ) -> dict[int, tuple[int, ...]]:

@@ -58,18 +58,24 @@ def plan(
 
     Args:
         operation: who asks, for errors.
-        optimizer: any torch optimizer but LBFGS, or a wrapper with it as `.optimizer`.
+        optimizer: any torch optimizer but LBFGS and Muon, or a wrapper with it as `.optimizer`.
         exchanges: may name parameters that the optimizer does not hold.
         before, after: the parameters of the model, `model.parameters()`, before and after.
 
     Raises:
-        TypeError, ValueError: no torch optimizer, LBFGS, one of other parameters, or state of
+        TypeError, ValueError: no torch optimizer, LBFGS, Muon, one of other parameters, or state of
         another shape than its parameter, which cannot be converted.
     """
     plain = plain_optimizer(optimizer, operation)
     if isinstance(plain, torch.optim.LBFGS):
         raise ValueError(
             f"{operation}: LBFGS keeps one state for all parameters; make it after {operation}"
+        )
+    muon = getattr(torch.optim, "Muon", None)
+    if muon is not None and isinstance(plain, muon):
+        raise ValueError(
+            f"{operation}: Muon needs parameters of two dimensions, packed values have one; use "
+            "another optimizer for the packed weights"
         )
     held = {id(p) for group in plain.param_groups for p in group["params"]}
     if exchanges and not any(id(exchange.old) in held for exchange in exchanges):

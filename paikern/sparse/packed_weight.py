@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from paikern.ops.pack_mask import pack_mask
-from paikern.ops.positions import MOST_KEPT, list_positions, transpose_positions
+from paikern.ops.positions import MOST_KEPT, _check_panel, list_positions, transpose_positions
 from paikern.ops.scatter_kept import gather_kept, scatter_kept
 from paikern.ops.unpack_mask import check_packed, count_kept, unpack_mask
 from paikern.sparse import _weightfile
@@ -69,8 +69,9 @@ class PackedWeight(nn.Module):
     needs, are made when first used and kept: 6 bytes a kept weight. Positions are no buffers: they
     are the same on every rank, so that nothing is broadcast, and a state dict holds the mask.
 
-    The mask never changes, so pruned weights stay zero however the values are trained. The values
-    are read when they are used: change them in place, or through an optimizer.
+    The mask never changes, so pruned weights stay zero however the values are trained; only
+    `load_state_dict` moves it. The values are read when they are used: change them in place, or
+    through an optimizer.
 
     Example:
         >>> w = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, -1.0]])
@@ -104,18 +105,23 @@ class PackedWeight(nn.Module):
             panel: columns that the kernels go through at a time, a power of two up to 65,536.
 
         Raises:
-            ValueError, TypeError: values and mask that do not fit, another format or dtype.
+            ValueError, TypeError: values and mask that do not fit, NaN in the values, another
+            format, panel or dtype.
         """
         super().__init__()
+        _check_panel("PackedWeight", panel)
         if format not in FORMATS:
             raise ValueError(f"PackedWeight: format must be one of {FORMATS}, got {format!r}")
         if len(shape) < 2 or min(shape) < 0:
             raise ValueError(f"PackedWeight: shape must be (out, in, *kernel), got {tuple(shape)}")
+        _check_tensors("PackedWeight", values=values, mask=mask)
         if values.dtype not in DTYPES or values.dim() != 1:
             raise TypeError(
                 f"PackedWeight: values must be a 1-D tensor of float32, bfloat16, float16 or "
                 f"float64, got {values.dtype} with shape {tuple(values.shape)}"
             )
+        if bool(torch.isnan(values.detach()).any()):
+            raise ValueError("PackedWeight: values hold NaN; replace it before packing")
         self.shape = torch.Size(shape)
         self.rows, self.columns = self.shape[0], self.shape[1:].numel()
         self.panel = panel
@@ -145,8 +151,10 @@ class PackedWeight(nn.Module):
 
         Raises:
             ValueError: a mask of another shape or device, NaN in a kept value (infinity passes),
-            2**31 kept weights or more. TypeError: another dtype.
+            2**31 kept weights or more. TypeError: another dtype, a sparse tensor or none at all.
         """
+        _check_tensors("PackedWeight.from_dense", weight=weight, mask=mask)
+        _check_panel("PackedWeight.from_dense", panel)
         if weight.dim() < 2:
             raise ValueError(
                 "PackedWeight.from_dense: weight must be [out, in] or [out, in, *kernel], got "
@@ -213,6 +221,16 @@ class PackedWeight(nn.Module):
         held = (self.values, self.positions, self.starts, *(self._transposed or ()))
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
+    def size(self) -> torch.Size:
+        return self.shape
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    def numel(self) -> int:
+        """Of the dense weight; `nnz` are kept."""
+        return self.shape.numel()
+
     def extra_repr(self) -> str:
         return (
             f"{list(self.shape)}, nnz={self.nnz} ({self.density:.1%}), {self.format}, {self.dtype}"
@@ -253,9 +271,10 @@ class PackedWeight(nn.Module):
         return gather_kept(dense.reshape(self.rows, self.columns), *self._places())
 
     def packed_mask(self) -> Tensor:
-        """The mask as packed bits, `[ceil(numel / 8)]`, uint8."""
+        """The mask as packed bits, `[ceil(numel / 8)]`, uint8; a copy, also in a state dict."""
         if self.format == "bitmap":
-            return self.positions
+            # Who averages a state dict in place would move the bits, and the starts would not fit.
+            return self.positions.clone()
         if self.positions.is_meta:
             return self.positions.new_empty((self.shape.numel() + 7) // 8, dtype=torch.uint8)
         kept = torch.ones(self.nnz, dtype=torch.bool, device=self.positions.device)
@@ -306,9 +325,11 @@ class PackedWeight(nn.Module):
             self._transpose()
 
     def _transpose(self) -> None:
-        self._transposed = transpose_positions(
-            self.positions, self.starts, self.rows, self.columns, self.panel
-        )
+        # Kept for later calls: what inference mode makes, no training may use.
+        with torch.inference_mode(False):
+            self._transposed = transpose_positions(
+                self.positions, self.starts, self.rows, self.columns, self.panel
+            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
         """Positions follow the values to another device; nothing else may happen to them."""
@@ -417,11 +438,21 @@ class PackedWeight(nn.Module):
             MaskFormatError: whatever is wrong with the path or the file.
         """
         values, mask, shape = _weightfile.read(path, max_bytes)
-        return cls(values, mask, shape, format=format)
+        packed = cls(torch.zeros_like(values), mask, shape, format=format)
+        packed.values.data = values  # as they were saved, NaN included
+        return packed
 
 
 def dense_key(prefix: str) -> str:
     return prefix[:-1] if prefix else "weight"
+
+
+def _check_tensors(name: str, **given: Any) -> None:
+    for argument, tensor in given.items():
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            layout = getattr(tensor, "layout", None)
+            found = type(tensor).__name__ if layout is None else f"one of {layout}"
+            raise TypeError(f"{name}: {argument} must be a dense torch.Tensor, got {found}")
 
 
 def _clean(mask: Tensor, numel: int) -> Tensor:

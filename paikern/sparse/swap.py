@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from paikern import ops
+from paikern.masks import MaskSet
 from paikern.ops.unpack_mask import count_kept
 from paikern.progress import logger
 from paikern.sparse import choice, layers
@@ -17,12 +18,9 @@ from paikern.sparse.in_models import packed_weights
 from paikern.sparse.layers import Place
 from paikern.sparse.masked_linear import MaskedConv1D
 from paikern.sparse.masked_module import MaskedModule
-from paikern.sparse.observed import DEFAULT_BATCH, input_shapes
+from paikern.sparse.observed import DEFAULT_BATCH, check_batch, input_shapes
 from paikern.sparse.optimizer import Exchange
 from paikern.sparse.packed_weight import PackedWeight
-
-if TYPE_CHECKING:
-    from paikern.masks import MaskSet
 
 _SHOWN = 8  # dense weights that the log names
 
@@ -74,9 +72,10 @@ def sparsify(
     Raises:
         MaskFormatError: the masks belong to another model.
         ValueError: NaN in a kept weight, weights on the meta device or sharded, a wrapper that
-            holds the dense weights, an optimizer of other parameters or with state that cannot be
-            gathered. Whatever is raised, out-of-memory included: the model and the optimizer are as
-            they were.
+            holds the dense weights, a hook on a weight that is packed, an optimizer of other
+            parameters or with state that cannot be gathered. TypeError: no model, no MaskSet, a
+            weight that stays dense and has a dtype that cannot be masked. Whatever is raised,
+            out-of-memory included: the model and the optimizer are as they were.
 
     Example:
         >>> import paikern as pk
@@ -86,8 +85,10 @@ def sparsify(
         >>> net.layers[1]
         MaskedLinear(...)
     """
-    if batch is not None and (isinstance(batch, bool) or batch < 1):
-        raise ValueError(f"sparsify: batch must be at least 1, got {batch}")
+    check_batch("sparsify", batch)
+    layers.check_model("sparsify", model)
+    if not isinstance(masks, MaskSet):
+        raise TypeError(f"sparsify: masks must be a MaskSet, got {type(masks).__name__}")
     layers.refuse_holders("sparsify", model)
     places = _places(model, masks)
     shapes: dict[int, tuple[int, ...]] = {}
@@ -119,9 +120,13 @@ def sparsify(
         for p in packed
         for owner, layer in zip(p.place.owners, p.layers, strict=True)
     }
+    masked = [_masked(place, reason, bits) for place, reason, bits in dense]
     model = _swap("sparsify", model, new, exchanges, optimizer)
-    for place, _, bits in dense:
-        ops.apply_mask_(place.parameter.detach(), bits)
+    for (place, _, bits), copy in zip(dense, masked, strict=True):
+        if copy is None:
+            ops.apply_mask_(place.parameter.detach(), bits)
+        else:
+            place.parameter.detach().copy_(copy)
     if dense:
         shown = "; ".join(f"{place.name} ({reason})" for place, reason, _ in dense[:_SHOWN])
         more = f"; and {len(dense) - _SHOWN} more" if len(dense) > _SHOWN else ""
@@ -161,6 +166,7 @@ def densify(model: nn.Module, *, optimizer: Any = None) -> nn.Module:
         >>> pk.MaskSet.from_model(net) == masks
         True
     """
+    layers.check_model("densify", model)
     layers.refuse_holders("densify", model)
     new: dict[int, nn.Module] = {}
     exchanges: dict[int, Exchange] = {}
@@ -170,6 +176,7 @@ def densify(model: nn.Module, *, optimizer: Any = None) -> nn.Module:
             raise ValueError(
                 f"densify: '{name}' is sharded (DTensor); densify the model before sharding"
             )
+        layers.refuse_hooks("densify", f"{name}.weight.values".lstrip("."), weight.values)
         known = exchanges.get(id(weight))
         dense = layer.to_dense(None if known is None else known.new)
         new[id(layer)] = dense
@@ -189,8 +196,10 @@ def densify(model: nn.Module, *, optimizer: Any = None) -> nn.Module:
 def _places(model: nn.Module, masks: MaskSet) -> list[Place]:
     slots = masks.slots(model)
     stored = packed_weights(model)
-    for name in set(masks) & set(stored):
-        if not torch.equal(stored[name].packed_mask().cpu(), masks.packed(name).cpu()):
+    for name, weight in stored.items():
+        if name not in masks:
+            continue
+        if not torch.equal(weight.packed_mask().cpu(), masks.packed(name).cpu()):
             raise ValueError(
                 f"sparsify: '{name}' is packed with other positions; use pk.densify first"
             )
@@ -213,6 +222,7 @@ def _bits(place: Place, masks: MaskSet) -> Tensor:
 
 def _pack(place: Place, bits: Tensor, training: bool) -> _Packed:
     parameter = place.parameter
+    layers.refuse_hooks("sparsify", place.name, parameter)
     try:
         weight = PackedWeight.from_dense(parameter, bits.to(parameter.device))
     except ValueError as error:
@@ -221,6 +231,27 @@ def _pack(place: Place, bits: Tensor, training: bool) -> _Packed:
     if training or any(isinstance(layer, MaskedConv1D) for layer in made):
         weight.where(transposed=True)  # now, so that no compiled graph sees it change
     return _Packed(place, weight, made)
+
+
+def _masked(place: Place, reason: str, bits: Tensor) -> Tensor | None:
+    """A masked copy of a weight that cannot be masked in place without memory, else None.
+
+    Whatever could fail when the weight is masked after the swap fails here, before it.
+    """
+    weight = place.parameter.detach()
+    try:
+        ops.apply_mask_(weight.new_ones(1), bits.new_ones(1))
+    except TypeError as error:
+        raise TypeError(
+            f"sparsify: '{place.name}' stays dense ({reason}) and {weight.dtype} cannot be masked; "
+            "leave it out of the masks"
+        ) from error
+    if weight.is_inference():
+        raise ValueError(
+            f"sparsify: '{place.name}' was made in torch.inference_mode and cannot be masked; "
+            "clone it outside"
+        )
+    return None if weight.is_contiguous() else ops.apply_mask_(weight.contiguous(), bits)
 
 
 def _swap(

@@ -257,6 +257,6 @@ def test_subclasses_with_a_way_of_their_own_stay_dense() -> None:
     pk.sparsify(model, nets.random_masks(model), force=True)
     whys = [row.why for row in pk.explain(model).layers]
     assert whys == [
-        "Standardised.weight has no packed form",
+        "Standardised.weight has no packed form: Standardised has a forward or __call__ of its own",
         "ConvTranspose2d.weight has no packed form",
     ]

@@ -467,7 +467,7 @@ def test_weights_without_values() -> None:
     masks = pk.MaskSet.from_bool({"first.weight": torch.ones(40, 24, dtype=torch.bool)})
     with pytest.raises(ValueError, match=r"'first.weight' is on the meta device"):
         pk.sparsify(model, masks)
-    with pytest.raises(ValueError, match="batch must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="batch must be an int of at least 1, got 0"):
         pk.sparsify(nets.net("mlp"), masks, batch=0)
 
 
