@@ -50,6 +50,18 @@ def watched() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or _dual_level()
 
 
+def refuse_compiled(name: str) -> None:
+    """Keep a compiler from a forward-mode derivative, which it would take for zero.
+
+    It leaves the call uncompiled, or fails with this error (`fullgraph=True`).
+    """
+    if torch.compiler.is_compiling() and _dual_level():
+        raise NotImplementedError(
+            f"{name}: forward-mode derivatives are not compiled; call torch.func.jvp outside of "
+            "torch.compile"
+        )
+
+
 def _dual_level() -> bool:
     return forward_ad._current_level >= 0
 

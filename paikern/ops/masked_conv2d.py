@@ -15,7 +15,7 @@ from torch import Tensor
 from paikern.backends.dense_masked_conv import format_of, out_size
 from paikern.ops._library import autograd, define, fake
 from paikern.ops._path import conv_shape, run
-from paikern.ops._transforms import register
+from paikern.ops._transforms import refuse_compiled, register
 
 if TYPE_CHECKING:
     from paikern.sparse.packed_weight import PackedWeight
@@ -36,6 +36,7 @@ Pair = int | Sequence[int]
 
 @fake("masked_conv2d")
 def _output(x: Tensor, values: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    refuse_compiled("masked_conv2d")
     kernel, stride, padding, dilation = rest[9:13]
     size = out_size(x.shape[2:], kernel, stride, padding, dilation)
     y = x.new_empty((x.shape[0], rest[5], *size))

@@ -17,7 +17,7 @@ from torch import Tensor
 from paikern.backends import registry
 from paikern.ops._library import autograd, define, fake
 from paikern.ops._path import nothing_intercepts, run
-from paikern.ops._transforms import register
+from paikern.ops._transforms import refuse_compiled, register
 
 if TYPE_CHECKING:
     from paikern.sparse.packed_weight import PackedWeight
@@ -36,11 +36,13 @@ define(f"masked_linear_kept(Tensor g, Tensor x, {_WHERE}) -> Tensor")
 
 @fake("masked_linear")
 def _output(x: Tensor, values: Tensor, bias: Tensor | None, *where: Any) -> Tensor:
+    refuse_compiled("masked_linear")
     return x.new_empty((*x.shape[:-1], where[5]))
 
 
 @fake("masked_linear_input")
 def _input(g: Tensor, values: Tensor, *where: Any) -> Tensor:
+    refuse_compiled("masked_linear_input")
     return g.new_empty((*g.shape[:-1], where[6]))
 
 

@@ -180,3 +180,14 @@ def test_no_tangent_is_lost_where_there_is_no_forward_mode(under: str) -> None:
 
     with pytest.raises(NotImplementedError, match="path_forward: has no forward-mode derivative"):
         tangent()
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv", "conv1d"])
+def test_no_tangent_is_lost_in_a_compiled_function(kind: str) -> None:
+    case = Case(kind)
+    torch._dynamo.reset()
+    tangent = torch.compile(
+        lambda x: jvp(case.layer, (x,), (x,))[1], backend="eager", fullgraph=True
+    )
+    with pytest.raises(Exception, match="forward-mode derivatives are not compiled"):
+        tangent(case.x)
