@@ -84,6 +84,38 @@ class Panels {
   FloatBuffer buffer_;
 };
 
+// From so many entries on, the values of a transposed weight are collected block by block: a row of V^T takes each from
+// another row of V, hence from another page, and the processor keeps the addresses of some 2,000 pages. 4096 x 4096,
+// with the product for one row: 14 to 5.1 ms for 5.0 million entries, 6.9 to 3.0 for 3.4; 8192 x 8192: 107 to 46
+// for 20.
+constexpr int64_t kFarApart = 1'700'000;
+
+// out[i] = values[source[i]]: some rows of V^T take what lies in some rows of V, before they go on to the next of
+// those.
+void collect_blocks(const MaskedKernels &kernels, const PackedView &v, float *out) {
+  constexpr int64_t kWide = 256, kHigh = 1024;
+#pragma omp parallel for schedule(dynamic)
+  for (int64_t first = 0; first < v.rows; first += kWide) {
+    const int64_t last = std::min(v.rows, first + kWide);
+    std::vector<int32_t> next(static_cast<size_t>(last - first));
+    for (int64_t p = 0; p < v.panels(); ++p) {
+      const int64_t base = p * v.panel % kMaskedColumns, count = std::min(v.panel, v.columns - p * v.panel);
+      for (int64_t r = first; r < last; ++r) next[static_cast<size_t>(r - first)] = v.starts[r * v.panels() + p];
+      for (int64_t c = 0; c < count; c += kHigh) {
+        const int64_t limit = base + c + kHigh;
+        for (int64_t r = first; r < last; ++r) {
+          int32_t &from = next[static_cast<size_t>(r - first)];
+          const uint16_t *end = v.positions + v.starts[r * v.panels() + p + 1];
+          if (c + kHigh < count) end = std::lower_bound(v.positions + from, end, limit);
+          const int32_t to = static_cast<int32_t>(end - v.positions);
+          kernels.collect(v.values, v.type, v.source + from, to - from, out + from);
+          from = to;
+        }
+      }
+    }
+  }
+}
+
 // The values in the order of the entries, as float: where they lie if they are that already.
 class Values {
  public:
@@ -93,6 +125,10 @@ class Values {
     if (direct_) return;
     constexpr int64_t kSome = 1 << 14;
     const int64_t kept = v.kept();
+    if (v.source && kept > kFarApart) {
+      collect_blocks(kernels, v, buffer_.get());
+      return;
+    }
     const auto *bytes = static_cast<const char *>(v.values);
     const int64_t size = v.type == WeightType::kFloat32 ? 4 : 2;
 #pragma omp parallel for schedule(static) if (kept > parallel_work() / 8)

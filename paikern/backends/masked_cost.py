@@ -28,8 +28,8 @@ NARROW = 0.05e-9  # and more up to 32 rows of x, a panel of 16 rows for each thr
 PANEL = 0.12e-9  # an element of x put into a panel, or of y taken out of one
 FAR = 0.12e-9  # and more for those behind the first two million
 COLLECT = 0.6e-9  # a value brought into the order of the transposed weight
-# And more for those that L2 does not hold: 1.3 ms for 1.7 million, 8 for 3.4, 18 for 5.0.
-SCATTERED, NEARBY = 4.5e-9, 1_700_000
+# And more for those that caches do not hold: 4 ms for 5.0 million, 40 for 20.
+SCATTERED, NEARBY = 1.5e-9, 3_400_000
 LIST = 0.5e-9  # an element of a weight whose bits are turned into columns for one call
 DECODE = 0.4e-9  # an element of the weight written to a block and read by the product
 FINITE = 0.15e-9  # an element of x or y looked at or copied on the way there

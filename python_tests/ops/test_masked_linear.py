@@ -330,6 +330,21 @@ def test_masked_linear_names_what_is_wrong() -> None:
         ops.masked_linear(x.to("meta"), case.packed)
 
 
+@pytest.mark.parametrize(("dtype", "panel"), [(torch.float32, 512), (torch.bfloat16, 4096)])
+def test_values_of_a_large_transposed_weight(dtype: torch.dtype, panel: int) -> None:
+    rows, columns = 2_600, 1_700  # 2 million are kept: collected block by block
+    weight = torch.randint(-3, 4, (rows, columns)).to(dtype)
+    packed = pk.PackedWeight.from_dense(weight, torch.rand(rows, columns) < 0.46, panel=panel)
+    assert packed.nnz > 1_900_000
+    g = torch.randint(-4, 5, (3, rows)).float()
+    truth = g @ packed.to_dense().detach().float()  # small integers: exact in float32
+    for some in (g[:1], g):
+        x = torch.zeros(len(some), columns, dtype=dtype, requires_grad=True)
+        ops.masked_linear(x, packed).backward(some.to(dtype))
+        assert x.grad is not None
+        assert torch.equal(x.grad, truth[: len(some)].to(dtype))
+
+
 ISA_CODE = """
 import torch
 from paikern.backends import cpu
