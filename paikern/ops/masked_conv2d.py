@@ -15,6 +15,7 @@ from torch import Tensor
 from paikern.backends.dense_masked_conv import format_of, out_size
 from paikern.ops._library import autograd, define, fake
 from paikern.ops._path import conv_shape, run
+from paikern.ops._transforms import register
 
 if TYPE_CHECKING:
     from paikern.sparse.packed_weight import PackedWeight
@@ -56,9 +57,9 @@ def _kept(g: Tensor, x: Tensor, *rest: Any) -> Tensor:
 _NOTHING = (None,) * 14
 
 
-def _save(ctx: Any, first: Tensor, second: Tensor, rest: Sequence[Any], size: Any) -> None:
+def _save(ctx: Any, first: Tensor, second: Tensor, rest: Sequence[Any]) -> None:
     ctx.save_for_backward(first, second, *rest[:5])
-    ctx.rest, ctx.size = tuple(rest[5:14]), tuple(size)
+    ctx.rest = tuple(rest[5:14])
 
 
 def _saved(ctx: Any) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
@@ -68,16 +69,28 @@ def _saved(ctx: Any) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
 
 def _setup_output(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, values, _, *rest = inputs
-    _save(ctx, x, values, rest, x.shape[2:])
+    _save(ctx, x, values, rest)
 
 
 def _output_derivative(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-    x, values, rest = _saved(ctx)
-    ops, wanted = torch.ops.paikern, ctx.needs_input_grad
-    by_x = ops.masked_conv2d_input(g, values, *rest, ctx.size) if wanted[0] else None
-    by_values = ops.masked_conv2d_kept(g, x, *rest) if wanted[1] else None
-    by_bias = _sum_over_pixels(g) if wanted[2] else None
-    return by_x, by_values, by_bias, *_NOTHING
+    return *_derivatives(ctx.needs_input_grad, g, *_saved(ctx)), *_NOTHING
+
+
+def _derivatives(
+    wanted: Sequence[bool], g: Tensor, x: Tensor, values: Tensor, rest: tuple[Any, ...]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """By x, the values and the bias, each where it is wanted."""
+    size = tuple(x.shape[2:])
+    return (
+        _run("masked_conv2d_input", g, values, *rest, size) if wanted[0] else None,
+        _run("masked_conv2d_kept", g, x, *rest) if wanted[1] else None,
+        _sum_over_pixels(g) if wanted[2] else None,
+    )
+
+
+def _run(name: str, *args: Any) -> Tensor:
+    result: Tensor = run(name, *args, differentiable=True)
+    return result
 
 
 def _sum_over_pixels(g: Tensor) -> Tensor:
@@ -90,34 +103,52 @@ def _sum_over_pixels(g: Tensor) -> Tensor:
 
 
 def _setup_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    g, values, *rest, size = inputs
-    _save(ctx, g, values, rest, size)
+    g, values, *rest = inputs
+    _save(ctx, g, values, rest)
 
 
 def _input_derivative(ctx: Any, u: Tensor) -> tuple[Any, ...]:
-    g, values, rest = _saved(ctx)
-    ops, wanted = torch.ops.paikern, ctx.needs_input_grad
-    by_g = ops.masked_conv2d(u, values, None, *rest) if wanted[0] else None
-    by_values = ops.masked_conv2d_kept(g, u, *rest) if wanted[1] else None
-    return by_g, by_values, *_NOTHING, None
+    return *_input_derivatives(ctx.needs_input_grad, u, *_saved(ctx))[:2], *_NOTHING, None
+
+
+def _input_derivatives(
+    wanted: Sequence[bool], u: Tensor, g: Tensor, values: Tensor, rest: tuple[Any, ...]
+) -> tuple[Tensor | None, Tensor | None, None]:
+    rest = rest[:14]  # without the size
+    return (
+        _run("masked_conv2d", u, values, None, *rest) if wanted[0] else None,
+        _run("masked_conv2d_kept", g, u, *rest) if wanted[1] else None,
+        None,
+    )
 
 
 def _setup_kept(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     g, x, *rest = inputs
-    _save(ctx, g, x, rest, x.shape[2:])
+    _save(ctx, g, x, rest)
 
 
 def _kept_derivative(ctx: Any, u: Tensor) -> tuple[Any, ...]:
-    g, x, rest = _saved(ctx)
-    ops, wanted = torch.ops.paikern, ctx.needs_input_grad
-    by_g = ops.masked_conv2d(x, u, None, *rest) if wanted[0] else None
-    by_x = ops.masked_conv2d_input(g, u, *rest, ctx.size) if wanted[1] else None
-    return by_g, by_x, *_NOTHING
+    return *_kept_derivatives(ctx.needs_input_grad, u, *_saved(ctx))[:2], *_NOTHING
+
+
+def _kept_derivatives(
+    wanted: Sequence[bool], u: Tensor, g: Tensor, x: Tensor, rest: tuple[Any, ...]
+) -> tuple[Tensor | None, Tensor | None, None]:
+    size = tuple(x.shape[2:])
+    return (
+        _run("masked_conv2d", x, u, None, *rest) if wanted[0] else None,
+        _run("masked_conv2d_input", g, u, *rest, size) if wanted[1] else None,
+        None,
+    )
 
 
 autograd("masked_conv2d", _output_derivative, _setup_output)
 autograd("masked_conv2d_input", _input_derivative, _setup_input)
 autograd("masked_conv2d_kept", _kept_derivative, _setup_kept)
+_CHANNELS = (-1, 1, 1)
+register("masked_conv2d", _derivatives, bias=True, folds=True, spread=_CHANNELS)
+register("masked_conv2d_input", _input_derivatives, folds=True, spread=_CHANNELS)
+register("masked_conv2d_kept", _kept_derivatives)
 
 
 def masked_conv2d(
@@ -145,12 +176,13 @@ def masked_conv2d(
 
     Returns:
         `[batch, out, H', W']` or `[out, H', W']`, channels_last if x is, the dtype of x. Sums are
-        float32 (float64 for float64), in an order that does not depend on the number of threads.
-        Differentiable, any number of times, in x, in `weight.values` (the gradient exists at the
-        kept positions only) and in the bias. Where the library's dense convolution is measured to
-        be faster it runs on the weight made dense, for the length of the call; NaN and infinity
-        in x then reach every output that has them in its window, else only those with a weight
-        kept for them.
+        float32 (float64 for float64). Differentiable, any number of times, in x, in
+        `weight.values` (the gradient exists at the kept positions only) and in the bias.
+        Where the library's dense convolution is measured to be faster
+        (`paikern.backends.masked_conv_cost`) it runs on the weight made dense, for the length of
+        the call, and the order of its sums is the library's, which may depend on the number of
+        threads; that of the kernels here does not. NaN and infinity in x then reach every output
+        that has them in its window, else only those with a weight kept for them.
 
     Raises:
         ValueError: shapes that do not fit, tensors on different devices. TypeError: another dtype

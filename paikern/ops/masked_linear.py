@@ -7,6 +7,8 @@ other two, to any order.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 from paikern.backends import registry
 from paikern.ops._library import autograd, define, fake
 from paikern.ops._path import nothing_intercepts, run
+from paikern.ops._transforms import register
 
 if TYPE_CHECKING:
     from paikern.sparse.packed_weight import PackedWeight
@@ -66,14 +69,14 @@ def _setup_output(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _output_derivative(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-    return *_derivatives(ctx, g, *_saved(ctx)), *_NOTHING
+    return *_derivatives(ctx.needs_input_grad, g, *_saved(ctx)), *_NOTHING
 
 
 def _derivatives(
-    ctx: Any, g: Tensor, x: Tensor, values: Tensor, where: tuple[Any, ...]
+    wanted: Sequence[bool], g: Tensor, x: Tensor, values: Tensor, where: tuple[Any, ...]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """By x, the values and the bias, each where it is needed."""
-    by_x, by_values, by_bias = ctx.needs_input_grad[:3]
+    by_x, by_values, by_bias = wanted[:3]
     return (
         run("masked_linear_input", g, values, *where, differentiable=True) if by_x else None,
         run("masked_linear_kept", g, x, *where, differentiable=True) if by_values else None,
@@ -83,7 +86,8 @@ def _derivatives(
 
 def _sum_over_batch(g: Tensor) -> Tensor:
     """The sum over all axes but the last, in float32, in the same order for any thread count."""
-    flat = g.flatten(0, -2) if g.dim() > 1 else g[None]
+    # Not `flatten`: batched gradients have no rule for it.
+    flat = g.reshape(math.prod(g.shape[:-1]), g.shape[-1])
     wide = flat.to(torch.promote_types(g.dtype, torch.float32))
     # torch adds one single column in as many parts as there are threads.
     total = wide.cumsum(0)[-1] if wide.shape[1] == 1 and wide.shape[0] > 0 else wide.sum(0)
@@ -96,11 +100,17 @@ def _setup_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _input_derivative(ctx: Any, u: Tensor) -> tuple[Any, ...]:
-    g, values, where = _saved(ctx)
-    ops = torch.ops.paikern
-    by_g = ops.masked_linear(u, values, None, *where) if ctx.needs_input_grad[0] else None
-    by_values = ops.masked_linear_kept(g, u, *where) if ctx.needs_input_grad[1] else None
-    return by_g, by_values, *_NOTHING
+    return *_input_derivatives(ctx.needs_input_grad, u, *_saved(ctx))[:2], *_NOTHING
+
+
+def _input_derivatives(
+    wanted: Sequence[bool], u: Tensor, g: Tensor, values: Tensor, where: tuple[Any, ...]
+) -> tuple[Tensor | None, Tensor | None, None]:
+    return (
+        run("masked_linear", u, values, None, *where, differentiable=True) if wanted[0] else None,
+        run("masked_linear_kept", g, u, *where, differentiable=True) if wanted[1] else None,
+        None,
+    )
 
 
 def _setup_kept(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -109,16 +119,25 @@ def _setup_kept(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _kept_derivative(ctx: Any, u: Tensor) -> tuple[Any, ...]:
-    g, x, where = _saved(ctx)
-    ops = torch.ops.paikern
-    by_g = ops.masked_linear(x, u, None, *where) if ctx.needs_input_grad[0] else None
-    by_x = ops.masked_linear_input(g, u, *where) if ctx.needs_input_grad[1] else None
-    return by_g, by_x, *_NOTHING
+    return *_kept_derivatives(ctx.needs_input_grad, u, *_saved(ctx))[:2], *_NOTHING
+
+
+def _kept_derivatives(
+    wanted: Sequence[bool], u: Tensor, g: Tensor, x: Tensor, where: tuple[Any, ...]
+) -> tuple[Tensor | None, Tensor | None, None]:
+    return (
+        run("masked_linear", x, u, None, *where, differentiable=True) if wanted[0] else None,
+        run("masked_linear_input", g, u, *where, differentiable=True) if wanted[1] else None,
+        None,
+    )
 
 
 autograd("masked_linear", _output_derivative, _setup_output)
 autograd("masked_linear_input", _input_derivative, _setup_input)
 autograd("masked_linear_kept", _kept_derivative, _setup_kept)
+register("masked_linear", _derivatives, bias=True, folds=True)
+register("masked_linear_input", _input_derivatives, folds=True)
+register("masked_linear_kept", _kept_derivatives)
 
 
 def masked_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
@@ -172,7 +191,8 @@ def masked_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -
             x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
         )
         return _Eager.apply(x, values, bias, where) if recorded else _eager(x, values, bias, where)
-    return torch.ops.paikern.masked_linear(x, values, bias, *where)
+    y: Tensor = run("masked_linear", x, values, bias, *where, differentiable=True)
+    return y
 
 
 def _plain(tensor: Tensor) -> bool:
@@ -198,7 +218,7 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x, values = ctx.saved_tensors
-        return *_derivatives(ctx, g, x, values, ctx.where), None
+        return *_derivatives(ctx.needs_input_grad, g, x, values, ctx.where), None
 
 
 def _check(x: Tensor, values: Tensor, weight: PackedWeight, bias: Tensor | None) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from paikern.ops._library import define, fake
+from paikern.ops._transforms import outside
 from paikern.ops.unpack_mask import check_packed
 
 COLUMNS = 1 << 16  # that 16 bits can tell apart
@@ -99,7 +100,10 @@ def transpose_positions(
             f"transpose_positions: starts must hold {rows * panels(columns, panel) + 1} entries "
             f"for [{rows}, {columns}] in panels of {panel}, got {starts.numel()}"
         )
-    return torch.ops.paikern.transpose_positions(positions, starts, rows, columns, panel)
+    if torch.compiler.is_compiling():
+        return torch.ops.paikern.transpose_positions(positions, starts, rows, columns, panel)
+    with outside():  # a weight keeps them for later calls
+        return torch.ops.paikern.transpose_positions(positions, starts, rows, columns, panel)
 
 
 def _check_panel(name: str, panel: int) -> None:

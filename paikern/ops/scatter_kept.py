@@ -9,6 +9,7 @@ from torch import Tensor
 
 from paikern.ops._library import autograd, define, fake
 from paikern.ops._path import run
+from paikern.ops._transforms import register
 from paikern.ops.positions import _check_panel, panels
 
 _WHERE = "Tensor positions, Tensor starts, int rows, int columns, int panel, int kept"
@@ -27,6 +28,9 @@ def _gathered(dense: Tensor, *where: Any) -> Tensor:
     return dense.new_empty(where[5])
 
 
+_NOTHING = (None,) * 6
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, positions, starts, *sizes = inputs
     ctx.save_for_backward(positions, starts)
@@ -34,17 +38,29 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _scatter_derivative(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-    by_values = torch.ops.paikern.gather_kept(g, *ctx.saved_tensors, *ctx.sizes)
-    return by_values, None, None, None, None, None, None
+    return _by_values((), g, None, None, (*ctx.saved_tensors, *ctx.sizes))[0], *_NOTHING
 
 
 def _gather_derivative(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-    by_dense = torch.ops.paikern.scatter_kept(g, *ctx.saved_tensors, *ctx.sizes)
-    return by_dense, None, None, None, None, None, None
+    return _by_dense((), g, None, None, (*ctx.saved_tensors, *ctx.sizes))[0], *_NOTHING
+
+
+def _by_values(
+    wanted: Any, g: Tensor, first: Any, second: Any, where: tuple[Any, ...]
+) -> tuple[Tensor, None, None]:
+    return run("gather_kept", g, *where, differentiable=True), None, None
+
+
+def _by_dense(
+    wanted: Any, g: Tensor, first: Any, second: Any, where: tuple[Any, ...]
+) -> tuple[Tensor, None, None]:
+    return run("scatter_kept", g, *where, differentiable=True), None, None
 
 
 autograd("scatter_kept", _scatter_derivative, _setup)
 autograd("gather_kept", _gather_derivative, _setup)
+register("scatter_kept", _by_values, factors=1)
+register("gather_kept", _by_dense, factors=1)
 
 
 def scatter_kept(
