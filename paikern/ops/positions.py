@@ -107,5 +107,6 @@ def transpose_positions(
 
 
 def _check_panel(name: str, panel: int) -> None:
-    if panel < 1 or panel > COLUMNS or panel & (panel - 1):
-        raise ValueError(f"{name}: panel must be a power of two up to {COLUMNS}, got {panel}")
+    known = isinstance(panel, (int, torch.SymInt))
+    if not known or panel < 1 or panel > COLUMNS or panel & (panel - 1):
+        raise ValueError(f"{name}: panel must be a power of two up to {COLUMNS}, got {panel!r}")

@@ -182,10 +182,10 @@ def _reason(slot: Slot, readers: dict[int, str]) -> str:
         return "torch.nn.utils.prune holds it; prune.remove(layer, 'weight') to pack it"
     if id(owner) in readers:
         return f"{readers[id(owner)]} reads it past the layer"
-    if slot.attribute == "weight" and not kind(owner) and isinstance(owner, (nn.Linear, nn.Conv2d)):
-        return f"{name}.weight has no packed form: {name} has a forward or __call__ of its own"
     if slot.attribute != "weight" or not kind(owner):
-        return f"{name}.{slot.attribute} has no packed form"
+        plain = isinstance(owner, (nn.Linear, nn.Conv2d)) and slot.attribute == "weight"
+        why = f": {name} has a forward or __call__ of its own" if plain else ""
+        return f"{name}.{slot.attribute} has no packed form{why}"
     if slot.tensor.dtype not in DTYPES:
         return f"{slot.tensor.dtype} weights have no packed form"
     held = {*owner._parameters, *owner._buffers, *owner._modules}

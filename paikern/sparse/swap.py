@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,13 +121,16 @@ def sparsify(
         for p in packed
         for owner, layer in zip(p.place.owners, p.layers, strict=True)
     }
-    masked = [_masked(place, reason, bits) for place, reason, bits in dense]
-    model = _swap("sparsify", model, new, exchanges, optimizer)
-    for (place, _, bits), copy in zip(dense, masked, strict=True):
-        if copy is None:
-            ops.apply_mask_(place.parameter.detach(), bits)
-        else:
-            place.parameter.detach().copy_(copy)
+    copies = [_masked(place, reason, bits) for place, reason, bits in dense]
+
+    def mask() -> None:
+        for (place, _, bits), copy in zip(dense, copies, strict=True):
+            if copy is None:
+                ops.apply_mask_(place.parameter.detach(), bits)
+            else:
+                place.parameter.detach().copy_(copy)
+
+    model = _swap("sparsify", model, new, exchanges, optimizer, mask)
     if dense:
         shown = "; ".join(f"{place.name} ({reason})" for place, reason, _ in dense[:_SHOWN])
         more = f"; and {len(dense) - _SHOWN} more" if len(dense) > _SHOWN else ""
@@ -260,8 +264,9 @@ def _swap(
     new: dict[int, nn.Module],
     exchanges: list[Exchange],
     optimizer: Any,
+    finish: Callable[[], None] = lambda: None,
 ) -> nn.Module:
-    """Exchange layers and parameters, or nothing at all."""
+    """Exchange layers and parameters, or nothing at all; `finish` may fail as well."""
     for module in model.modules():
         if id(module._modules.get("_orig_mod")) in new:
             raise ValueError(
@@ -273,9 +278,13 @@ def _swap(
     old = {id(module): module for module in model.modules() if id(module) in new}
     result = layers.replace(model, new)
     try:
+        plan = None
         if optimizer is not None:
             after = list(result.parameters())
-            optimizers.plan(operation, optimizer, exchanges, before, after).carry_out()
+            plan = optimizers.plan(operation, optimizer, exchanges, before, after)
+        finish()
+        if plan is not None:
+            plan.carry_out()
     except BaseException:
         layers.replace(result, {id(new[key]): module for key, module in old.items()})
         raise

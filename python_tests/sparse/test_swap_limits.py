@@ -98,6 +98,26 @@ def test_memory_for_dense_weights_is_taken_before_the_swap(
     assert not model[1].weight.is_contiguous()
 
 
+def test_a_mask_that_fails_after_all_puts_everything_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, masks = dense_net(nn.Conv1d(6, 4, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before, held = snapshot(model), [id(p) for p in optimizer.param_groups[0]["params"]]
+    apply, calls = pk.ops.apply_mask_, []
+
+    def fails(tensor: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+        calls.append(tensor.numel())
+        if tensor.numel() > 1:
+            raise torch.OutOfMemoryError("no memory for a kernel")
+        return apply(tensor, packed)
+
+    monkeypatch.setattr(pk.ops, "apply_mask_", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        pk.sparsify(model, masks, force=True, optimizer=optimizer)
+    assert calls == [1, 72]
+    assert_same(model, before)
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == held
+
+
 # --- hooks ---------------------------------------------------------------------------------------
 
 
@@ -305,7 +325,7 @@ def test_bad_packed_weights(tmp_path: object) -> None:
     again = pk.PackedWeight.load(path)
     assert again.values.isnan().tolist() == [False, True, False]
     packed.load_state_dict(again.state_dict())
-    for panel in (0, 3, 1 << 17):
+    for panel in (0, 3, 1 << 17, 64.0, "64"):
         with pytest.raises(ValueError, match=r"^PackedWeight: panel must be a power of two"):
             pk.PackedWeight(torch.ones(3), bits, (2, 3), panel=panel)
         with pytest.raises(ValueError, match=r"^PackedWeight.from_dense: panel must be a power of"):
