@@ -21,10 +21,10 @@
 #include "masked_bits.cuh"
 #include "mma.cuh"
 
-constexpr int kPkChunk = 32;           // columns of a warp at a time
-constexpr int kPkTileRows = 32;        // of a block
-constexpr int kPkPitch = (4 + 1) * 8;  // halves of a row in shared memory: 32, and up to seven before them
-constexpr int kPkStage = kPkTileRows * kPkPitch;
+constexpr int kPkChunk = 32;                // columns of a warp at a time
+constexpr int kPkTileRows = 32;             // of a block
+constexpr int kPkStagePitch = (4 + 1) * 8;  // halves of a row in shared memory: 32, and up to seven before them
+constexpr int kPkStage = kPkTileRows * kPkStagePitch;
 
 struct alignas(16) PaikernDecoded {
   unsigned short values[kPkPackedWarps][2][kPkStage];
@@ -59,7 +59,7 @@ PK_DEVICE void pk_decode_copy(const PaikernPacked &v, unsigned bits, int offset,
   const auto copy = [&](int row, int piece, int first, int count) {
     if (piece * 8 >= count) return;
     const long long at = (first & ~7) + piece * 8, left = v.kept - at;
-    pk_copy_16(stage + row * kPkPitch + piece * 8, values + at, left < 8 ? static_cast<int>(left) * 2 : 16);
+    pk_copy_16(stage + row * kPkStagePitch + piece * 8, values + at, left < 8 ? static_cast<int>(left) * 2 : 16);
   };
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -75,7 +75,7 @@ PK_DEVICE void pk_decode_row(const unsigned short *stage, unsigned bits, int off
   const int t = static_cast<int>(threadIdx.x % 4);
   const unsigned all = __shfl_sync(0xffffffffu, bits, row), own = all >> (8 * t);
   const int first = __shfl_sync(0xffffffffu, offset, row) & 7;
-  int at = row * kPkPitch + first + __popc(all & ((1u << (8 * t)) - 1u));
+  int at = row * kPkStagePitch + first + __popc(all & ((1u << (8 * t)) - 1u));
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
     unsigned halves[4];

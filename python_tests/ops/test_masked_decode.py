@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -27,6 +29,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(masked_cost, "cpu_kernel", lambda *args: "decode")
     monkeypatch.setattr(cpu_masked_decode, "BLOCK", 1 << 10)
     monkeypatch.setattr(cpu_masked_decode, "_blocks", counted)
+    monkeypatch.setattr(cpu_masked_decode, "_memory", threading.local())
     return blocks
 
 
