@@ -181,7 +181,8 @@ PK_DEVICE void pk_packed_move_bits(const unsigned char *mask, const int *starts,
                  });
 }
 
-// Calls move(dense, values) as words of so many bytes.
+// Calls move(dense, values) as words of so many bytes. NVRTC takes generic lambdas for host functions: moves are
+// structs.
 template <class Move>
 PK_DEVICE void pk_packed_words(long long bytes, void *dense, void *values, const Move &move) {
   if (bytes == 1) return move(static_cast<unsigned char *>(dense), static_cast<unsigned char *>(values));
@@ -215,12 +216,31 @@ PK_DEVICE void pk_packed_fill(const PaikernPacked &v, Word *dense, const Word *v
   }
 }
 
+struct PaikernFill {
+  const PaikernPacked &v;
+  template <class Word>
+  PK_DEVICE void operator()(Word *dense, const Word *values) const {
+    pk_packed_fill(v, dense, values);
+  }
+};
+
 // bytes: of a value, as below. Blocks: a panel of a row each, with shared memory for one panel, rounded up to 16 bytes.
 extern "C" __global__ void __launch_bounds__(256)
     paikern_masked_fill(PK_PACKED_PARAMETERS, long long bytes, void *dense, void *kept_values) {
   const PaikernPacked v = PK_PACKED;
-  pk_packed_words(bytes, dense, kept_values, [&](auto *to, auto *from) { pk_packed_fill(v, to, from); });
+  pk_packed_words(bytes, dense, kept_values, PaikernFill{v});
 }
+
+struct PaikernMove {
+  const PaikernPacked &v;
+  bool scatter;
+  long long top;
+  template <class Word>
+  PK_DEVICE void operator()(Word *dense, Word *values) const {
+    if (scatter) return pk_packed_move<true>(v, top, dense, values);
+    pk_packed_move<false>(v, top, dense, values);
+  }
+};
 
 // scatter: 1 reads the values and writes the dense rows, 0 the other way; bytes: of a value, 1, 2, 4 or 8. Blocks:
 // eight rows each, from row `top` on, which the dense rows begin with.
@@ -228,19 +248,26 @@ extern "C" __global__ void __launch_bounds__(256)
     paikern_masked_move(PK_PACKED_PARAMETERS, long long scatter, long long bytes, long long top, void *dense,
                         void *kept_values) {
   const PaikernPacked v = PK_PACKED;
-  pk_packed_words(bytes, dense, kept_values, [&](auto *to, auto *from) {
-    if (scatter != 0) return pk_packed_move<true>(v, top, to, from);
-    pk_packed_move<false>(v, top, to, from);
-  });
+  pk_packed_words(bytes, dense, kept_values, PaikernMove{v, scatter != 0, top});
 }
+
+struct PaikernMoveBits {
+  const unsigned char *mask;
+  const int *starts;
+  long long rows, columns, panel;
+  bool scatter;
+  long long top;
+  template <class Word>
+  PK_DEVICE void operator()(Word *dense, Word *values) const {
+    if (scatter) return pk_packed_move_bits<true>(mask, starts, rows, columns, panel, top, dense, values);
+    pk_packed_move_bits<false>(mask, starts, rows, columns, panel, top, dense, values);
+  }
+};
 
 // The same by bits. Blocks: eight panels of rows each.
 extern "C" __global__ void __launch_bounds__(256)
     paikern_masked_move_bits(const unsigned char *mask, const int *starts, long long rows, long long columns,
                              long long panel, long long scatter, long long bytes, long long top, void *dense,
                              void *kept_values) {
-  pk_packed_words(bytes, dense, kept_values, [&](auto *to, auto *from) {
-    if (scatter != 0) return pk_packed_move_bits<true>(mask, starts, rows, columns, panel, top, to, from);
-    pk_packed_move_bits<false>(mask, starts, rows, columns, panel, top, to, from);
-  });
+  pk_packed_words(bytes, dense, kept_values, PaikernMoveBits{mask, starts, rows, columns, panel, scatter != 0, top});
 }

@@ -285,8 +285,10 @@ def _balanced(sizes: config.Config) -> Iterator[Build]:
             "TRANSPOSED": transposed, "KERNELS": max(1, tile // wide), "POSITIONS": wide,
         }  # fmt: skip
         threads = max(warps, wide // 256)
-        yield _build(balanced.balanced_draw_kernel, threads, types={"mask": "*u8"}, **same)
-        yield _build(balanced.balanced_rank_kernel, threads, kind, **same)
+        count = {"positions": "i32"}  # of a kernel; elsewhere those of packed weights
+        draw = {"mask": "*u8", **count}
+        yield _build(balanced.balanced_draw_kernel, threads, types=draw, **same)
+        yield _build(balanced.balanced_rank_kernel, threads, kind, types=count, **same)
 
 
 def _masked_words(packed: config.Packed) -> Iterator[Build]:
