@@ -219,7 +219,7 @@ PK_DEVICE void pk_packed_fill(const PaikernPacked &v, Word *dense, const Word *v
 struct PaikernFill {
   const PaikernPacked &v;
   template <class Word>
-  PK_DEVICE void operator()(Word *dense, const Word *values) const {
+  __device__ void operator()(Word *dense, const Word *values) const {
     pk_packed_fill(v, dense, values);
   }
 };
@@ -236,7 +236,7 @@ struct PaikernMove {
   bool scatter;
   long long top;
   template <class Word>
-  PK_DEVICE void operator()(Word *dense, Word *values) const {
+  __device__ void operator()(Word *dense, Word *values) const {
     if (scatter) return pk_packed_move<true>(v, top, dense, values);
     pk_packed_move<false>(v, top, dense, values);
   }
@@ -258,7 +258,7 @@ struct PaikernMoveBits {
   bool scatter;
   long long top;
   template <class Word>
-  PK_DEVICE void operator()(Word *dense, Word *values) const {
+  __device__ void operator()(Word *dense, Word *values) const {
     if (scatter) return pk_packed_move_bits<true>(mask, starts, rows, columns, panel, top, dense, values);
     pk_packed_move_bits<false>(mask, starts, rows, columns, panel, top, dense, values);
   }
