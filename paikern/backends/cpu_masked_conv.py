@@ -10,7 +10,7 @@ from torch import Tensor
 from paikern import _C
 from paikern.backends.cpu_masked_linear import (
     gather_kept,
-    list_positions,
+    listed,
     masked_linear,
     masked_linear_input,
     masked_linear_kept,
@@ -53,7 +53,7 @@ def masked_conv2d(
         where = (positions, starts, None, None, None, rows, columns, panel, kept)
         add = None if bias is None else bias.float()
         return _dense.output(x.float(), values.float(), add, *where, *conv).to(x.dtype)
-    positions = _listed(positions, rows, columns, panel, kept)
+    positions = listed(positions, rows, columns, panel, kept)
     maps, wide = x.contiguous(), values.float().contiguous()
     add = None if bias is None else bias.float().contiguous()
     y = torch.empty((x.shape[0], rows, *shape[-2:]), dtype=torch.float32)
@@ -96,8 +96,8 @@ def masked_conv2d_input(
         where = (positions, starts, None, None, None, rows, columns, panel, kept)
         return _dense.input(g.float(), values.float(), *where, *conv, size).to(g.dtype)
     if t_positions is None or t_starts is None or t_source is None:
-        listed = _listed(positions, rows, columns, panel, kept)
-        t_positions, t_starts, t_source = transpose(listed, starts, rows, columns, panel)
+        positions = listed(positions, rows, columns, panel, kept)
+        t_positions, t_starts, t_source = transpose(positions, starts, rows, columns, panel)
     maps, wide = g.contiguous(), values.float().contiguous()
     x = torch.empty((g.shape[0], shape[3], *size), dtype=torch.float32)
     weight = (
@@ -140,7 +140,7 @@ def masked_conv2d_kept(
     if conv_kernel("kept", shape, kept) == "dense":
         where = (positions, starts, None, None, None, rows, columns, panel, kept)
         return _dense.kept(g.float(), x.float(), *where, *conv).to(g.dtype)
-    positions = _listed(positions, rows, columns, panel, kept)
+    positions = listed(positions, rows, columns, panel, kept)
     g, x = g.contiguous(), x.contiguous()
     found = torch.empty(kept, dtype=torch.float32)
     _C.masked_conv2d_kept(
@@ -203,10 +203,3 @@ def _as_maps(rows: Tensor, like: Tensor) -> Tensor:
 
 def _map(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), _TYPES[tensor.dtype]
-
-
-def _listed(positions: Tensor, rows: int, columns: int, panel: int, kept: int) -> Tensor:
-    """16-bit columns, also of a bitmap: for the length of a call."""
-    if positions.dtype == torch.int16:
-        return positions
-    return list_positions(positions, kept, rows, columns, panel)[0]

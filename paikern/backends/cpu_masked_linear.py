@@ -99,7 +99,7 @@ def masked_linear(
         where = _where(wide.data_ptr(), positions, starts, rows, columns, panel)
         y = decode.forward(rows_of_x, add, where).view(*x.shape[:-1], rows)
     else:
-        positions = _listed(positions, rows, columns, panel, kept)
+        positions = listed(positions, rows, columns, panel, kept)
         values = values.contiguous()
         y = torch.empty((*x.shape[:-1], rows), dtype=torch.float32)
         _C.masked_linear(
@@ -133,7 +133,7 @@ def masked_linear_input(
         x = decode.by_input(rows_of_g, where).view(*g.shape[:-1], columns)
     else:
         if t_positions is None or t_starts is None or t_source is None:
-            positions = _listed(positions, rows, columns, panel, kept)
+            positions = listed(positions, rows, columns, panel, kept)
             back = transpose_positions(positions, starts, rows, columns, panel)
             t_positions, t_starts, t_source = back
         values = values.contiguous()
@@ -168,7 +168,7 @@ def masked_linear_kept(
         where = _where(found.data_ptr(), positions, starts, rows, columns, panel)
         decode.by_kept(rows_of_g, rows_of_x, where)
     else:
-        positions = _listed(positions, rows, columns, panel, kept)
+        positions = listed(positions, rows, columns, panel, kept)
         _C.masked_linear_kept(
             (0, 0, 0, positions.data_ptr(), starts.data_ptr(), rows, columns, panel),
             rows_of_g.data_ptr(),
@@ -201,7 +201,7 @@ def _float(tensor: Tensor) -> Tensor:
     return tensor if plain else tensor.float().contiguous()
 
 
-def _listed(positions: Tensor, rows: int, columns: int, panel: int, kept: int) -> Tensor:
+def listed(positions: Tensor, rows: int, columns: int, panel: int, kept: int) -> Tensor:
     """16-bit columns, also of a bitmap: for the length of a call."""
     if positions.dtype == torch.int16:
         return positions
