@@ -25,7 +25,7 @@ from paikern.errors import (
 from paikern.masks import MaskSet, load_masks
 from paikern.pathgraph import register_path_rule
 from paikern.scorers import register_scorer
-from paikern.scores import Dense, Factored, Scores
+from paikern.scores import Dense, Factored, Product, Scores
 from paikern.sparse import (
     MaskedConv1D,
     MaskedConv2d,
@@ -53,6 +53,7 @@ __all__ = [
     "PaikernError",
     "PaikernWarning",
     "PathRuleError",
+    "Product",
     "Scores",
     "SparsityError",
     "Topology",

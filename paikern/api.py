@@ -66,6 +66,7 @@ def prune(
     compression: float | None = None,
     example_inputs: Any = None,
     data: Any = None,
+    loss_fn: str | Callable[[Any, Any], Tensor] | None = None,
     pattern: str = "unstructured",
     scope: str | None = None,
     rounds: int | None = None,
@@ -93,9 +94,13 @@ def prune(
             Exactly `N - floor(sparsity * N)` weights are kept.
         example_inputs: one input for methods that trace the model: a tensor, a tuple, or a dict of
             keyword inputs. Only its shape matters, unless it holds integers (token ids).
-        data: samples for methods that read some: a tensor `[n, ...]`, an (inputs, labels) pair, or
-            an iterable of batches of either form, such as a `DataLoader`, which is read once a
-            round. `example_inputs` may be left out then.
+        data: samples for methods that read some: a tensor `[n, ...]`, an (inputs, labels) pair, a
+            mapping of keyword inputs (a tokenizer's, with labels), or an iterable of batches of any
+            of these forms, such as a `DataLoader`, which is read once a round. `example_inputs`
+            may be left out then.
+        loss_fn: what methods that differentiate a loss use: a function of the model's outputs and
+            the labels, "cross_entropy", "nll_logits" or "mse". Default: the model's own loss where
+            it returns one, cross-entropy for integer labels, the squared error for float ones.
         scope: "global", "local" (the same fraction of every layer), "erk" or "lamp"; default by
             method.
         rounds, schedule: how often to score and prune (100 for the SynFlow family, else 1), and
@@ -134,7 +139,7 @@ def prune(
     _check_choices(scorer, variant, selection, on_collapse, rounds)
     shape = parse_pattern(pattern)
     check_single_weights(scorer, shape)
-    run = _run(model, scorer, example_inputs, ignore, include, seed, variant, data)
+    run = _run(model, scorer, example_inputs, ignore, include, seed, variant, data, loss_fn)
     fraction = target_sparsity(
         shape,
         sparsity=sparsity,
@@ -191,6 +196,7 @@ def score(
     *,
     example_inputs: Any = None,
     data: Any = None,
+    loss_fn: str | Callable[[Any, Any], Tensor] | None = None,
     ignore: Filter = (),
     include: Filter = None,
     seed: int = 0,
@@ -214,7 +220,7 @@ def score(
     sparsity = method_options.pop("sparsity", None)
     scorer = _scorer(method, method_options)
     _check_choices(scorer, variant, "exact", "warn", None)
-    run = _run(model, scorer, example_inputs, ignore, include, seed, variant, data)
+    run = _run(model, scorer, example_inputs, ignore, include, seed, variant, data, loss_fn)
     run.masks = _packed(masks, run.model)
     with registry.using(backend):
         if isinstance(scorer, TrainedScorer):
@@ -403,6 +409,7 @@ def _run(
     seed: int,
     variant: str,
     data: Any = None,
+    loss_fn: Any = None,
 ) -> Run:
     if not isinstance(seed, Integral) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed must be an integer from -2**63 to 2**63 - 1, got {seed!r}")
@@ -418,8 +425,8 @@ def _run(
             "iterable of batches"
         )
     if scorer.needs_inputs and example_inputs is None and batches is not None:
-        example_inputs = next(iter(batches))[0][:1]
-    run = Run(inner, state, layers, example_inputs, int(seed), variant, batches)
+        example_inputs = batches.example()
+    run = Run(inner, state, layers, example_inputs, int(seed), variant, batches, loss_fn)
     if scorer.needs_inputs and example_inputs is None:
         raise ValueError(
             f"example_inputs: method {scorer.name!r} traces the model and needs one input, for "

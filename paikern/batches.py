@@ -3,101 +3,192 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Batch = tuple[Tensor, Tensor | None]
+
+@dataclass(frozen=True)
+class Batch:
+    """What a model is given at once.
+
+    `inputs` is a tensor `[n, ...]`, or a mapping of keyword inputs (a tokenizer's, labels
+    included); `targets` are the labels, or None.
+    """
+
+    inputs: Any
+    targets: Any = None
+
+    @property
+    def size(self) -> int:
+        """Number of samples."""
+        if isinstance(self.inputs, Mapping):
+            return next((len(v) for v in self.inputs.values() if _is_rows(v)), 0)
+        return len(self.inputs)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on `device`."""
+        inputs: Any = self.inputs
+        if isinstance(inputs, Mapping):
+            inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        else:
+            inputs = inputs.to(device)
+        targets = self.targets
+        return Batch(inputs, targets.to(device) if isinstance(targets, Tensor) else targets)
 
 
 class Batches:
-    """`data=` of `pk.prune` as (inputs, labels or None) pairs, in any number of passes.
+    """`data=` of `pk.prune` as batches, in any number of passes.
 
     Args:
-        data: a tensor `[n, ...]`; a pair (inputs, labels) of tensors; or anything that can be
-            iterated, a `DataLoader` for instance, and gives batches of either form. A list of two
-            tensors is a pair where the second is integer or has fewer dimensions, as labels do. An
-            iterator, which can be read only once, is read into memory first.
+        data: a tensor `[n, ...]`; a pair (inputs, labels) of tensors; a mapping of keyword inputs,
+            as a tokenizer returns it; or anything that can be iterated, a `DataLoader` for
+            instance, and gives batches of any of these forms. A list of two tensors is a pair where
+            the second is integer or has fewer dimensions, as labels do. An iterator, which can be
+            read only once, is read into memory first.
         size: tensors given whole are cut into batches of this many samples.
 
+    Iterating gives (inputs, labels or None) of floating-point tensors, for methods that compute
+    with the inputs themselves; `samples` gives every form, for those that call the model.
+
     Raises:
-        ValueError: not data, no sample, integer inputs, or NaN or infinite values.
+        ValueError: not data, no sample, integer inputs where floats are needed, NaN or infinite
+            values.
 
     Example:
         >>> import torch
         >>> [len(x) for x, _ in Batches((torch.ones(5, 3), torch.zeros(5)), size=2)]
         [2, 2, 1]
+        >>> tokens = {"input_ids": torch.zeros(3, 7, dtype=torch.long)}
+        >>> [batch.size for batch in Batches(tokens, size=2).samples()]
+        [2, 1]
     """
 
     def __init__(self, data: Any, size: int = 128) -> None:
         if size < 1:
             raise ValueError(f"batch_size must be >= 1, got {size}")
-        if isinstance(data, (str, bytes, Mapping)) or not isinstance(data, Iterable):
+        if isinstance(data, (str, bytes)) or not isinstance(data, Iterable):
             raise ValueError(
                 "data must be a tensor, an (inputs, labels) pair or an iterable of batches, "
                 f"got {type(data).__name__}"
             )
         self._size = size
-        self._whole = _pair(data)
+        self._whole = _whole(data)
+        if isinstance(data, Mapping) and self._whole is None:
+            raise ValueError(
+                "data: a mapping must hold the keyword inputs of the model as tensors [n, ...] of "
+                f"one length, got {sorted(map(str, data))}"
+            )
         self._finite = False  # whether a pass over data given whole has found all of it finite
         # An iterator gives its batches once, but every round needs them.
         one_shot = self._whole is None and iter(data) is data
         self._data: Iterable[Any] = list(data) if one_shot else data
 
-    def __iter__(self) -> Iterator[Batch]:
-        empty = True
-        for x, y in self._raw():
-            if len(x) == 0:
-                continue
-            empty = False
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        for batch in self.samples():
+            x = batch.inputs
+            if not isinstance(x, Tensor):
+                raise ValueError(
+                    f"data: this method reads tensors [n, ...], got {type(x).__name__}; pass the "
+                    "tensor that the model computes with"
+                )
             if not x.is_floating_point():
                 raise ValueError(
                     f"data: inputs must be floating point, got {x.dtype}; convert with .float()"
                 )
-            if not self._finite and not bool(torch.isfinite(x).all()):
-                raise ValueError(
-                    "data: inputs hold NaN or infinite values; leave those samples out"
-                )
-            yield x, y
+            yield x, batch.targets
+
+    def samples(self) -> Iterator[Batch]:
+        """One pass over the data; empty batches are left out."""
+        empty = True
+        for batch in self._raw():
+            if batch.size == 0:
+                continue
+            empty = False
+            if not self._finite:
+                _check_finite(batch.inputs)
+            yield batch
         if empty:
             raise ValueError("data: no sample was given; pass at least one batch")
         self._finite = self._whole is not None
 
+    def example(self) -> Any:
+        """The inputs of one sample, for methods that trace the model; labels are left out."""
+        inputs = _rows(next(self.samples()), 0, 1).inputs
+        if isinstance(inputs, Mapping):
+            return {name: value for name, value in inputs.items() if name != "labels"}
+        return inputs
+
     def _raw(self) -> Iterator[Batch]:
         if self._whole is not None:
-            x, y = self._whole
-            for start in range(0, len(x), self._size):
-                stop = start + self._size
-                yield x[start:stop], None if y is None else y[start:stop]
+            whole = self._whole
+            for start in range(0, whole.size, self._size):
+                yield _rows(whole, start, start + self._size)
             return
-        for batch in self._data:
-            pair = (batch, None) if isinstance(batch, Tensor) else _first_two(batch)
-            if pair is None or pair[0].dim() == 0:
+        for item in self._data:
+            batch = _batch(item)
+            if batch is None:
                 raise ValueError(
-                    "data: a batch must be a tensor [n, ...] or an (inputs, labels) pair, "
-                    f"got {type(batch).__name__}"
+                    "data: a batch must be a tensor [n, ...], an (inputs, labels) pair or a "
+                    f"mapping of keyword inputs, got {type(item).__name__}"
                 )
-            yield pair
+            yield batch
 
 
-def _pair(data: Any) -> Batch | None:
-    """Data given whole: one tensor, or inputs and labels; None for an iterable of batches."""
+def _is_rows(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0
+
+
+def _rows(batch: Batch, start: int, stop: int) -> Batch:
+    inputs = batch.inputs
+    if isinstance(inputs, Mapping):
+        inputs = {k: v[start:stop] if _is_rows(v) else v for k, v in inputs.items()}
+    else:
+        inputs = inputs[start:stop]
+    return Batch(inputs, None if batch.targets is None else batch.targets[start:stop])
+
+
+def _check_finite(inputs: Any) -> None:
+    for x in inputs.values() if isinstance(inputs, Mapping) else (inputs,):
+        if isinstance(x, Tensor) and x.is_floating_point() and not bool(torch.isfinite(x).all()):
+            raise ValueError("data: inputs hold NaN or infinite values; leave those samples out")
+
+
+def _keywords(data: Mapping[Any, Any]) -> Batch | None:
+    lengths = {len(v) for v in data.values() if _is_rows(v)}
+    if len(lengths) != 1 or not all(isinstance(key, str) for key in data):
+        return None
+    return Batch(dict(data), data.get("labels"))
+
+
+def _whole(data: Any) -> Batch | None:
+    """Data given whole: one tensor, inputs and labels, or keyword inputs; None for an iterable."""
     if isinstance(data, Tensor):
         if data.dim() == 0:
             raise ValueError("data: a tensor must be [n, ...], got a scalar")
-        return data, None
+        return Batch(data)
+    if isinstance(data, Mapping):
+        return _keywords(data)
     if not isinstance(data, (tuple, list)) or len(data) != 2:
         return None
     x, y = data
-    if not isinstance(x, Tensor) or not isinstance(y, Tensor) or not x.dim() or not y.dim():
+    if not _is_rows(x) or not _is_rows(y):
         return None
     labels = isinstance(data, tuple) or not y.is_floating_point() or y.dim() < x.dim()
-    return (x, y) if labels and len(x) == len(y) else None
+    return Batch(x, y) if labels and len(x) == len(y) else None
 
 
-def _first_two(batch: Any) -> Batch | None:
-    if not isinstance(batch, (tuple, list)) or not batch or not isinstance(batch[0], Tensor):
+def _batch(item: Any) -> Batch | None:
+    if isinstance(item, Tensor):
+        return Batch(item) if item.dim() else None
+    if isinstance(item, Mapping):
+        return _keywords(item)
+    if not isinstance(item, (tuple, list)) or not item:
         return None
-    y = batch[1] if len(batch) > 1 else None
-    return batch[0], y if isinstance(y, Tensor) else None
+    x, y = item[0], item[1] if len(item) > 1 else None
+    if isinstance(x, Mapping):
+        found = _keywords(x)
+        return None if found is None else Batch(found.inputs, y if y is not None else found.targets)
+    return Batch(x, y if isinstance(y, Tensor) else None) if _is_rows(x) else None

@@ -1,4 +1,4 @@
-"""`Scores`: what a method thinks of every prunable weight, dense or factored."""
+"""`Scores`: what a method thinks of every prunable weight, dense, factored or a product."""
 
 from __future__ import annotations
 
@@ -73,7 +73,38 @@ class Factored:
         return Dense(values, self.exponent)
 
 
-Score = Dense | Factored
+@dataclass(frozen=True)
+class Product:
+    """`|weight * gradient|`, which never has to exist either.
+
+    `gradient` has the shape of `weight`, any float dtypes; the product is taken in float32. `mask`
+    as in `Factored`. Ties and NaN as in `Dense`.
+
+    Source: SNIP, Lee et al. 2019 (arXiv:1810.02340), equation 6.
+
+    Example:
+        >>> import torch, paikern as pk
+        >>> pk.Product(torch.tensor([2.0, -3.0]), torch.tensor([-1.0, 0.5])).dense().values
+        tensor([2.0000, 1.5000])
+    """
+
+    weight: Tensor
+    gradient: Tensor
+    mask: Tensor | None = None
+    exponent: int = 0
+
+    def dense(self, pruned: float = 0.0) -> Dense:
+        """The score tensor; `pruned` where the mask is 0."""
+        wide = torch.float64 if self.gradient.dtype == torch.float64 else torch.float32
+        values = self.weight.to(wide) * self.gradient.to(wide)
+        values.abs_()
+        if self.mask is not None:
+            kept = ops.unpack_mask(self.mask.to(values.device), tuple(values.shape))
+            values.masked_fill_(~kept, pruned)
+        return Dense(values)
+
+
+Score = Dense | Factored | Product
 
 
 class Scores(Mapping[str, Score]):
@@ -145,7 +176,7 @@ class Scores(Mapping[str, Score]):
         that of float32. Relative to `exponent` nothing that could be kept is lost.
         """
         score = self._entries[name]
-        entry = score.dense() if isinstance(score, Factored) else score
+        entry = score if isinstance(score, Dense) else score.dense()
         values = entry.values.abs() if entry.absolute else entry.values
         rest = entry.exponent - relative_to
         if rest:

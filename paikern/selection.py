@@ -12,7 +12,7 @@ from torch import Tensor
 from paikern import ops
 from paikern.errors import PaikernWarning, SparsityError
 from paikern.pattern import Pattern
-from paikern.scores import Factored, Scores
+from paikern.scores import Dense, Factored, Product, Scores
 from paikern.structured import select_structured
 
 RULES = ("exact", "published")
@@ -56,11 +56,21 @@ def select_packed(
             names=names,
         )
         return dict(zip(names, packed, strict=True))
-    masks = [e.mask if isinstance(e, Factored) else None for e in entries]
-    dense = [e.dense() if isinstance(e, Factored) else e for e in entries]
+    products = [e for e in entries if isinstance(e, Product)]
+    if len(products) == len(entries):
+        packed = ops.topk_mask_product(
+            [e.weight for e in products],
+            [e.gradient for e in products],
+            k,
+            masks=[e.mask for e in products],
+            names=names,
+        )
+        return dict(zip(names, packed, strict=True))
+    masks = [None if isinstance(e, Dense) else e.mask for e in entries]
+    dense = [e if isinstance(e, Dense) else e.dense() for e in entries]
     absolute = any(e.absolute for e in dense)
     if absolute and not all(
-        e.absolute or isinstance(s, Factored) for e, s in zip(dense, entries, strict=True)
+        e.absolute or not isinstance(s, Dense) for e, s in zip(dense, entries, strict=True)
     ):
         dense = [
             replace(e, values=e.values.abs(), absolute=False) if e.absolute else e for e in dense

@@ -12,7 +12,7 @@ from torch import Tensor
 from paikern import budget, ops
 from paikern.errors import SparsityError
 from paikern.pattern import NM, Blocks, Layout, Pattern
-from paikern.scores import Dense, Factored, Scores
+from paikern.scores import Dense, Factored, Product, Scores
 
 Shape = tuple[int, ...]
 
@@ -120,7 +120,7 @@ def _select_groups(scores: Scores, pattern: NM) -> dict[str, Tensor]:
             packed[name] = _all_kept(math.prod(shape))
         elif isinstance(entry, Dense):
             dense[entry.absolute][name] = _grouped(entry.values, pattern, shape, layout)
-        elif _rank_one(entry) and entry.weight.dim() == len(shape):
+        elif isinstance(entry, Factored) and _rank_one(entry) and entry.weight.dim() == len(shape):
             factored[entry.power][name] = entry
         else:  # from maps, or groups across the taps: one layer at a time, gone before the next
             values, dim = _grouped(entry.dense(-1.0).values.view(shape), pattern, shape, layout)
@@ -245,7 +245,7 @@ def _layer(scores: Scores, name: str, pattern: Blocks) -> _Layer:
     block = pattern.block(shape, scores.layouts[name])
     if isinstance(entry, Dense):
         means = ops.block_means(entry.values, block, absolute=entry.absolute, name=name)
-    elif not _rank_one(entry):  # from maps: one layer at a time
+    elif isinstance(entry, Product) or not _rank_one(entry):  # one layer at a time
         means = ops.block_means(entry.dense(-1.0).values, block, name=name)
     else:
         means = ops.block_means_factored(

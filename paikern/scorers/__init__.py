@@ -11,13 +11,15 @@ from paikern.scorers.base import (
     scorer_names,
 )
 from paikern.scorers.dpai import DPaI, DPaITrainer, StepStatistics
+from paikern.scorers.gradient_scorer import GradientScorer
 from paikern.scorers.magnitude import Magnitude
 from paikern.scorers.npb import NPB
 from paikern.scorers.phew import PHEW
 from paikern.scorers.px import PX
 from paikern.scorers.random import Random
+from paikern.scorers.snip import SNIP
 from paikern.scorers.synflow import LogSynFlow, SynFlow, SynFlowL2
-from paikern.scores import Dense, Factored, Scores
+from paikern.scores import Dense, Factored, Product, Scores
 
 __all__ = [
     "DPaI",
@@ -27,11 +29,14 @@ __all__ = [
     "PX",
     "Dense",
     "Factored",
+    "GradientScorer",
     "LogSynFlow",
     "Magnitude",
     "MaskBuilder",
+    "Product",
     "Random",
     "Run",
+    "SNIP",
     "Scorer",
     "Scores",
     "StepStatistics",

@@ -45,6 +45,7 @@ class Run:
     seed: int = 0
     variant: str = "paper"
     data: Batches | None = None
+    loss_fn: Any = None
     masks: dict[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     cache: dict[str, Any] = field(default_factory=dict)

@@ -235,7 +235,7 @@ def _zeros(run: Run, name: str) -> Tensor:
 
 def _gather(held: Score | None, step: Weight, part: Score, shape: tuple[int, ...]) -> Dense:
     """Place the rows of a fused projection; sum over the uses of a shared parameter."""
-    new = part.dense() if isinstance(part, Factored) else part
+    new = part if isinstance(part, Dense) else part.dense()
     if not isinstance(held, Dense):
         held = Dense(new.values.new_zeros(shape), new.exponent)
     top = max(held.exponent, new.exponent)

@@ -1,0 +1,152 @@
+"""What the data-driven methods differentiate: one number from a model's outputs and its targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from paikern.batches import Batch
+
+LossFunction = Callable[[Any, Any], Tensor]
+LOSSES = ("cross_entropy", "nll_logits", "mse")
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Outputs and a batch -> a scalar; see `make_loss`.
+
+    `name` is a word of `LOSSES`, "own" for a function given by the caller, or None to take what
+    the outputs and the targets ask for. Class scores are divided by `temperature` first.
+    """
+
+    name: str | None = None
+    function: LossFunction | None = None
+    temperature: float = 1.0
+
+    def __call__(self, outputs: Any, batch: Batch) -> Tensor:
+        """The loss of one batch.
+
+        Raises:
+            ValueError: no labels, labels out of range, outputs that no loss fits, or no scalar.
+        """
+        loss = self._of(outputs, batch)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"loss_fn must return one number, got {shape}; add .mean()")
+        return loss.reshape(())
+
+    def _of(self, outputs: Any, batch: Batch) -> Tensor:
+        if self.function is not None:
+            return self.function(self._cooled(outputs), _targets(batch))
+        if self.name is None and _own_loss(outputs) is not None and self.temperature == 1.0:
+            return _own_loss(outputs)
+        logits, targets = _logits(outputs), batch.targets
+        if targets is None:
+            raise ValueError(
+                "data: the loss needs labels; pass data=(inputs, labels), a loader that gives "
+                "both, or loss_fn= that needs none"
+            )
+        name = self.name or ("mse" if targets.is_floating_point() else "cross_entropy")
+        if name == "mse":
+            return F.mse_loss(self._cooled(logits), targets.reshape(logits.shape))
+        if _is_language_model(outputs, batch, logits):
+            logits, targets = logits[:, :-1], targets[:, 1:]
+        scores, labels = _classes(logits, targets)
+        measure = F.cross_entropy if name == "cross_entropy" else F.nll_loss
+        return measure(self._cooled(scores), labels)
+
+    def _cooled(self, outputs: Any) -> Any:
+        if self.temperature == 1.0:
+            return outputs
+        return _logits(outputs) / self.temperature
+
+
+def make_loss(loss_fn: str | LossFunction | None = None, temperature: float = 1.0) -> Loss:
+    """`loss_fn=` of `pk.prune` as a `Loss`.
+
+    Args:
+        loss_fn: None takes the model's own loss where it returns one (transformers), cross-entropy
+            for integer labels and the mean squared error for float ones. "cross_entropy",
+            "nll_logits" (the mean of -logit of the label, as several published codes have it) and
+            "mse" name one. A function is called as `loss_fn(outputs, targets)`; of a batch of
+            keyword inputs without labels it gets the batch as targets.
+        temperature: the outputs are divided by it before the loss.
+
+    Raises:
+        ValueError: an unknown name, or a temperature that is not above 0.
+
+    Example:
+        >>> import torch
+        >>> from paikern.batches import Batch
+        >>> loss = make_loss("nll_logits")
+        >>> loss(torch.tensor([[3.0, 1.0]]), Batch(torch.ones(1, 2), torch.tensor([0]))).item()
+        -3.0
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+    if callable(loss_fn):
+        return Loss("own", loss_fn, temperature)
+    if loss_fn is not None and loss_fn not in LOSSES:
+        raise ValueError(f"loss_fn must be a function or one of {LOSSES}, got {loss_fn!r}")
+    return Loss(loss_fn, None, temperature)
+
+
+def _own_loss(outputs: Any) -> Any:
+    return outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+
+
+def _targets(batch: Batch) -> Any:
+    if batch.targets is None and isinstance(batch.inputs, Mapping):
+        return batch.inputs
+    return batch.targets
+
+
+def _logits(outputs: Any) -> Tensor:
+    found = outputs
+    if isinstance(outputs, Mapping):
+        found = outputs.get("logits")
+    elif not isinstance(outputs, Tensor):
+        found = getattr(outputs, "logits", None)
+    if found is None and isinstance(outputs, (tuple, list)) and outputs:
+        found = outputs[0]
+    if not isinstance(found, Tensor):
+        raise ValueError(
+            f"loss_fn: the model returns {type(outputs).__name__}, in which no class scores were "
+            "found; pass loss_fn=, a function of outputs and targets"
+        )
+    return found
+
+
+def _is_language_model(outputs: Any, batch: Batch, logits: Tensor) -> bool:
+    """Whether the labels are the tokens themselves, so that each is that of the place before."""
+    if not isinstance(batch.inputs, Mapping) or "CausalLM" not in type(outputs).__name__:
+        return False
+    tokens = batch.inputs.get("input_ids")
+    return tokens is not None and logits.dim() == 3 and batch.targets.shape == tokens.shape
+
+
+def _classes(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores `[n, classes]` and labels `[n]`, checked before anything is differentiated."""
+    labels = targets.long()
+    if logits.dim() == labels.dim() + 1 and logits.shape[:-1] == labels.shape:
+        scores, labels = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
+    elif logits.dim() == labels.dim() + 1 and logits.shape[0] == labels.shape[0]:
+        scores = logits.movedim(1, -1).reshape(-1, logits.shape[1])  # [n, classes, *size]
+        labels = labels.reshape(-1)
+    else:
+        raise ValueError(
+            f"data: labels of shape {list(targets.shape)} do not fit the model's outputs of shape "
+            f"{list(logits.shape)}; pass one class number a sample, or loss_fn="
+        )
+    known = labels[labels != -100]
+    if known.numel() and not 0 <= int(known.min()) <= int(known.max()) < scores.shape[-1]:
+        raise ValueError(
+            f"data: labels run from {int(known.min())} to {int(known.max())}, but the model has "
+            f"{scores.shape[-1]} outputs; class numbers start at 0"
+        )
+    return scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores, labels

@@ -1,0 +1,251 @@
+"""The model of a run as a function of its prunable weights, differentiated once or twice.
+
+Nothing is written to the model: the weights that are differentiated are aliases of its parameters,
+or masked copies where a round has masks, and gradients are handed over one parameter at a time, as
+soon as the backward pass has made them, so that no second set of them ever exists.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from paikern import ops
+from paikern.batches import Batch
+from paikern.errors import NonFiniteScoreError, PaikernError
+from paikern.gradients.loss import Loss
+from paikern.gradients.untouched import untouched
+
+if TYPE_CHECKING:
+    from paikern.scorers.base import Run
+
+Consumer = Callable[[str, Tensor], None]
+"""Called as `consume(name, gradient)`; the gradient is the consumer's to keep or to change."""
+
+
+class Network:
+    """The model under `run.masks`, for `with network.running():`.
+
+    Args:
+        run: the pruning run; frozen weights are refused.
+        loss: of one batch.
+        mode: "train" or "eval", of every module while it runs.
+
+    `weights` maps the names of the prunable weights to what the model computes with: leaves that
+    gradients are taken of, w * m in the weight's dtype.
+
+    Raises:
+        ValueError: a prunable weight is frozen.
+    """
+
+    def __init__(self, run: Run, loss: Loss, mode: str = "train") -> None:
+        frozen = [n for n, p in _parameters(run).items() if not p.requires_grad]
+        if frozen:
+            raise ValueError(
+                f"{frozen[0]} is frozen (requires_grad=False), so the method cannot tell what it "
+                f"is worth; unfreeze it, or leave it out with ignore=[{frozen[0]!r}]"
+            )
+        self.run, self.loss_function, self.mode = run, loss, mode
+        self.device = next(iter(_parameters(run).values())).device
+        self.weights = {name: _leaf(run, name) for name in run.layers}
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[Network]:
+        """The mode is set and randomness starts from the run's seed; both are put back."""
+        with untouched(self.run.model, self.mode, self.run.seed), torch.enable_grad():
+            yield self
+
+    def outputs(self, batch: Batch, weights: Mapping[str, Tensor] | None = None) -> Any:
+        """What the model returns for a batch, computed with `weights` (default: its own)."""
+        given = self.weights if weights is None else weights
+        swapped = {self.run.layers[name].source: w for name, w in given.items()}
+        inputs = batch.to(self.device).inputs
+        if isinstance(inputs, Mapping):
+            return functional_call(self.run.model, swapped, (), dict(inputs))
+        return functional_call(self.run.model, swapped, (inputs,))
+
+    def loss(
+        self, batch: Batch, number: int = 0, weights: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """The loss of a batch; `number` is for the message.
+
+        Raises:
+            ValueError: the loss is NaN or infinite, or no number.
+        """
+        value = self.loss_function(self.outputs(batch, weights), batch.to(self.device))
+        if not bool(torch.isfinite(value)):
+            raise ValueError(
+                f"loss_fn: the loss of batch {number} is {float(value)}; look for too large a "
+                "learning rate before, wrong labels, or an overflow in float16"
+            )
+        if not value.requires_grad:
+            raise ValueError(
+                f"loss_fn: the loss of batch {number} does not depend on the weights; return a "
+                "loss computed from the outputs, without .detach() or .item()"
+            )
+        return value
+
+    def backward(self, value: Tensor, consume: Consumer, *, retain_graph: bool = False) -> None:
+        """Differentiate `value` by the weights, each gradient handed over as soon as it is made.
+
+        Weights that `value` does not depend on are left out.
+
+        Raises:
+            NonFiniteScoreError: a gradient holds NaN or infinity, named.
+            PaikernError: an operation has no derivative, named.
+        """
+        handles = []
+        for name, leaf in self.weights.items():
+            handles.append(leaf.register_post_accumulate_grad_hook(_hand_over(name, consume)))
+        try:
+            with _named_derivatives():
+                value.backward(inputs=list(self.weights.values()), retain_graph=retain_graph)
+        finally:
+            for handle in handles:
+                handle.remove()
+            for leaf in self.weights.values():
+                leaf.grad = None
+
+    def gradients(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """`sum_b dL_b / dW`, in the order of the batches; float32 at least.
+
+        Batches of another size than the first count in proportion to it, so that equal sizes give
+        the plain sum. A weight that no loss depends on has a gradient of 0 and is noted.
+        """
+        total = _Sum()
+        for number, (batch, share) in enumerate(weighted(batches)):
+            self.backward(self.loss(batch, number) * share, total)
+        return self.complete(total.values)
+
+    def hessian_product(
+        self, vectors: Mapping[str, Tensor], batches: Sequence[Batch]
+    ) -> dict[str, Tensor]:
+        """`sum_b H_b v`: derivatives of `z_b = sum_l <v_l, dL_b / dW_l>`, batch by batch.
+
+        Attention runs on the path that can be differentiated twice.
+
+        Raises:
+            PaikernError: an operation cannot be differentiated twice, named.
+        """
+        total = _Sum()
+        leaves = list(self.weights.values())
+        with twice_differentiable():
+            for number, (batch, share) in enumerate(weighted(batches)):
+                with _named_derivatives():
+                    first = torch.autograd.grad(
+                        self.loss(batch, number) * share,
+                        leaves,
+                        create_graph=True,
+                        allow_unused=True,
+                    )
+                z = None
+                for (name, _), slope in zip(self.weights.items(), first, strict=True):
+                    if slope is None or not slope.requires_grad:
+                        continue
+                    part = (vectors[name].to(slope.dtype) * slope).sum()
+                    z = part if z is None else z + part
+                del first
+                if z is not None:
+                    self.backward(z, total)
+        return self.complete(total.values, note=False)
+
+    def complete(self, found: dict[str, Tensor], note: bool = True) -> dict[str, Tensor]:
+        """In layer order, with zeros for weights that no gradient has reached."""
+        missing = [name for name in self.weights if name not in found]
+        if missing and note:
+            self.run.notes.append(
+                f"no gradient reaches {', '.join(missing)}; their scores are 0 (use ignore= to "
+                "leave them dense)"
+            )
+        return {
+            name: found[name]
+            if name in found
+            else torch.zeros_like(leaf, dtype=_wide(leaf), requires_grad=False)
+            for name, leaf in self.weights.items()
+        }
+
+
+def weighted(batches: Sequence[Batch]) -> Iterator[tuple[Batch, float]]:
+    """Each batch and its size relative to the first."""
+    first = batches[0].size if batches else 1
+    for batch in batches:
+        yield batch, batch.size / first
+
+
+@contextlib.contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Fused attention has a first derivative only; PyTorch's plain path has all of them."""
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+class _Sum:
+    """Adds what it is given by name, in float32 at least."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, gradient: Tensor) -> None:
+        if name in self.values:
+            self.values[name].add_(gradient)
+        else:
+            self.values[name] = gradient.to(_wide(gradient))
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _parameters(run: Run) -> dict[str, Tensor]:
+    held = dict(run.model.named_parameters())
+    return {name: held[layer.source] for name, layer in run.layers.items()}
+
+
+def _leaf(run: Run, name: str) -> Tensor:
+    weight, packed = run.weight(name), run.masks.get(name)
+    if packed is not None:
+        weight = weight.clone(memory_format=torch.contiguous_format)
+        ops.apply_mask_(weight, packed.to(weight.device))
+    return weight.requires_grad_()
+
+
+def _hand_over(name: str, consume: Consumer) -> Callable[[Tensor], None]:
+    def take(leaf: Tensor) -> None:
+        gradient, leaf.grad = leaf.grad, None
+        assert gradient is not None
+        gradient = gradient.detach()
+        if gradient.numel() and not torch.isfinite(gradient.sum()):
+            _refuse(name, gradient)
+        consume(name, gradient)
+
+    return take
+
+
+def _refuse(name: str, gradient: Tensor) -> None:
+    bad = int((~torch.isfinite(gradient)).sum())
+    if bad:  # otherwise only the sum is too large
+        raise NonFiniteScoreError(
+            f"the gradient of {name} holds {bad} NaN or infinite values; use float32 or a smaller "
+            f"loss, or leave the layer out with ignore=[{name!r}]"
+        )
+
+
+@contextlib.contextmanager
+def _named_derivatives() -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        text = str(error)
+        if "derivative" not in text and "double backward" not in text:
+            raise
+        raise PaikernError(
+            f"the model cannot be differentiated as often as the method needs: "
+            f"{text.splitlines()[0]}; replace that operation (attention: "
+            "attn_implementation='eager'), or use a method that needs one derivative, such as snip"
+        ) from error
