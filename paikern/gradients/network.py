@@ -62,9 +62,13 @@ class Network:
             yield self
 
     def outputs(self, batch: Batch, weights: Mapping[str, Tensor] | None = None) -> Any:
-        """What the model returns for a batch, computed with `weights` (default: its own)."""
+        """What the model returns for a batch, computed with `weights` (default: its own).
+
+        Other parameters go by their names in `model.named_parameters()`.
+        """
         given = self.weights if weights is None else weights
-        swapped = {self.run.layers[name].source: w for name, w in given.items()}
+        layers = self.run.layers
+        swapped = {layers[n].source if n in layers else n: w for n, w in given.items()}
         inputs = batch.to(self.device).inputs
         if isinstance(inputs, Mapping):
             return functional_call(self.run.model, swapped, (), dict(inputs))
