@@ -88,6 +88,8 @@ class Network:
     def outputs(self, batch: Batch, weights: Mapping[str, Tensor] | None = None) -> Any:
         """What the model returns for a batch, computed with `weights` (default: its own).
 
+        Other parameters go by their names in `model.named_parameters()`.
+
         Raises:
             ValueError: the model does not take the batch; the layer and its error are named.
         """
@@ -96,7 +98,8 @@ class Network:
         with refused_by(model, batch):
             if weights is None:
                 return model(*args, **keywords)
-            swapped = {self.run.layers[name].source: w for name, w in weights.items()}
+            layers = self.run.layers
+            swapped = {layers[n].source if n in layers else n: w for n, w in weights.items()}
             return functional_call(model, swapped, args, keywords)
 
     def loss(

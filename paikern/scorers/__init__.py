@@ -10,6 +10,7 @@ from paikern.scorers.base import (
     scorer_class,
     scorer_names,
 )
+from paikern.scorers.data_scorer import DataScorer
 from paikern.scorers.dpai import DPaI, DPaITrainer, StepStatistics
 from paikern.scorers.gradient_scorer import GradientScorer
 from paikern.scorers.magnitude import Magnitude
@@ -27,6 +28,7 @@ __all__ = [
     "NPB",
     "PHEW",
     "PX",
+    "DataScorer",
     "Dense",
     "Factored",
     "GradientScorer",

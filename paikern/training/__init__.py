@@ -1,0 +1,26 @@
+"""Pruning during training: `pk.pruner`, called at the end of every epoch."""
+
+from paikern.training.asni import ASNI
+from paikern.training.base import Event, Pruner, Settings
+from paikern.training.centroids import Centroids
+from paikern.training.imp import IMP, LTR
+from paikern.training.registry import (
+    pruner,
+    pruner_names,
+    pruner_rows,
+    register_pruner,
+)
+
+__all__ = [
+    "ASNI",
+    "Centroids",
+    "Event",
+    "IMP",
+    "LTR",
+    "Pruner",
+    "Settings",
+    "pruner",
+    "pruner_names",
+    "pruner_rows",
+    "register_pruner",
+]
