@@ -20,6 +20,7 @@ from paikern.scorers.px import PX
 from paikern.scorers.random import Random
 from paikern.scorers.snip import SNIP
 from paikern.scorers.synflow import LogSynFlow, SynFlow, SynFlowL2
+from paikern.scorers.wanda import Wanda
 from paikern.scores import Dense, Factored, Product, Scores
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "SynFlow",
     "SynFlowL2",
     "TrainedScorer",
+    "Wanda",
     "make_scorer",
     "register_scorer",
     "scorer_class",
