@@ -8,7 +8,7 @@ Example:
     96
 """
 
-from paikern import ops, zoo
+from paikern import ops, training, zoo
 from paikern.analysis import LayerTopology, Topology
 from paikern.api import analyze, methods, prune, score, select
 from paikern.backends.registry import backends
@@ -36,6 +36,7 @@ from paikern.sparse import (
 )
 from paikern.sparse.explain import explain
 from paikern.sparse.swap import densify, sparsify
+from paikern.training import pruner, register_pruner
 from paikern.version import __version__
 
 __all__ = [
@@ -69,10 +70,13 @@ __all__ = [
     "ops",
     "pack_keys",
     "prune",
+    "pruner",
     "register_path_rule",
+    "register_pruner",
     "register_scorer",
     "score",
     "select",
     "sparsify",
+    "training",
     "zoo",
 ]
