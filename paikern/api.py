@@ -25,6 +25,7 @@ from paikern.pattern import parse_pattern
 from paikern.progress import ProgressFunction
 from paikern.prunable import prunable_parameters, unwrap
 from paikern.rounds import Plan, check_single_weights, layer_counts, ranked, run_rounds
+from paikern.rows import check_rows, select_rows
 from paikern.scorers import (
     MaskBuilder,
     Run,
@@ -101,8 +102,8 @@ def prune(
         loss_fn: what methods that differentiate a loss use: a function of the model's outputs and
             the labels, "cross_entropy", "nll_logits" or "mse". Default: the model's own loss where
             it returns one, cross-entropy for integer labels, the squared error for float ones.
-        scope: "global", "local" (the same fraction of every layer), "erk" or "lamp"; default by
-            method.
+        scope: "global", "local" (the same fraction of every layer), "row" (of every output),
+            "erk" or "lamp"; default by method.
         rounds, schedule: how often to score and prune, and along which curve ("exponential",
             "linear", "cubic", "expinv", "halving"); default by method.
         ignore, include: parameter or module names, "re:" patterns, module types.
@@ -279,8 +280,14 @@ def select(
         total=scores.total,
     )
     check_pattern(shape, scores.shapes, scope, rule)
-    counts = budget.layer_budget(scores.shapes, fraction, scope, scores=ranked(scores, scope))
-    packed = select_packed(scores, counts, rule, shape)
+    check_rows(scope, rule, scores.shapes)
+    counts = budget.layer_budget(
+        scores.shapes, fraction, scope, scores=ranked(scores, scope), layouts=scores.layouts
+    )
+    if scope == "row" and shape is None and isinstance(counts, list):
+        packed = select_rows(scores, counts)
+    else:
+        packed = select_packed(scores, counts, rule, shape)
     packed = apply_collapse_rule(scores, packed, counts, on_collapse, shape)
     found = MaskSet(packed, scores.shapes, metadata={"sparsity": fraction, "pattern": pattern})
     found.metadata["achieved_sparsity"] = found.sparsity

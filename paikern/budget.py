@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from paikern.errors import NonFiniteScoreError, SparsityError
+from paikern.pattern import Layout
 
 __all__ = [
     "SCHEDULES",
@@ -30,7 +31,7 @@ __all__ = [
 Shapes: TypeAlias = "Mapping[str, Sequence[int]] | Sequence[Sequence[int]]"
 LayerScores: TypeAlias = "Mapping[str, Tensor] | Sequence[Tensor]"
 
-SCOPES = ("global", "local", "uniform", "erk", "lamp")
+SCOPES = ("global", "local", "uniform", "row", "erk", "lamp")
 ERK_VARIANTS = ("paper", "published", "npb")
 
 
@@ -157,6 +158,7 @@ def layer_budget(
     *,
     variant: str = "paper",
     scores: LayerScores | None = None,
+    layouts: Mapping[str, Layout] | None = None,
 ) -> int | list[int]:
     """Weights to keep: one number for all layers together, or one for each layer.
 
@@ -166,6 +168,8 @@ def layer_budget(
     ``global``            one k = ``keep_count(N, sparsity)`` over all layers
     ``local``/``uniform`` ``keep_count(n_l, sparsity)`` each; rounded up layer by layer, so the sum
                           exceeds ``keep_count(N, sparsity)`` by less than the number of layers
+    ``row``               ``keep_count(n_l / outputs, sparsity)`` for every output; rounded up
+                          row by row
     ``erk``               :func:`erk_densities`. ``paper``: rounded down, the rest handed out by
                           largest fractional part (lower layer first on ties), at least one weight a
                           layer, sum exactly ``keep_count(N, sparsity)``. ``published``:
@@ -185,6 +189,7 @@ def layer_budget(
         variant: rounding of ``erk``.
         scores: for ``lamp``, in the order (or with the names) of ``shapes``; compared by absolute
             value.
+        layouts: for ``row``, by name: where the outputs are; ``[out, in, ...]`` if left out.
 
     Raises:
         SparsityError: sparsity out of range, or fewer weights than layers in ``erk``.
@@ -204,6 +209,15 @@ def layer_budget(
         return keep_count(sum(sizes), sparsity)
     if scope in {"local", "uniform"}:
         return [keep_count(n, sparsity) for n in sizes]
+    if scope == "row":
+        outputs = [
+            (layouts or {}).get(name, Layout()).outputs(shape) if len(shape) > 1 else 1
+            for name, shape in zip(names, dims, strict=True)
+        ]
+        return [
+            rows * keep_count(n // rows, sparsity) if n else 0
+            for rows, n in zip(outputs, sizes, strict=True)
+        ]
     if scope == "erk":
         return _erk_counts(dims, sizes, sparsity, variant)
     if scores is None:

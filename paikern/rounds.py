@@ -11,6 +11,7 @@ from paikern import budget, ops
 from paikern.masks import MaskSet
 from paikern.pattern import Pattern
 from paikern.progress import Progress, ProgressFunction
+from paikern.rows import check_rows, select_rows
 from paikern.scorers import MaskBuilder, Run, Scorer, Scores, TrainedScorer
 from paikern.scorers.device_loop import DeviceLoop
 from paikern.scorers.path_loop import PathLoop
@@ -43,13 +44,15 @@ class Plan:
         return (
             self.pattern is None
             and self.rule == "exact"
-            and self.scope != "lamp"
+            and self.scope not in ("row", "lamp")
             and self.on_collapse != "floor"
         )
 
     def select(
         self, scores: Scores, counts: int | list[int], pattern: Pattern | None
     ) -> dict[str, Tensor]:
+        if self.scope == "row" and pattern is None and isinstance(counts, list):
+            return select_rows(scores, counts)  # every output keeps some: nothing can collapse
         rule = self.published if self.rule == "published" else self.rule
         packed = select_packed(scores, counts, rule, pattern)
         return apply_collapse_rule(scores, packed, counts, self.on_collapse, pattern)
@@ -63,6 +66,7 @@ def run_rounds(
     if isinstance(scorer, MaskBuilder):
         _check_builder(scorer, plan)
     check_pattern(plan.pattern, run.shapes, plan.scope, plan.rule)
+    check_rows(plan.scope, plan.rule, run.shapes)
     if (note := left_dense(plan.pattern, run.shapes, run.layouts)) is not None:
         run.notes.append(note)
     if plan.fraction == 0.0:  # nothing to rank
@@ -96,7 +100,12 @@ def layer_counts(
 ) -> int | list[int]:
     """Weights to keep, over all layers or in each."""
     return budget.layer_budget(
-        run.shapes, fraction, scope, variant=run.variant, scores=ranked(scores, scope)
+        run.shapes,
+        fraction,
+        scope,
+        variant=run.variant,
+        scores=ranked(scores, scope),
+        layouts=run.layouts,
     )
 
 
@@ -114,7 +123,7 @@ def _trained(
     run: Run, scorer: TrainedScorer, plan: Plan, progress: bool | ProgressFunction | None
 ) -> tuple[dict[str, Tensor], History]:
     counts = layer_counts(run, plan.fraction, plan.scope)
-    if isinstance(counts, int):
+    if isinstance(counts, int) or plan.scope == "row":
         raise ValueError(
             f"scope: {scorer.name} keeps a number of weights in every layer; "
             "use scope='erk' or scope='local'"
@@ -137,7 +146,7 @@ def _check_builder(scorer: MaskBuilder, plan: Plan) -> None:
     """Refuse what needs scores to rank."""
     for given, name, use in (
         (plan.rounds != 1, f"rounds={plan.rounds}", "rounds=1"),
-        (plan.scope == "lamp", "scope='lamp'", f"scope={scorer.default_scope!r}"),
+        (plan.scope in ("row", "lamp"), f"scope={plan.scope!r}", f"scope={scorer.default_scope!r}"),
         (plan.rule != "exact", f"selection={plan.rule!r}", "selection='exact'"),
         (plan.on_collapse == "floor", "on_collapse='floor'", "'warn' or 'raise'"),
     ):

@@ -26,6 +26,7 @@ from paikern.scorers.random import Random
 from paikern.scorers.random_u import RandomU
 from paikern.scorers.snip import SNIP
 from paikern.scorers.synflow import LogSynFlow, SynFlow, SynFlowL2
+from paikern.scorers.wanda import Wanda
 from paikern.scores import Dense, Factored, Product, Scores
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "SynFlow",
     "SynFlowL2",
     "TrainedScorer",
+    "Wanda",
     "make_scorer",
     "register_scorer",
     "scorer_class",

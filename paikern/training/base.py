@@ -22,7 +22,7 @@ from paikern import budget, ops
 from paikern._attach import AttachedMasks, plain_optimizer
 from paikern.errors import MaskFormatError, NonFiniteScoreError
 from paikern.masks import MaskSet
-from paikern.prunable import Filter, prunable_parameters, unwrap
+from paikern.prunable import prunable_parameters, unwrap
 from paikern.training import _statefile
 
 
@@ -66,8 +66,8 @@ class Settings:
     data: Any = None
     loss_fn: str | Callable[[Any, Any], Tensor] | None = None
     example_inputs: Any = None
-    ignore: Filter = ()
-    include: Filter = None
+    ignore: Any = ()
+    include: Any = None
     seed: int = 0
     on_collapse: str = "warn"
 

@@ -8,11 +8,10 @@ from collections.abc import Callable, Mapping
 from numbers import Integral
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from paikern import budget
-from paikern.prunable import Filter, prunable_parameters, unwrap
+from paikern.prunable import Filter
 from paikern.selection import ON_COLLAPSE
 from paikern.training.base import Pruner, Settings, as_optimizers, as_schedulers
 
@@ -58,7 +57,7 @@ def pruner_class(name: str) -> type[Pruner]:
     hint = f"; did you mean {near[0]!r}?" if near else "."
     raise ValueError(
         f"pruner: unknown name {name!r}{hint} Available: {', '.join(pruner_names())}; any method "
-        "of pk.methods() prunes during training as pruner('one_shot', method=..., epoch=...)"
+        "of pk.methods() prunes during training as pruner('one_shot', method=..., at=...)"
     )
 
 
@@ -75,7 +74,7 @@ def pruner_rows() -> list[dict[str, Any]]:
             "summary": cls.summary,
             "source": cls.source,
             "needs_data": cls.needs_data,
-            "options": {f.name: f.default for f in dataclasses.fields(cls)},
+            "options": {f.name: _default(f) for f in dataclasses.fields(cls)},
         }
         for name, cls in sorted(_PRUNERS.items())
     ]
@@ -88,7 +87,6 @@ def pruner(
     epochs: int,
     sparsity: float | None = None,
     density: float | None = None,
-    amount: float | int | None = None,
     compression: float | None = None,
     optimizer: Any = None,
     scheduler: Any = None,
@@ -107,7 +105,7 @@ def pruner(
         name: "asni", "imp", "ltr", "earlycrop_u", ... (`paikern.training.pruner_names()`).
         model: the model before its training; it is not changed here.
         epochs: epochs of a training run; of one level where the method rewinds.
-        sparsity: fraction removed in the end, in [0, 1); or `density`, `amount`, `compression`, as
+        sparsity: fraction removed in the end, in [0, 1); or `density` or `compression`, as
             in `pk.prune`.
         optimizer: the optimizer, or several; pruned weights and their state stay 0 after every
             step. Without one they are zeroed at the ends of epochs only: use
@@ -153,11 +151,9 @@ def pruner(
             "loader for instance"
         )
     fraction = None
-    given = (sparsity, density, amount, compression)
+    given = (sparsity, density, compression)
     if cls.needs_sparsity or any(value is not None for value in given):
-        layers = prunable_parameters(unwrap(model), ignore or (), include)
-        total = sum(torch.Size(layer.shape).numel() for layer in layers.values())
-        fraction = budget.resolve_sparsity(sparsity, density, amount, compression, total=total)
+        fraction = budget.resolve_sparsity(sparsity, density, compression=compression)
     settings = Settings(
         fraction,
         int(epochs),
@@ -174,6 +170,11 @@ def pruner(
     made = cls(**options)
     made.start(model, settings)
     return made
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    factory = field.default_factory
+    return field.default if factory is dataclasses.MISSING else factory()
 
 
 def _check_options(cls: type[Pruner], options: Mapping[str, Any]) -> None:

@@ -37,3 +37,33 @@ def imp_counts(total: int, kept: int, fraction: float = 0.2) -> list[int]:
         removed = math.floor(fraction * found[-1] + 1e-9)
         found.append(max(found[-1] - removed, kept))
     return found
+
+
+def slides_epoch(distances: list[float], tolerance: float) -> int | None:
+    """The epoch (from 1) at which squared relative distances from the start have settled."""
+    for t in range(2, len(distances) + 1):
+        if abs(distances[t - 1] - distances[t - 2]) / abs(distances[0]) < tolerance:
+            return t
+    return None
+
+
+def published_epoch(distances: list[float], margin: float) -> int | None:
+    """The same by distances from epoch 1 (the first of them 0) and the change until epoch 2."""
+    for t in range(3, len(distances) + 1):
+        if abs(distances[t - 1] - distances[t - 2]) < distances[1] * margin:
+            return t
+    return None
+
+
+def ticket_epoch(history: list[list[float]], removed: int, window: int, limit: float) -> int | None:
+    """The epoch at which the choice of |gamma| agrees with those of the epochs before."""
+    marks = []
+    for t, gammas in enumerate(history, 1):
+        order = sorted(range(len(gammas)), key=lambda i: (-abs(gammas[i]), i))
+        marks.append(set(order[: len(gammas) - removed]))
+        recent = marks[-window:]
+        if len(recent) == window and all(
+            len(recent[-1] ^ other) / len(gammas) <= limit for other in recent[:-1]
+        ):
+            return t
+    return None

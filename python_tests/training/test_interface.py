@@ -17,6 +17,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "asni": {"sparsity": 0.8, "epochs": 6},
     "imp": {"sparsity": 0.45, "epochs": 2},
     "ltr": {"sparsity": 0.45, "epochs": 2, "rewind": 2},
+    "earlycrop_u": {"sparsity": 0.6, "epochs": 6, "latest": 4, "method": "snip"},
+    "one_shot": {"sparsity": 0.6, "epochs": 6, "at": 2, "method": "snip"},
 }
 TOTAL_EPOCHS = 6
 
@@ -53,6 +55,7 @@ def through_memory(state: dict[str, Any]) -> dict[str, Any]:
     return torch.load(file, weights_only=True)
 
 
+@pytest.mark.filterwarnings("ignore:layer collapse")  # snip empties queries and keys
 @pytest.mark.parametrize("cut", [1, 3, 5])
 @pytest.mark.parametrize("name", ["residual", "bert"])
 @pytest.mark.parametrize("method", RUNS)
