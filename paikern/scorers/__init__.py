@@ -16,6 +16,7 @@ from paikern.scorers.gradient_scorer import GradientScorer
 from paikern.scorers.magnitude import Magnitude
 from paikern.scorers.npb import NPB
 from paikern.scorers.phew import PHEW
+from paikern.scorers.prospr import ProsPr
 from paikern.scorers.px import PX
 from paikern.scorers.random import Random
 from paikern.scorers.snip import SNIP
@@ -36,6 +37,7 @@ __all__ = [
     "LogSynFlow",
     "Magnitude",
     "MaskBuilder",
+    "ProsPr",
     "Product",
     "Random",
     "Run",
