@@ -325,13 +325,19 @@ def _expinv(density: float, t: float) -> float:
     return 1.0 - math.pow(1.0 - density, 1.0 / t)
 
 
+def _halving(density: float, rounds: int) -> list[float]:
+    sparsity = 1.0 - density
+    steps = [sparsity - (sparsity - 0.5) * 0.5**r for r in range(rounds - 1)]
+    return [1.0 - step for step in steps if step < sparsity] + [density]
+
+
 _CURVES: dict[str, Callable[[float, float], float]] = {
     "exponential": _exponential,
     "linear": _linear,
     "cubic": _cubic,
     "expinv": _expinv,
 }
-SCHEDULES = (*_CURVES, "one-shot")
+SCHEDULES = (*_CURVES, "halving", "one-shot")
 
 
 def schedule_densities(density: float, rounds: int, kind: str = "exponential") -> list[float]:
@@ -339,7 +345,8 @@ def schedule_densities(density: float, rounds: int, kind: str = "exponential") -
 
     With t = (r + 1) / rounds: ``exponential`` d^t; ``linear`` 1 - (1 - d) t; ``cubic``
     1 - (1 - d)(1 - (1 - t)^3) (Zhu & Gupta 2017); ``expinv`` 1 - (1 - d)^(1 / t) (NTK-SAP);
-    ``one-shot`` is the single round.
+    ``halving`` sparsities s - (s - 1/2) / 2^r (CroPit), rounds that would pass s left out: a single
+    one for s up to 1/2; ``one-shot`` is the single round.
 
     Raises:
         SparsityError: density outside (0, 1], rounds below 1, one-shot with several rounds.
@@ -347,6 +354,8 @@ def schedule_densities(density: float, rounds: int, kind: str = "exponential") -
 
     >>> schedule_densities(0.0625, 4)
     [0.5, 0.25, 0.125, 0.0625]
+    >>> schedule_densities(0.25, 3, "halving")
+    [0.5, 0.375, 0.25]
     """
     if kind not in SCHEDULES:
         raise ValueError(_unknown("schedule", kind, SCHEDULES))
@@ -360,6 +369,8 @@ def schedule_densities(density: float, rounds: int, kind: str = "exponential") -
         raise SparsityError(
             f"schedule 'one-shot' has one round, got rounds={rounds}; use 'exponential'"
         )
+    if kind == "halving":
+        return _halving(density, rounds)
     curve = _CURVES.get(kind, _exponential)
     return [curve(density, (r + 1) / rounds) for r in range(rounds - 1)] + [density]
 

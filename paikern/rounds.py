@@ -25,7 +25,8 @@ History = list[dict[str, float]]
 class Plan:
     """How many weights are kept, where, and along which curve.
 
-    `fraction` is removed in the end, under the budgets of `scope`; `rule` selects.
+    `fraction` is removed in the end, under the budgets of `scope`; `rule` selects, "published" by
+    the rule named `published`.
     """
 
     fraction: float
@@ -35,6 +36,7 @@ class Plan:
     rule: str
     on_collapse: str
     pattern: Pattern | None = None
+    published: str = "above_removed"
 
     @property
     def is_plain(self) -> bool:
@@ -51,7 +53,8 @@ class Plan:
     ) -> dict[str, Tensor]:
         if self.scope == "row" and pattern is None and isinstance(counts, list):
             return select_rows(scores, counts)  # every output keeps some: nothing can collapse
-        packed = select_packed(scores, counts, self.rule, pattern)
+        rule = self.published if self.rule == "published" else self.rule
+        packed = select_packed(scores, counts, rule, pattern)
         return apply_collapse_rule(scores, packed, counts, self.on_collapse, pattern)
 
 
@@ -180,9 +183,9 @@ def _iterated(
     loop = scorer.loop(run) if plan.is_plain else None
     if loop is not None and (plan.scope == "global" or not loop.one_budget):
         return _looped(run, scorer, plan, loop, densities, progress)
-    with Progress(scorer.name, plan.rounds, "round", progress) as bar:
+    with Progress(scorer.name, len(densities), "round", progress) as bar:
         for done, density in enumerate(densities, 1):
-            last = done == plan.rounds
+            last = done == len(densities)
             scores = scorer.score(run).with_layouts(run.layouts)
             removed = plan.fraction if last else 1.0 - density
             counts = layer_counts(run, removed, plan.scope, scores)
@@ -214,7 +217,7 @@ def _looped(
     removed = [1.0 - density for density in densities[:-1]] + [plan.fraction]
     counts = [layer_counts(run, fraction, plan.scope) for fraction in removed]
     given = [[k] if isinstance(k, int) else k for k in counts]
-    with Progress(scorer.name, plan.rounds, "round", progress) as bar:
+    with Progress(scorer.name, len(densities), "round", progress) as bar:
         rounds = loop.rounds(given, stop_empty=plan.on_collapse == "raise")
         for done, (log_flow, kept) in enumerate(zip(rounds, given, strict=False), 1):
             if plan.on_collapse == "raise" and (empty := empty_layers(run.masks)):
