@@ -145,21 +145,26 @@ class Network:
             for leaf in self.weights.values():
                 leaf.grad = None
 
-    def gradients(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
-        """`sum_b dL_b / dW`, in the order of the batches; float32 at least.
+    def gradients(
+        self, batches: Sequence[Batch], *, mean: bool = False, scale: float = 1.0
+    ) -> dict[str, Tensor]:
+        """`scale * sum_b dL_b / dW`, in the order of the batches; float32 at least.
 
         Batches of another size than the first count in proportion to it, so that equal sizes give
-        the plain sum. A weight that no loss depends on has a gradient of 0 and is noted.
+        the plain sum; with `mean` it is divided by the sum of those proportions. A weight that no
+        loss depends on has a gradient of 0 and is noted.
         """
         total = _Sum()
+        if mean:
+            scale /= sum(share for _, share in weighted(batches))
         for number, (batch, share) in enumerate(weighted(batches)):
-            self.backward(self.loss(batch, number) * share, total)
+            self.backward(self.loss(batch, number) * (share * scale), total)
         return self.complete(total.values)
 
     def hessian_product(
-        self, vectors: Mapping[str, Tensor], batches: Sequence[Batch]
+        self, vectors: Mapping[str, Tensor], batches: Sequence[Batch], *, scale: float = 1.0
     ) -> dict[str, Tensor]:
-        """`sum_b H_b v`: derivatives of `z_b = sum_l <v_l, dL_b / dW_l>`, batch by batch.
+        """`scale * sum_b H_b v`: derivatives of `z_b = sum_l <v_l, dL_b / dW_l>`, batch by batch.
 
         Attention runs on the path that can be differentiated twice.
 
@@ -172,7 +177,7 @@ class Network:
             for number, (batch, share) in enumerate(weighted(batches)):
                 with named_derivatives():
                     first = torch.autograd.grad(
-                        self.loss(batch, number) * share,
+                        self.loss(batch, number) * (share * scale),
                         leaves,
                         create_graph=True,
                         allow_unused=True,
@@ -188,6 +193,12 @@ class Network:
                     refuse_once_differentiable(z)
                     self.backward(z, total)
         return self.complete(total.values, note=False)
+
+    def mask_(self, values: Mapping[str, Tensor]) -> None:
+        """Zero the entries of pruned weights, in place."""
+        for name, packed in self.run.masks.items():
+            if name in values:
+                ops.apply_mask_(values[name], packed.to(values[name].device))
 
     def complete(self, found: dict[str, Tensor], note: bool = True) -> dict[str, Tensor]:
         """In layer order, with zeros for weights that no gradient has reached."""

@@ -38,7 +38,7 @@ def bert(attention: str = "sdpa") -> nn.Module:
     config = BertConfig(
         vocab_size=31, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
         intermediate_size=24, max_position_embeddings=12, num_labels=4,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.3,
         attn_implementation=attention,
     )  # fmt: skip
     return BertForSequenceClassification(config)
@@ -49,7 +49,8 @@ def gpt2(attention: str = "sdpa") -> nn.Module:
 
     config = GPT2Config(
         vocab_size=31, n_positions=12, n_embd=16, n_layer=2, n_head=2,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, attn_implementation=attention,
+        initializer_range=0.3, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        attn_implementation=attention,
         bos_token_id=0, eos_token_id=0, tie_word_embeddings=False,
     )  # fmt: skip
     return GPT2LMHeadModel(config)

@@ -166,7 +166,7 @@ def grasp(
     temperature: float = 200.0,
 ) -> Tensors:
     weights = dense_weights(model)
-    _, product = gradient_and_product(model, batches, masks, temperature=temperature)
+    _, product = gradient_and_product(model, batches, masks, temperature=temperature, masked=True)
     return {n: weights[n] * masks[n] * h for n, h in product.items()}
 
 
