@@ -20,6 +20,7 @@ from paikern.scorers.grasp_it import GraSPIt
 from paikern.scorers.itersnip import IterSNIP
 from paikern.scorers.magnitude import Magnitude
 from paikern.scorers.npb import NPB
+from paikern.scorers.ntk_sap import NTKSAP
 from paikern.scorers.phew import PHEW
 from paikern.scorers.prospr import ProsPr
 from paikern.scorers.px import PX
@@ -48,6 +49,7 @@ __all__ = [
     "MaskBuilder",
     "ProsPr",
     "NPB",
+    "NTKSAP",
     "PHEW",
     "PX",
     "Product",
