@@ -21,6 +21,7 @@ from paikern.scorers.itersnip import IterSNIP
 from paikern.scorers.magnitude import Magnitude
 from paikern.scorers.npb import NPB
 from paikern.scorers.phew import PHEW
+from paikern.scorers.prospr import ProsPr
 from paikern.scorers.px import PX
 from paikern.scorers.random import Random
 from paikern.scorers.random_u import RandomU
@@ -45,6 +46,7 @@ __all__ = [
     "LogSynFlow",
     "Magnitude",
     "MaskBuilder",
+    "ProsPr",
     "NPB",
     "PHEW",
     "PX",

@@ -17,11 +17,12 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from paikern import ops
 from paikern.activations import InputEnergy
 from paikern.gradients import untouched
+from paikern.gradients.holding import holding
+from paikern.gradients.refusals import refused_by
 from paikern.scorers.base import Run, register_scorer
 from paikern.scorers.data_scorer import DataScorer
 from paikern.scores import Dense, Factored, Score, Scores
@@ -60,13 +61,19 @@ class Wanda(DataScorer):
         fused = torch.backends.mha.get_fastpath_enabled()  # one operation for a whole layer
         torch.backends.mha.set_fastpath_enabled(False)
         try:
-            with untouched(run.model, "eval", run.seed), torch.no_grad(), seen:
+            with (
+                untouched(run.model, "eval", run.seed),
+                holding(run.model, swapped),
+                torch.no_grad(),
+                seen,
+            ):
                 for batch in self.read(run):
                     inputs = batch.to(device).inputs
-                    if isinstance(inputs, Mapping):
-                        functional_call(run.model, swapped, (), dict(inputs))
-                    else:
-                        functional_call(run.model, swapped, (inputs,))
+                    with refused_by(run.model, batch):
+                        if isinstance(inputs, Mapping):
+                            run.model(**inputs)
+                        else:
+                            run.model(inputs)
         finally:
             torch.backends.mha.set_fastpath_enabled(fused)
         return seen
