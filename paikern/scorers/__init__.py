@@ -10,19 +10,24 @@ from paikern.scorers.base import (
     scorer_class,
     scorer_names,
 )
+from paikern.scorers.channel_scorer import ChannelScorer
 from paikern.scorers.data_scorer import DataScorer
 from paikern.scorers.dpai import DPaI, DPaITrainer, StepStatistics
 from paikern.scorers.gradient_scorer import GradientScorer
+from paikern.scorers.l1_filters import L1Filters
 from paikern.scorers.magnitude import Magnitude
 from paikern.scorers.npb import NPB
 from paikern.scorers.phew import PHEW
 from paikern.scorers.px import PX
 from paikern.scorers.random import Random
+from paikern.scorers.random_s import RandomS
+from paikern.scorers.snap import SNAP
 from paikern.scorers.snip import SNIP
 from paikern.scorers.synflow import LogSynFlow, SynFlow, SynFlowL2
 from paikern.scores import Dense, Factored, Product, Scores
 
 __all__ = [
+    "ChannelScorer",
     "DPaI",
     "DPaITrainer",
     "NPB",
@@ -32,12 +37,15 @@ __all__ = [
     "Dense",
     "Factored",
     "GradientScorer",
+    "L1Filters",
     "LogSynFlow",
     "Magnitude",
     "MaskBuilder",
     "Product",
     "Random",
+    "RandomS",
     "Run",
+    "SNAP",
     "SNIP",
     "Scorer",
     "Scores",
