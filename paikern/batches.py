@@ -30,13 +30,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
-        inputs: Any = self.inputs
-        if isinstance(inputs, Mapping):
-            inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
-        else:
-            inputs = inputs.to(device)
-        targets = self.targets
-        return Batch(inputs, targets.to(device) if isinstance(targets, Tensor) else targets)
+        return Batch(_moved(self.inputs, device), _moved(self.targets, device))
 
 
 class Batches:
@@ -46,8 +40,9 @@ class Batches:
         data: a tensor `[n, ...]`; a pair (inputs, labels) of tensors; a mapping of keyword inputs,
             as a tokenizer returns it; or anything that can be iterated, a `DataLoader` for
             instance, and gives batches of any of these forms. A list of two tensors is a pair where
-            the second is integer or has fewer dimensions, as labels do. An iterator, which can be
-            read only once, is read into memory first.
+            the second is integer or has fewer dimensions, as labels do. What an iterator has given
+            is kept in memory, as it can be read only once; it may be endless where a method reads a
+            number of batches.
         size: tensors given whole are cut into batches of this many samples.
 
     Iterating gives (inputs, labels or None) of floating-point tensors, for methods that compute
@@ -71,8 +66,8 @@ class Batches:
             raise ValueError(f"batch_size must be >= 1, got {size}")
         if isinstance(data, (str, bytes)) or not isinstance(data, Iterable):
             raise ValueError(
-                "data must be a tensor, an (inputs, labels) pair or an iterable of batches, "
-                f"got {type(data).__name__}"
+                "data must be a tensor, an (inputs, labels) pair or an iterable of batches (a "
+                f"DataLoader of a dataset), got {type(data).__name__}"
             )
         self._size = size
         self._whole = _whole(data)
@@ -83,8 +78,9 @@ class Batches:
             )
         self._finite = False  # whether a pass over data given whole has found all of it finite
         # An iterator gives its batches once, but every round needs them.
-        one_shot = self._whole is None and iter(data) is data
-        self._data: Iterable[Any] = list(data) if one_shot else data
+        if self._whole is None and isinstance(data, Iterator):
+            data = _Remembered(data)
+        self._data: Iterable[Any] = data
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         for batch in self.samples():
@@ -135,6 +131,33 @@ class Batches:
                     f"mapping of keyword inputs, got {type(item).__name__}"
                 )
             yield batch
+
+
+class _Remembered(Iterable[Any]):
+    """The items of an iterator, read when they are first asked for."""
+
+    def __init__(self, items: Iterator[Any]) -> None:
+        self._items, self._read = items, []  # type: ignore[var-annotated]
+
+    def __iter__(self) -> Iterator[Any]:
+        at = 0
+        while True:
+            if at == len(self._read):
+                try:
+                    self._read.append(next(self._items))
+                except StopIteration:
+                    return
+            yield self._read[at]
+            at += 1
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        # Tensors of inference mode cannot be saved for a backward pass.
+        return value.to(device, copy=value.is_inference())
+    if isinstance(value, Mapping):
+        return {key: _moved(item, device) for key, item in value.items()}
+    return value
 
 
 def _is_rows(value: Any) -> bool:
@@ -191,4 +214,4 @@ def _batch(item: Any) -> Batch | None:
     if isinstance(x, Mapping):
         found = _keywords(x)
         return None if found is None else Batch(found.inputs, y if y is not None else found.targets)
-    return Batch(x, y if isinstance(y, Tensor) else None) if _is_rows(x) else None
+    return Batch(x, y) if _is_rows(x) else None

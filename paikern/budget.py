@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from paikern.errors import NonFiniteScoreError, SparsityError
+from paikern.pattern import Layout
 
 __all__ = [
     "SCHEDULES",
@@ -30,7 +31,7 @@ __all__ = [
 Shapes: TypeAlias = "Mapping[str, Sequence[int]] | Sequence[Sequence[int]]"
 LayerScores: TypeAlias = "Mapping[str, Tensor] | Sequence[Tensor]"
 
-SCOPES = ("global", "local", "uniform", "erk", "lamp")
+SCOPES = ("global", "local", "uniform", "row", "erk", "lamp")
 ERK_VARIANTS = ("paper", "published", "npb")
 
 
@@ -157,6 +158,7 @@ def layer_budget(
     *,
     variant: str = "paper",
     scores: LayerScores | None = None,
+    layouts: Mapping[str, Layout] | None = None,
 ) -> int | list[int]:
     """Weights to keep: one number for all layers together, or one for each layer.
 
@@ -166,6 +168,8 @@ def layer_budget(
     ``global``            one k = ``keep_count(N, sparsity)`` over all layers
     ``local``/``uniform`` ``keep_count(n_l, sparsity)`` each; rounded up layer by layer, so the sum
                           exceeds ``keep_count(N, sparsity)`` by less than the number of layers
+    ``row``               ``keep_count(n_l / outputs, sparsity)`` for every output; rounded up
+                          row by row
     ``erk``               :func:`erk_densities`. ``paper``: rounded down, the rest handed out by
                           largest fractional part (lower layer first on ties), at least one weight a
                           layer, sum exactly ``keep_count(N, sparsity)``. ``published``:
@@ -185,6 +189,7 @@ def layer_budget(
         variant: rounding of ``erk``.
         scores: for ``lamp``, in the order (or with the names) of ``shapes``; compared by absolute
             value.
+        layouts: for ``row``, by name: where the outputs are; ``[out, in, ...]`` if left out.
 
     Raises:
         SparsityError: sparsity out of range, or fewer weights than layers in ``erk``.
@@ -204,6 +209,15 @@ def layer_budget(
         return keep_count(sum(sizes), sparsity)
     if scope in {"local", "uniform"}:
         return [keep_count(n, sparsity) for n in sizes]
+    if scope == "row":
+        outputs = [
+            (layouts or {}).get(name, Layout()).outputs(shape) if len(shape) > 1 else 1
+            for name, shape in zip(names, dims, strict=True)
+        ]
+        return [
+            rows * keep_count(n // rows, sparsity) if n else 0
+            for rows, n in zip(outputs, sizes, strict=True)
+        ]
     if scope == "erk":
         return _erk_counts(dims, sizes, sparsity, variant)
     if scores is None:
@@ -311,13 +325,19 @@ def _expinv(density: float, t: float) -> float:
     return 1.0 - math.pow(1.0 - density, 1.0 / t)
 
 
+def _halving(density: float, rounds: int) -> list[float]:
+    sparsity = 1.0 - density
+    steps = [sparsity - (sparsity - 0.5) * 0.5**r for r in range(rounds - 1)]
+    return [1.0 - step for step in steps if step < sparsity] + [density]
+
+
 _CURVES: dict[str, Callable[[float, float], float]] = {
     "exponential": _exponential,
     "linear": _linear,
     "cubic": _cubic,
     "expinv": _expinv,
 }
-SCHEDULES = (*_CURVES, "one-shot")
+SCHEDULES = (*_CURVES, "halving", "one-shot")
 
 
 def schedule_densities(density: float, rounds: int, kind: str = "exponential") -> list[float]:
@@ -325,7 +345,8 @@ def schedule_densities(density: float, rounds: int, kind: str = "exponential") -
 
     With t = (r + 1) / rounds: ``exponential`` d^t; ``linear`` 1 - (1 - d) t; ``cubic``
     1 - (1 - d)(1 - (1 - t)^3) (Zhu & Gupta 2017); ``expinv`` 1 - (1 - d)^(1 / t) (NTK-SAP);
-    ``one-shot`` is the single round.
+    ``halving`` sparsities s - (s - 1/2) / 2^r (CroPit), rounds that would pass s left out: a single
+    one for s up to 1/2; ``one-shot`` is the single round.
 
     Raises:
         SparsityError: density outside (0, 1], rounds below 1, one-shot with several rounds.
@@ -333,6 +354,8 @@ def schedule_densities(density: float, rounds: int, kind: str = "exponential") -
 
     >>> schedule_densities(0.0625, 4)
     [0.5, 0.25, 0.125, 0.0625]
+    >>> schedule_densities(0.25, 3, "halving")
+    [0.5, 0.375, 0.25]
     """
     if kind not in SCHEDULES:
         raise ValueError(_unknown("schedule", kind, SCHEDULES))
@@ -346,6 +369,8 @@ def schedule_densities(density: float, rounds: int, kind: str = "exponential") -
         raise SparsityError(
             f"schedule 'one-shot' has one round, got rounds={rounds}; use 'exponential'"
         )
+    if kind == "halving":
+        return _halving(density, rounds)
     curve = _CURVES.get(kind, _exponential)
     return [curve(density, (r + 1) / rounds) for r in range(rounds - 1)] + [density]
 

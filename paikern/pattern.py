@@ -30,6 +30,14 @@ class Layout(NamedTuple):
     transposed: bool = False
     groups: int = 1
 
+    def outputs(self, shape: Sequence[int]) -> int:
+        """How many outputs a weight of this shape has, each with as many inputs.
+
+        >>> Layout().outputs((8, 3, 5, 5)), Layout(transposed=True).outputs((3, 8))
+        (8, 8)
+        """
+        return shape[1] * self.groups if self.transposed else shape[0]
+
 
 @dataclass(frozen=True)
 class NM:

@@ -12,6 +12,7 @@ from paikern.channel_rounds import check_channels, run_channel_rounds
 from paikern.masks import MaskSet
 from paikern.pattern import Pattern
 from paikern.progress import Progress, ProgressFunction
+from paikern.rows import check_rows, select_rows
 from paikern.scorers import MaskBuilder, Run, Scorer, Scores, TrainedScorer
 from paikern.scorers.channel_scorer import ChannelScorer
 from paikern.scorers.device_loop import DeviceLoop
@@ -26,7 +27,8 @@ History = list[dict[str, float]]
 class Plan:
     """How many weights are kept, where, and along which curve.
 
-    `fraction` is removed in the end, under the budgets of `scope`; `rule` selects.
+    `fraction` is removed in the end, under the budgets of `scope`; `rule` selects, "published" by
+    the rule named `published`.
     """
 
     fraction: float
@@ -36,6 +38,7 @@ class Plan:
     rule: str
     on_collapse: str
     pattern: Pattern | None = None
+    published: str = "above_removed"
 
     @property
     def is_plain(self) -> bool:
@@ -43,14 +46,17 @@ class Plan:
         return (
             self.pattern is None
             and self.rule == "exact"
-            and self.scope != "lamp"
+            and self.scope not in ("row", "lamp")
             and self.on_collapse != "floor"
         )
 
     def select(
         self, scores: Scores, counts: int | list[int], pattern: Pattern | None
     ) -> dict[str, Tensor]:
-        packed = select_packed(scores, counts, self.rule, pattern)
+        if self.scope == "row" and pattern is None and isinstance(counts, list):
+            return select_rows(scores, counts)  # every output keeps some: nothing can collapse
+        rule = self.published if self.rule == "published" else self.rule
+        packed = select_packed(scores, counts, rule, pattern)
         return apply_collapse_rule(scores, packed, counts, self.on_collapse, pattern)
 
 
@@ -66,6 +72,7 @@ def run_rounds(
     if isinstance(scorer, MaskBuilder):
         _check_builder(scorer, plan)
     check_pattern(plan.pattern, run.shapes, plan.scope, plan.rule)
+    check_rows(plan.scope, plan.rule, run.shapes)
     if (note := left_dense(plan.pattern, run.shapes, run.layouts)) is not None:
         run.notes.append(note)
     if plan.fraction == 0.0:  # nothing to rank
@@ -99,7 +106,12 @@ def layer_counts(
 ) -> int | list[int]:
     """Weights to keep, over all layers or in each."""
     return budget.layer_budget(
-        run.shapes, fraction, scope, variant=run.variant, scores=ranked(scores, scope)
+        run.shapes,
+        fraction,
+        scope,
+        variant=run.variant,
+        scores=ranked(scores, scope),
+        layouts=run.layouts,
     )
 
 
@@ -117,7 +129,7 @@ def _trained(
     run: Run, scorer: TrainedScorer, plan: Plan, progress: bool | ProgressFunction | None
 ) -> tuple[dict[str, Tensor], History]:
     counts = layer_counts(run, plan.fraction, plan.scope)
-    if isinstance(counts, int):
+    if isinstance(counts, int) or plan.scope == "row":
         raise ValueError(
             f"scope: {scorer.name} keeps a number of weights in every layer; "
             "use scope='erk' or scope='local'"
@@ -140,7 +152,7 @@ def _check_builder(scorer: MaskBuilder, plan: Plan) -> None:
     """Refuse what needs scores to rank."""
     for given, name, use in (
         (plan.rounds != 1, f"rounds={plan.rounds}", "rounds=1"),
-        (plan.scope == "lamp", "scope='lamp'", f"scope={scorer.default_scope!r}"),
+        (plan.scope in ("row", "lamp"), f"scope={plan.scope!r}", f"scope={scorer.default_scope!r}"),
         (plan.rule != "exact", f"selection={plan.rule!r}", "selection='exact'"),
         (plan.on_collapse == "floor", "on_collapse='floor'", "'warn' or 'raise'"),
     ):
@@ -177,9 +189,9 @@ def _iterated(
     loop = scorer.loop(run) if plan.is_plain else None
     if loop is not None and (plan.scope == "global" or not loop.one_budget):
         return _looped(run, scorer, plan, loop, densities, progress)
-    with Progress(scorer.name, plan.rounds, "round", progress) as bar:
+    with Progress(scorer.name, len(densities), "round", progress) as bar:
         for done, density in enumerate(densities, 1):
-            last = done == plan.rounds
+            last = done == len(densities)
             scores = scorer.score(run).with_layouts(run.layouts)
             removed = plan.fraction if last else 1.0 - density
             counts = layer_counts(run, removed, plan.scope, scores)
@@ -211,7 +223,7 @@ def _looped(
     removed = [1.0 - density for density in densities[:-1]] + [plan.fraction]
     counts = [layer_counts(run, fraction, plan.scope) for fraction in removed]
     given = [[k] if isinstance(k, int) else k for k in counts]
-    with Progress(scorer.name, plan.rounds, "round", progress) as bar:
+    with Progress(scorer.name, len(densities), "round", progress) as bar:
         rounds = loop.rounds(given, stop_empty=plan.on_collapse == "raise")
         for done, (log_flow, kept) in enumerate(zip(rounds, given, strict=False), 1):
             if plan.on_collapse == "raise" and (empty := empty_layers(run.masks)):

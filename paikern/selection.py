@@ -16,6 +16,13 @@ from paikern.scores import Dense, Factored, Product, Scores
 from paikern.structured import select_structured
 
 RULES = ("exact", "published")
+#: Threshold rules of published codes, with k weights to keep and z = N - k to remove.
+PUBLISHED = {
+    "above_removed": "keeps scores above the z-th smallest (Synaptic-Flow)",
+    "at_least_kept": "keeps scores from the k-th largest up, ties with it too (SNIP, FORCE)",
+    "at_least_removed": "keeps scores from the z-th smallest up, that one too (GraSP)",
+    "above_kept": "keeps candidates above the k-th largest, that one not (CroP)",
+}
 ON_COLLAPSE = ("warn", "raise", "floor")
 
 
@@ -28,9 +35,8 @@ def select_packed(
     """The packed masks that keep `counts` weights: one number over all layers, or one a layer.
 
     "exact" keeps exactly that many; ties go to the lower global index (layer order, then
-    row-major). "published" keeps the scores strictly above the threshold, so that all ties at the
-    threshold are pruned (specification: Synaptic-Flow); it exists for comparison. A pattern is
-    selected as `paikern.structured.select_structured` says.
+    row-major). The rules of `PUBLISHED` exist for comparison; "published" is "above_removed". A
+    pattern is selected as `paikern.structured.select_structured` says.
 
     Raises:
         NonFiniteScoreError: NaN scores, named by parameter.
@@ -40,8 +46,8 @@ def select_packed(
     names = list(scores)
     entries = [scores[name] for name in names]
     k: int | list[int] = counts if isinstance(counts, int) else list(counts)
-    if rule == "published":
-        return _above_threshold(scores, k)
+    if rule != "exact":
+        return _by_threshold(scores, k, "above_removed" if rule == "published" else rule)
     factored = [e for e in entries if isinstance(e, Factored)]
     if len(factored) == len(entries) and len({e.power for e in factored}) == 1:
         packed = ops.topk_mask_factored(
@@ -87,18 +93,23 @@ def select_packed(
     return dict(zip(names, packed, strict=True))
 
 
-def _above_threshold(scores: Scores, k: int | list[int]) -> dict[str, Tensor]:
+def _by_threshold(scores: Scores, k: int | list[int], rule: str) -> dict[str, Tensor]:
     top = scores.exponent
     values = [scores.dense(name, torch.float64, relative_to=top) for name in scores]
     if isinstance(k, int):
         flat = torch.cat([v.flatten() for v in values])
-        masks = [~(v <= _threshold(flat, k)) for v in values]
+        masks = [_kept(v, flat, k, rule) for v in values]
     else:
-        masks = [~(v <= _threshold(v.flatten(), n)) for v, n in zip(values, k, strict=True)]
+        masks = [_kept(v, v.flatten(), n, rule) for v, n in zip(values, k, strict=True)]
+    for name, mask in zip(scores, masks, strict=True):
+        score = scores[name]
+        if not isinstance(score, Dense) and score.mask is not None:
+            mask &= ops.unpack_mask(score.mask.to(mask.device), tuple(mask.shape))
     nan = [name for name, v in zip(scores, values, strict=True) if bool(torch.isnan(v).any())]
     if nan:
+        verb = "keeps" if rule == "above_removed" else "prunes"
         warnings.warn(
-            f"selection='published' keeps NaN scores, as the published codes do: {', '.join(nan)}",
+            f"selection='published' {verb} NaN scores, as the published codes do: {', '.join(nan)}",
             PaikernWarning,
             stacklevel=2,
         )
@@ -110,10 +121,18 @@ def _above_threshold(scores: Scores, k: int | list[int]) -> dict[str, Tensor]:
     return {name: ops.pack_mask(m) for name, m in zip(scores, masks, strict=True)}
 
 
-def _threshold(flat: Tensor, kept: int) -> float:
-    """The z-th smallest score, 1-based, z = N - kept; below everything for z = 0."""
-    pruned = flat.numel() - kept
-    return float(flat.kthvalue(pruned).values) if pruned > 0 else -torch.inf
+def _kept(values: Tensor, ranked: Tensor, k: int, rule: str) -> Tensor:
+    """What `rule` keeps of `values`, its threshold being one of the scores `ranked`, `[n]`."""
+    n = ranked.numel()
+    if n == 0:
+        return torch.zeros_like(values, dtype=torch.bool)
+    if rule in ("above_removed", "at_least_removed"):
+        if k >= n:
+            return torch.ones_like(values, dtype=torch.bool)
+        threshold = ranked.kthvalue(n - k).values
+        return ~(values <= threshold) if rule == "above_removed" else values >= threshold
+    threshold = ranked.kthvalue(n - max(k, 1) + 1).values
+    return values > threshold if rule == "above_kept" else values >= threshold
 
 
 def empty_layers(packed: Mapping[str, Tensor]) -> list[str]:

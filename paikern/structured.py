@@ -58,6 +58,11 @@ def check_pattern(
             f"selection='{rule}' is a rule for single weights; with pattern='{pattern}' use "
             "selection='exact'"
         )
+    if isinstance(pattern, Blocks) and scope == "row":
+        raise ValueError(
+            f"scope='row' keeps single inputs of every output; with pattern='{pattern}' use "
+            "scope='local'"
+        )
     for name, shape in shapes.items():
         if len(shape) < 2:
             raise ValueError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -45,6 +47,27 @@ def test_iterator_can_be_read_again() -> None:
     assert [len(x) for x, _ in batches] == [len(x) for x, _ in batches] == [1, 4]
 
 
+def test_iterator_without_an_end_is_read_as_far_as_needed() -> None:
+    batches = Batches(itertools.cycle([(X, Y), (X + 1, Y)])).samples()
+    assert [float(batch.inputs[0, 0]) for batch in itertools.islice(batches, 3)] == [0, 1, 0]
+
+
+def test_keyword_inputs_are_cut_into_batches_with_their_labels() -> None:
+    tokens = {"input_ids": Y.reshape(5, 1), "labels": Y, "use_cache": False}
+    for data in (tokens, [tokens], [(tokens, Y)]):
+        found = list(Batches(data, 2).samples())
+        assert [batch.size for batch in found] == ([2, 2, 1] if data is tokens else [5])
+        assert torch.cat([batch.targets for batch in found]).tolist() == Y.tolist()
+        assert found[0].inputs["use_cache"] is False
+    assert sorted(Batches(tokens).example()) == ["input_ids", "use_cache"]
+
+
+def test_labels_of_any_form_reach_the_loss() -> None:
+    boxes = {"boxes": X, "labels": Y}
+    (batch,) = Batches([(X, boxes)]).samples()
+    assert torch.equal(batch.to(torch.device("cpu")).targets["boxes"], X)
+
+
 def test_labels_follow_their_samples() -> None:
     for data in ((X, Y), DataLoader(TensorDataset(X, Y), batch_size=2)):
         assert [y.tolist() for _, y in Batches(data, 2) if y is not None] == [[0, 1], [2, 3], [4]]
@@ -60,6 +83,7 @@ def test_two_batches_of_one_length_are_no_pair() -> None:
     ("data", "message"),
     [
         (3, "got int"),
+        (TensorDataset(X), r"a DataLoader of a dataset\), got TensorDataset"),
         ({"x": X}, "got dict"),
         (torch.tensor(1.0), "scalar"),
         ([torch.tensor(1.0)], "a batch must be"),

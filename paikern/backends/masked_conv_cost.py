@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from paikern.backends.dense_masked_conv import out_size
-from paikern.backends.masked_cost import LANES, LOSS, Estimate
+from paikern.backends.masked_cost import LANES, Estimate
 
 # float32, two threads: 3x3 and 1x1 layers of ResNet-50 at densities 0.2, 0.05 and 0.02 and batches
 # of 1, 8 and 32. An operation is "output", "input" or "kept", as the functions of the backends end.
@@ -20,6 +20,9 @@ CALL = 50e-6  # a call of the operation through Python
 LIST = {"output": 0.6e-9, "input": 2.5e-9, "kept": 1.2e-9}  # a kept weight, whatever the map
 VECTOR = {"output": 0.36e-9, "input": 0.36e-9, "kept": 0.32e-9}  # a kept weight times 16 outputs
 ALIGNED = 0.26e-9  # the same where 16 images or whole vectors lie side by side
+# As many times as long where a window steps (128 x 128, 3x3, stride 2 at 56 x 56: 1.4 to 1.6), or
+# where no cache holds the maps (256 x 256, 3x3 at 56 x 56, 32 images: 1.7).
+STEPPED, SPREAD, CACHED = 1.4, 1.6, 16_000_000
 PIXEL = 0.4e-9  # an element of x or y, laid out in planes or taken out of them
 SMALL = 100  # pixels that a map seems to have more than it has
 IN_PLACE = 0.1e-9  # an element of a map that a 1x1 convolution reads or writes where it lies
@@ -28,6 +31,7 @@ DENSE_FLOP = 2.6e-12  # half a multiply-add of oneDNN, in the faster of its two 
 DENSE_WEIGHT = {"output": 0.15e-9, "input": 0.15e-9, "kept": 0.4e-9}  # a weight or its gradient
 SCATTER = 0.2e-9  # a weight of the dense one that is made for a call
 REORDER = 0.3e-9  # an element of contiguous maps, which oneDNN turns into its own layout
+GAIN = 0.9  # of the dense time: most times are predicted within a tenth
 OFFSETS = 2**31  # floats of the planes of one image that offsets reach
 
 Shape = tuple[int, ...]
@@ -46,6 +50,10 @@ def direct_seconds(op: str, shape: Shape, kept: int) -> float:
     aligned = whole if pointwise else batch >= LANES
     element = IN_PLACE if pointwise else PIXEL * (1 + SMALL / max(1, out_pixels))
     by_vector = ALIGNED if aligned else VECTOR[op]
+    if max(window[2:4]) > 1 and not pointwise:
+        by_vector, element = STEPPED * by_vector, STEPPED * element
+    if maps > CACHED:
+        by_vector *= SPREAD
     return CALL + kept * (LIST[op] + vectors * by_vector) + maps * element
 
 
@@ -87,7 +95,7 @@ def _estimate(kind: str, shape: Shape, kept: int, dtype: torch.dtype, training: 
     columns = shape[3] // shape[1] * shape[6] * shape[7]
     density = kept / max(1, shape[2] * columns)
     times = f"{1e3 * direct:.3g} ms against {1e3 * dense:.3g} dense at density {density:.3g}"
-    if direct > LOSS * dense or _too_large(shape):
+    if direct > GAIN * dense or _too_large(shape):
         return Estimate("dense", dense, dense, f"the direct kernel would take {times}")
     return Estimate("direct", direct, dense, times)
 

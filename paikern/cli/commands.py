@@ -372,8 +372,8 @@ def _count_check(masks: MaskSet, layouts: Mapping[str, Layout]) -> Check:
         if not low <= masks.kept <= high:
             detail += f", but pattern {pattern} keeps {low:,}" + f" to {high:,}" * (low < high)
         return name, low <= masks.kept <= high, detail
-    if scope in ("local", "uniform"):  # rounded layer by layer
-        budgets = budget.layer_budget(masks.shapes, float(asked), scope)
+    if scope in ("local", "uniform", "row"):  # rounded layer by layer, or row by row
+        budgets = budget.layer_budget(masks.shapes, float(asked), scope, layouts=layouts)
         expected = budgets if isinstance(budgets, int) else sum(budgets)
     else:
         expected = budget.keep_count(masks.total, float(asked))

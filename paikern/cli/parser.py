@@ -127,7 +127,7 @@ def _add_prune(every: Any) -> None:
     how.add_argument("--scope", choices=budget.SCOPES, help="default: by method")
     how.add_argument("--rounds", type=int, metavar="N", help="of iterative methods")
     how.add_argument(
-        "--schedule", choices=budget.SCHEDULES, default="exponential", help="curve over the rounds"
+        "--schedule", choices=budget.SCHEDULES, help="curve over the rounds; default: by method"
     )
     how.add_argument("--variant", choices=VARIANTS, default="paper")
     how.add_argument(

@@ -51,9 +51,16 @@ class Loss:
                 "data: the loss needs labels; pass data=(inputs, labels), a loader that gives "
                 "both, or loss_fn= that needs none"
             )
+        if not isinstance(targets, Tensor):
+            raise ValueError(
+                f"data: labels must be a tensor, got {type(targets).__name__}; pass loss_fn= for "
+                "any other form"
+            )
         name = self.name or ("mse" if targets.is_floating_point() else "cross_entropy")
         if name == "mse":
-            return F.mse_loss(self._cooled(logits), targets.reshape(logits.shape))
+            return F.mse_loss(self._cooled(logits), _values(logits, targets))
+        if name == "cross_entropy" and targets.is_floating_point():
+            return F.cross_entropy(self._cooled(logits), _values(logits, targets))
         if _is_language_model(outputs, batch, logits):
             logits, targets = logits[:, :-1], targets[:, 1:]
         scores, labels = _classes(logits, targets)
@@ -71,10 +78,11 @@ def make_loss(loss_fn: str | LossFunction | None = None, temperature: float = 1.
 
     Args:
         loss_fn: None takes the model's own loss where it returns one (transformers), cross-entropy
-            for integer labels and the mean squared error for float ones. "cross_entropy",
-            "nll_logits" (the mean of -logit of the label, as several published codes have it) and
-            "mse" name one. A function is called as `loss_fn(outputs, targets)`; of a batch of
-            keyword inputs without labels it gets the batch as targets.
+            for integer labels and the mean squared error for float ones. "cross_entropy" (of class
+            numbers, or of float targets as probabilities), "nll_logits" (the mean of -logit of the
+            label, as several published codes have it) and "mse" name one. A function is called as
+            `loss_fn(outputs, targets)`; of a batch of keyword inputs without labels it gets the
+            batch as targets.
         temperature: the outputs are divided by it before the loss.
 
     Raises:
@@ -120,6 +128,16 @@ def _logits(outputs: Any) -> Tensor:
             "found; pass loss_fn=, a function of outputs and targets"
         )
     return found
+
+
+def _values(logits: Tensor, targets: Tensor) -> Tensor:
+    """Float targets in the shape of the outputs."""
+    if targets.numel() != logits.numel():
+        raise ValueError(
+            f"data: targets of shape {list(targets.shape)} do not fit the model's outputs of shape "
+            f"{list(logits.shape)}; pass one number for each output, or loss_fn="
+        )
+    return targets.reshape(logits.shape).to(logits.dtype)
 
 
 def _is_language_model(outputs: Any, batch: Batch, logits: Tensor) -> bool:

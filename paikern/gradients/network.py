@@ -18,8 +18,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from paikern import ops
 from paikern.batches import Batch
-from paikern.errors import NonFiniteScoreError, PaikernError
 from paikern.gradients.loss import Loss
+from paikern.gradients.refusals import (
+    named_derivatives,
+    refuse_non_finite,
+    refuse_once_differentiable,
+    refused_by,
+)
 from paikern.gradients.untouched import untouched
 
 if TYPE_CHECKING:
@@ -45,34 +50,57 @@ class Network:
     """
 
     def __init__(self, run: Run, loss: Loss, mode: str = "train") -> None:
-        frozen = [n for n, p in _parameters(run).items() if not p.requires_grad]
+        self._parameters = _parameters(run)
+        frozen = [n for n, p in self._parameters.items() if not p.requires_grad]
         if frozen:
             raise ValueError(
                 f"{frozen[0]} is frozen (requires_grad=False), so the method cannot tell what it "
                 f"is worth; unfreeze it, or leave it out with ignore=[{frozen[0]!r}]"
             )
         self.run, self.loss_function, self.mode = run, loss, mode
-        self.device = next(iter(_parameters(run).values())).device
-        self.weights = {name: _leaf(run, name) for name in run.layers}
+        self.device = next(iter(self._parameters.values())).device
+        with torch.inference_mode(False):
+            self.weights = {name: _leaf(run, name) for name in run.layers}
 
     @contextlib.contextmanager
     def running(self) -> Iterator[Network]:
-        """The mode is set and randomness starts from the run's seed; both are put back."""
+        """The model holds `weights`, in the mode, random from the run's seed; all is put back.
+
+        The weights stay in the model from the forward to the backward pass, because blocks that are
+        checkpointed compute their forward pass again during the latter.
+        """
         with untouched(self.run.model, self.mode, self.run.seed), torch.enable_grad():
-            yield self
+            leaves = {id(p): self.weights[name] for name, p in self._parameters.items()}
+            places = [
+                (module, key, parameter)
+                for module in self.run.model.modules()
+                for key, parameter in module._parameters.items()
+                if id(parameter) in leaves
+            ]
+            try:
+                for module, key, parameter in places:
+                    module._parameters[key] = leaves[id(parameter)]  # type: ignore[assignment]
+                yield self
+            finally:
+                for module, key, parameter in places:
+                    module._parameters[key] = parameter
 
     def outputs(self, batch: Batch, weights: Mapping[str, Tensor] | None = None) -> Any:
         """What the model returns for a batch, computed with `weights` (default: its own).
 
         Other parameters go by their names in `model.named_parameters()`.
+
+        Raises:
+            ValueError: the model does not take the batch; the layer and its error are named.
         """
-        given = self.weights if weights is None else weights
-        layers = self.run.layers
-        swapped = {layers[n].source if n in layers else n: w for n, w in given.items()}
-        inputs = batch.to(self.device).inputs
-        if isinstance(inputs, Mapping):
-            return functional_call(self.run.model, swapped, (), dict(inputs))
-        return functional_call(self.run.model, swapped, (inputs,))
+        model, inputs = self.run.model, batch.to(self.device).inputs
+        args, keywords = ((), dict(inputs)) if isinstance(inputs, Mapping) else ((inputs,), {})
+        with refused_by(model, batch):
+            if weights is None:
+                return model(*args, **keywords)
+            layers = self.run.layers
+            swapped = {layers[n].source if n in layers else n: w for n, w in weights.items()}
+            return functional_call(model, swapped, args, keywords)
 
     def loss(
         self, batch: Batch, number: int = 0, weights: Mapping[str, Tensor] | None = None
@@ -82,11 +110,12 @@ class Network:
         Raises:
             ValueError: the loss is NaN or infinite, or no number.
         """
-        value = self.loss_function(self.outputs(batch, weights), batch.to(self.device))
+        batch = batch.to(self.device)
+        value = self.loss_function(self.outputs(batch, weights), batch)
         if not bool(torch.isfinite(value)):
             raise ValueError(
-                f"loss_fn: the loss of batch {number} is {float(value)}; look for too large a "
-                "learning rate before, wrong labels, or an overflow in float16"
+                f"loss_fn: the loss of batch {number} is {float(value.detach())}; look for inputs "
+                "that are not scaled, wrong labels, or an overflow in float16"
             )
         if not value.requires_grad:
             raise ValueError(
@@ -108,7 +137,7 @@ class Network:
         for name, leaf in self.weights.items():
             handles.append(leaf.register_post_accumulate_grad_hook(_hand_over(name, consume)))
         try:
-            with _named_derivatives():
+            with named_derivatives():
                 value.backward(inputs=list(self.weights.values()), retain_graph=retain_graph)
         finally:
             for handle in handles:
@@ -116,21 +145,26 @@ class Network:
             for leaf in self.weights.values():
                 leaf.grad = None
 
-    def gradients(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
-        """`sum_b dL_b / dW`, in the order of the batches; float32 at least.
+    def gradients(
+        self, batches: Sequence[Batch], *, mean: bool = False, scale: float = 1.0
+    ) -> dict[str, Tensor]:
+        """`scale * sum_b dL_b / dW`, in the order of the batches; float32 at least.
 
         Batches of another size than the first count in proportion to it, so that equal sizes give
-        the plain sum. A weight that no loss depends on has a gradient of 0 and is noted.
+        the plain sum; with `mean` it is divided by the sum of those proportions. A weight that no
+        loss depends on has a gradient of 0 and is noted.
         """
         total = _Sum()
+        if mean:
+            scale /= sum(share for _, share in weighted(batches))
         for number, (batch, share) in enumerate(weighted(batches)):
-            self.backward(self.loss(batch, number) * share, total)
+            self.backward(self.loss(batch, number) * (share * scale), total)
         return self.complete(total.values)
 
     def hessian_product(
-        self, vectors: Mapping[str, Tensor], batches: Sequence[Batch]
+        self, vectors: Mapping[str, Tensor], batches: Sequence[Batch], *, scale: float = 1.0
     ) -> dict[str, Tensor]:
-        """`sum_b H_b v`: derivatives of `z_b = sum_l <v_l, dL_b / dW_l>`, batch by batch.
+        """`scale * sum_b H_b v`: derivatives of `z_b = sum_l <v_l, dL_b / dW_l>`, batch by batch.
 
         Attention runs on the path that can be differentiated twice.
 
@@ -141,9 +175,9 @@ class Network:
         leaves = list(self.weights.values())
         with twice_differentiable():
             for number, (batch, share) in enumerate(weighted(batches)):
-                with _named_derivatives():
+                with named_derivatives():
                     first = torch.autograd.grad(
-                        self.loss(batch, number) * share,
+                        self.loss(batch, number) * (share * scale),
                         leaves,
                         create_graph=True,
                         allow_unused=True,
@@ -156,8 +190,15 @@ class Network:
                     z = part if z is None else z + part
                 del first
                 if z is not None:
+                    refuse_once_differentiable(z)
                     self.backward(z, total)
         return self.complete(total.values, note=False)
+
+    def mask_(self, values: Mapping[str, Tensor]) -> None:
+        """Zero the entries of pruned weights, in place."""
+        for name, packed in self.run.masks.items():
+            if name in values:
+                ops.apply_mask_(values[name], packed.to(values[name].device))
 
     def complete(self, found: dict[str, Tensor], note: bool = True) -> dict[str, Tensor]:
         """In layer order, with zeros for weights that no gradient has reached."""
@@ -225,31 +266,7 @@ def _hand_over(name: str, consume: Consumer) -> Callable[[Tensor], None]:
         assert gradient is not None
         gradient = gradient.detach()
         if gradient.numel() and not torch.isfinite(gradient.sum()):
-            _refuse(name, gradient)
+            refuse_non_finite(name, gradient)  # or only the sum is too large
         consume(name, gradient)
 
     return take
-
-
-def _refuse(name: str, gradient: Tensor) -> None:
-    bad = int((~torch.isfinite(gradient)).sum())
-    if bad:  # otherwise only the sum is too large
-        raise NonFiniteScoreError(
-            f"the gradient of {name} holds {bad} NaN or infinite values; use float32 or a smaller "
-            f"loss, or leave the layer out with ignore=[{name!r}]"
-        )
-
-
-@contextlib.contextmanager
-def _named_derivatives() -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, NotImplementedError) as error:
-        text = str(error)
-        if "derivative" not in text and "double backward" not in text:
-            raise
-        raise PaikernError(
-            f"the model cannot be differentiated as often as the method needs: "
-            f"{text.splitlines()[0]}; replace that operation (attention: "
-            "attn_implementation='eager'), or use a method that needs one derivative, such as snip"
-        ) from error

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 MODES = ("train", "eval")
 
@@ -17,9 +17,11 @@ MODES = ("train", "eval")
 def untouched(model: nn.Module, mode: str, seed: int) -> Iterator[None]:
     """Run `model` in `mode` from `seed`; afterwards everything is as it was, also after an error.
 
-    Put back are the train or eval mode of every module, all buffers (batch-norm statistics), and
-    the random states of PyTorch (CPU and the model's GPUs), NumPy and Python. Parameters and their
-    `.grad` are not saved: whoever runs inside must not write to them.
+    Inside, modules hold copies of their buffers (batch-norm statistics), so that the buffers
+    themselves are never written to. Put back are the train or eval mode of every module, tensors
+    that modules keep as plain attributes, and the random states of PyTorch (CPU and the model's
+    GPUs), NumPy and Python. Parameters and their `.grad` are not copied: whoever runs inside must
+    not write to them.
 
     Args:
         model: the model to run.
@@ -39,27 +41,51 @@ def untouched(model: nn.Module, mode: str, seed: int) -> Iterator[None]:
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
-    training = {module: module.training for module in model.modules()}
-    buffers = {name: (b, b.detach().clone()) for name, b in model.named_buffers()}
+    modules = list(model.modules())
+    training = [module.training for module in modules]
+    buffers = [dict(module._buffers) for module in modules]
+    attributes = [_tensors(module) for module in modules]
     gpus = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(devices=gpus):
-            torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
+        with torch.random.fork_rng(devices=gpus), torch.inference_mode(False):
+            _seed(seed, gpus)
+            _copy_buffers(modules)
             model.train(mode == "train")
             yield
     finally:
-        for module, was in training.items():
-            module.training = was
-        with torch.no_grad():
-            now = dict(model.named_buffers())
-            for name, (buffer, value) in buffers.items():
-                # A module may put a new tensor in the place of its buffer.
-                if now.get(name) is not buffer:
-                    owner, _, key = name.rpartition(".")
-                    model.get_submodule(owner)._buffers[key] = buffer
-                buffer.copy_(value)
+        for module, mode_before, held, kept in zip(
+            modules, training, buffers, attributes, strict=True
+        ):
+            module.training = mode_before
+            module._buffers.clear()
+            module._buffers.update(held)
+            for key in _tensors(module).keys() - kept.keys():  # they would keep a graph alive
+                del vars(module)[key]
+            vars(module).update(kept)
         random.setstate(python_state)
         np.random.set_state(numpy_state)
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Tensors beside parameters and buffers, such as the weight that torch's pruning hook makes."""
+    return {key: value for key, value in vars(module).items() if isinstance(value, Tensor)}
+
+
+def _copy_buffers(modules: list[nn.Module]) -> None:
+    copies: dict[int, Tensor] = {}  # a buffer that two modules share stays shared
+    for module in modules:
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                if id(buffer) not in copies:
+                    copies[id(buffer)] = buffer.detach().clone()
+                module._buffers[key] = copies[id(buffer)]
+
+
+def _seed(seed: int, gpus: list[int]) -> None:
+    # Not torch.manual_seed: it would seed GPUs as well whose states are not put back.
+    torch.default_generator.manual_seed(seed)
+    for index in gpus:
+        torch.cuda.default_generators[index].manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)

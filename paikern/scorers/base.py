@@ -105,6 +105,9 @@ class Scorer:
     needs_inputs: the method traces the model and needs `example_inputs`.
     needs_data: the method reads samples and needs `data`.
     default_rounds, default_scope: used where the caller gives none.
+    default_schedule: the curve over the rounds where the caller gives none.
+    published_rule: what selection="published" means (`paikern.selection.PUBLISHED`).
+    exact_count: exactly as many weights are kept as asked for.
     reads_weights: NaN or infinite weights are refused before the first round.
     """
 
@@ -115,6 +118,9 @@ class Scorer:
     needs_data: ClassVar[bool] = False
     default_rounds: ClassVar[int] = 1
     default_scope: ClassVar[str] = "global"
+    default_schedule: ClassVar[str] = "exponential"
+    published_rule: ClassVar[str] = "above_removed"
+    exact_count: ClassVar[bool] = True
     reads_weights: ClassVar[bool] = True
     variants: ClassVar[tuple[str, ...]] = ("paper",)
 

@@ -30,8 +30,10 @@ class DataScorer(Scorer):
         if self.batches is not None and self.batches < 1:
             raise ValueError(f"batches must be >= 1 or None, got {self.batches}")
 
-    def read(self, run: Run, count: int | None = None) -> list[Batch]:
+    def read(self, run: Run, count: int | None = None, *, added: bool = True) -> list[Batch]:
         """The batches of this round, `count` of them (default: `batches`, or all).
+
+        `added` says that they are added up, so that unequal sizes are worth a note.
 
         Raises:
             ValueError: the data hold fewer.
@@ -50,7 +52,7 @@ class DataScorer(Scorer):
                     f"batches={reader.in_pass}"
                 )
         sizes = {batch.size for batch in found}
-        if len(sizes) > 1:
+        if added and len(sizes) > 1:
             run.notes.append(
                 f"batches of {min(sizes)} to {max(sizes)} samples: each counts by its number of "
                 "samples"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from paikern.gradients import Network, make_loss
 from paikern.scorers.base import Run
 from paikern.scorers.data_scorer import DataScorer
@@ -28,6 +30,23 @@ class GradientScorer(DataScorer):
         if self.mode not in ("train", "eval"):
             raise ValueError(f"mode must be 'train' or 'eval', got {self.mode!r}")
 
+    def default_loss(self, run: Run) -> str | None:
+        """What is differentiated where the caller gives no `loss_fn`; None as `make_loss` says."""
+        return None
+
     def network(self, run: Run, temperature: float = 1.0) -> Network:
         """The model under the masks of this round."""
-        return Network(run, make_loss(run.loss_fn, temperature), self.mode)
+        loss_fn = self.default_loss(run) if run.loss_fn is None else run.loss_fn
+        return Network(run, make_loss(loss_fn, temperature), self.mode)
+
+    def gradients(self, run: Run, *, mean: bool = False) -> dict[str, Tensor]:
+        """`Network.gradients` of the batches of this round; a note where all of them are 0."""
+        network = self.network(run)
+        with network.running():
+            found = network.gradients(self.read(run), mean=mean)
+        if not any(bool(gradient.any()) for gradient in found.values()):
+            run.notes.append(
+                f"{self.name}: scores carry no information: every gradient is 0, so weights are "
+                "kept by their position; look at the data and the loss"
+            )
+        return found

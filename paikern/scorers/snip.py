@@ -18,15 +18,21 @@ from paikern.scores import Product, Scores
 
 @register_scorer("snip")
 class SNIP(GradientScorer):
-    """`|w * sum_b g_b|` of the loss, in one round; options as in `GradientScorer`."""
+    """`|w * sum_b g_b|` of the loss, in one round; options as in `GradientScorer`.
+
+    Example:
+        >>> import torch, paikern as pk
+        >>> net, x = pk.zoo.create("mlp", sizes=(8, 16, 4), seed=0), torch.eye(8)
+        >>> pk.prune(net, "snip", sparsity=0.5, data=(x, torch.arange(8) % 4)).kept
+        96
+    """
 
     summary = "connection sensitivity |w * gradient| of the loss on data"
     source = "Lee et al. 2019, eqs. 5-6"
+    published_rule = "at_least_kept"
 
     def score(self, run: Run) -> Scores:
-        network = self.network(run)
-        with network.running():
-            found = network.gradients(self.read(run))
+        found = self.gradients(run)
         return Scores(
             {n: Product(run.weight(n), g, run.masks.get(n)) for n, g in found.items()}, run.shapes
         )

@@ -1,0 +1,181 @@
+"""ProsPr: keep the weights that matter for the loss after the first steps of training.
+
+    w_0 = m * w,   w_{t+1} = w_t - lr * b_t,   b_t = momentum * b_{t-1} + dL_t / dw_t
+    S = |dL_M(w_M) / dm| = |w * dL_M(w_M) / dw_0|   at m = 1
+
+The derivative goes back through the steps one at a time, from what each step started with:
+
+    u_t = momentum * u_{t+1} - lr * v_{t+1},   v_t = v_{t+1} + H_t u_t,   v_M = dL_M / dw_M
+
+so that the graph of one batch is alive at a time instead of those of all M + 1: the same numbers as
+differentiating the unrolled training, for one more forward and backward pass a step.
+
+Source: ProsPr, Alizadeh et al. 2022 (arXiv:2202.08132), section 3.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from paikern import ops
+from paikern.batches import Batch
+from paikern.errors import NonFiniteScoreError
+from paikern.gradients import Network, untouched
+from paikern.gradients.holding import holding
+from paikern.gradients.network import twice_differentiable
+from paikern.gradients.refusals import named_derivatives, refuse_once_differentiable
+from paikern.scorers.base import Run, register_scorer
+from paikern.scorers.gradient_scorer import GradientScorer
+from paikern.scores import Product, Scores
+
+Tensors = dict[str, Tensor]
+
+
+@register_scorer("prospr")
+class ProsPr(GradientScorer):
+    """`|w * dL_M / dw_0|` through M steps of SGD from the given weights.
+
+    Args:
+        steps: M, before the loss that is differentiated.
+        lr, momentum: of the steps, which move every parameter that is not frozen, biases and norms
+            included. Pruned weights of earlier rounds stay 0.
+        order: "full", or "first" to leave the second derivatives out: then it is the SNIP score
+            with the gradient after M steps, and one backward pass a step.
+        batches: different batches to read, used in turn; None for `steps + 1`, a new one each time.
+        mode, batch_size: as in `GradientScorer`.
+
+    In the "published" variant the momentum buffer of the first step carries no derivative, as in
+    the authors' code; without momentum both are the same.
+    """
+
+    steps: int = 3
+    lr: float = 0.1
+    momentum: float = 0.0
+    order: str = "full"
+
+    summary = "sensitivity of the loss after M steps of SGD, differentiated through the steps"
+    source = "Alizadeh et al. 2022, section 3"
+    variants: ClassVar[tuple[str, ...]] = ("paper", "published")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps < 1:
+            raise ValueError(f"steps must be >= 1, got {self.steps}; without steps it is 'snip'")
+        if not 0 < self.lr < float("inf"):
+            raise ValueError(f"lr must be above 0 and finite, got {self.lr}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
+        if self.order not in ("full", "first"):
+            raise ValueError(f"order must be 'full' or 'first', got {self.order!r}")
+
+    def score(self, run: Run) -> Scores:
+        network = self.network(run)
+        read = self.read(run, self.batches or self.steps + 1, added=False)
+        batches = [read[t % len(read)] for t in range(self.steps + 1)]
+        found = self._derivative(network, batches, run.variant == "published")
+        return Scores(
+            {n: Product(run.weight(n), found[n], run.masks.get(n)) for n in run.layers}, run.shapes
+        )
+
+    def _derivative(self, network: Network, batches: Sequence[Batch], detached: bool) -> Tensors:
+        """`dL_M / dw_0` of every parameter; with `detached` b_0 counts as a constant."""
+        path = [_start(network)]  # w_0 ... w_M
+        buffer: Tensors = {}
+        for t in range(self.steps):
+            slopes = _gradient(network, batches[t], t, path[t])
+            for name, slope in slopes.items():
+                buffer[name] = slope + self.momentum * buffer[name] if name in buffer else slope
+            path.append(_moved(network.run, path[t], buffer, self.lr))
+        v = _gradient(network, batches[-1], self.steps, path.pop())
+        for name, slope in v.items():
+            if not bool(torch.isfinite(slope.sum())):
+                raise NonFiniteScoreError(
+                    f"the gradient of {name} after {self.steps} steps is NaN or infinite; use a "
+                    f"smaller lr= than {self.lr}"
+                )
+        network.complete({n: g for n, g in v.items() if n in network.weights})
+        u: Tensors = {}
+        last = 1 if detached and self.momentum else 0
+        for t in reversed(range(last if self.order == "full" else self.steps, self.steps)):
+            for name, slope in v.items():
+                held = _held(network.run, name, slope) * -self.lr
+                u[name] = held + self.momentum * u[name] if name in u else held
+            for name, bend in _product(network, batches[t], t, path.pop(), u).items():
+                v[name] = v[name] + bend if name in v else bend
+        return {
+            name: v.get(name, torch.zeros_like(leaf, requires_grad=False))
+            for name, leaf in network.weights.items()
+        }
+
+
+def _start(network: Network) -> Tensors:
+    """Everything that a step moves: the weights of the layers and all other parameters."""
+    run = network.run
+    sources = {layer.source for layer in run.layers.values()}
+    found = dict(network.weights)
+    for name, parameter in run.model.named_parameters():
+        if name not in sources and parameter.requires_grad:
+            found[name] = parameter.detach().requires_grad_()
+    return found
+
+
+@contextlib.contextmanager
+def _at(network: Network, step: int, weights: Tensors) -> Iterator[list[Tensor]]:
+    """The model at a step. Dropout drops the same values whenever the step is run again."""
+    run = network.run
+    named = {run.layers[n].source if n in run.layers else n: w for n, w in weights.items()}
+    with (
+        untouched(run.model, network.mode, run.seed + step),
+        holding(run.model, named),
+        torch.enable_grad(),
+        named_derivatives(),
+    ):
+        yield list(weights.values())
+
+
+def _gradient(network: Network, batch: Batch, step: int, weights: Tensors) -> Tensors:
+    with _at(network, step, weights) as leaves:
+        slopes = torch.autograd.grad(network.loss(batch, step), leaves, allow_unused=True)
+    return {n: g for n, g in zip(weights, slopes, strict=True) if g is not None}
+
+
+def _product(
+    network: Network, batch: Batch, step: int, weights: Tensors, vectors: Tensors
+) -> Tensors:
+    """`H u` of one batch."""
+    with _at(network, step, weights) as leaves, twice_differentiable():
+        loss = network.loss(batch, step)
+        first = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+        z = sum(
+            (vectors[name] * slope).sum()
+            for name, slope in zip(weights, first, strict=True)
+            if slope is not None and slope.requires_grad and name in vectors
+        )
+        del first
+        if not isinstance(z, Tensor):
+            return {}
+        refuse_once_differentiable(z)
+        second = torch.autograd.grad(z, leaves, allow_unused=True)
+    return {n: h for n, h in zip(weights, second, strict=True) if h is not None}
+
+
+def _moved(run: Run, weights: Tensors, buffer: Tensors, lr: float) -> Tensors:
+    with torch.no_grad():
+        moved = {
+            name: w - lr * _held(run, name, buffer[name]) if name in buffer else w.detach()
+            for name, w in weights.items()
+        }
+    return {name: w.requires_grad_() for name, w in moved.items()}
+
+
+def _held(run: Run, name: str, values: Tensor) -> Tensor:
+    """0 where an earlier round has pruned."""
+    packed = run.masks.get(name)
+    if packed is None:
+        return values
+    return values * ops.unpack_mask(packed.to(values.device), tuple(values.shape))

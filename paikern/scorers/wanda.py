@@ -1,0 +1,105 @@
+"""Wanda: magnitudes weighted by the size of the inputs that they meet.
+
+    S[o, i] = |w[o, i]| * ||x_i||_2
+
+x_i are all values that input i takes on the data: over samples and tokens, and in a convolution
+over the positions that the kernel tap of the weight meets. A forward pass over the data is all it
+needs; the norm factors out, so that no score tensor is made and the rows of a layer are ranked from
+its weight and one vector.
+
+Source: Wanda, Sun et al. 2024 (arXiv:2306.11695), equation 1; compared within each output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from paikern import ops
+from paikern.activations import InputEnergy
+from paikern.gradients import untouched
+from paikern.gradients.holding import holding
+from paikern.gradients.refusals import refused_by
+from paikern.scorers.base import Run, register_scorer
+from paikern.scorers.data_scorer import DataScorer
+from paikern.scores import Dense, Factored, Score, Scores
+
+
+@register_scorer("wanda")
+class Wanda(DataScorer):
+    """`|w| * ||x||` on `data`, each output keeping its share of inputs (`scope="row"`).
+
+    Args:
+        batches, batch_size: as in `DataScorer`.
+
+    The model runs in eval mode and without gradients. Of a weight that is used several times the
+    squares of all its inputs are added.
+    """
+
+    summary = "magnitude times the norm of the inputs, within each output"
+    source = "Sun et al. 2024, eq. 1"
+    default_scope: ClassVar[str] = "row"
+
+    def score(self, run: Run) -> Scores:
+        weights = {name: _masked(run, name) for name in run.layers}
+        seen = self._watched(run, weights)
+        missing = [name for name in run.layers if name not in seen.seen]
+        if missing:
+            run.notes.append(
+                f"no matrix product or convolution on data uses {', '.join(missing)}; their scores "
+                "are 0 (use ignore= to leave them dense)"
+            )
+        return Scores({name: _score(run, name, seen) for name in run.layers}, run.shapes)
+
+    def _watched(self, run: Run, weights: Mapping[str, Tensor]) -> InputEnergy:
+        swapped = {run.layers[name].source: w for name, w in weights.items()}
+        seen = InputEnergy(weights)
+        device = next(iter(weights.values())).device
+        fused = torch.backends.mha.get_fastpath_enabled()  # one operation for a whole layer
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with (
+                untouched(run.model, "eval", run.seed),
+                holding(run.model, swapped),
+                torch.no_grad(),
+                seen,
+            ):
+                for batch in self.read(run):
+                    inputs = batch.to(device).inputs
+                    with refused_by(run.model, batch):
+                        if isinstance(inputs, Mapping):
+                            run.model(**inputs)
+                        else:
+                            run.model(inputs)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fused)
+        return seen
+
+
+def _masked(run: Run, name: str) -> Tensor:
+    weight, packed = run.weight(name), run.masks.get(name)
+    if packed is None:
+        return weight
+    weight = weight.clone(memory_format=torch.contiguous_format)
+    ops.apply_mask_(weight, packed.to(weight.device))
+    return weight
+
+
+def _score(run: Run, name: str, seen: InputEnergy) -> Score:
+    weight, mask = run.weight(name), run.masks.get(name)
+    found = seen.vector(name)
+    if found is None or weight.dtype == torch.float64:
+        values = seen.dense(name).sqrt_().mul_(weight.abs())
+        if mask is not None:
+            kept = ops.unpack_mask(mask.to(values.device), tuple(values.shape))
+            values.masked_fill_(~kept, -1.0)
+        return Dense(values)
+    energy, by_rows = found
+    matrix = weight.flatten(1)
+    norm = energy.sqrt()
+    ones = norm.new_ones(matrix.shape[1] if by_rows else matrix.shape[0])
+    a, g = (ones, norm) if by_rows else (norm, ones)
+    return Factored(matrix, 1, a, g, mask=mask)

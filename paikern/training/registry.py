@@ -1,0 +1,189 @@
+"""`pk.pruner`: a method that prunes during training, by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping
+from numbers import Integral
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from paikern import budget
+from paikern.prunable import Filter
+from paikern.selection import ON_COLLAPSE
+from paikern.training.base import Pruner, Settings, as_optimizers, as_schedulers
+
+_PRUNERS: dict[str, type[Pruner]] = {}
+_T = TypeVar("_T", bound=type[Pruner])
+
+
+def register_pruner(name: str) -> Callable[[_T], _T]:
+    """Make a `Pruner` available as `pk.pruner(name, model)`; its fields are the method's options.
+
+    Example:
+        >>> import torch, paikern as pk
+        >>> from paikern.training import Pruner, register_pruner
+        >>> @register_pruner("patient")
+        ... class Patient(Pruner):
+        ...     summary = "waits"
+        ...     def epoch_end(self, model, epoch, data):
+        ...         return self.event(epoch, "waited")
+        >>> pruner = pk.pruner("patient", torch.nn.Linear(2, 2), sparsity=0.5, epochs=3)
+        >>> pruner.on_epoch_end().reason
+        'waited'
+    """
+
+    def register(cls: _T) -> _T:
+        cls.name = name
+        _PRUNERS[name] = dataclasses.dataclass(eq=False)(cls)
+        return cls
+
+    return register
+
+
+def pruner_names() -> list[str]:
+    """The methods that prune during training."""
+    return sorted(_PRUNERS)
+
+
+def pruner_class(name: str) -> type[Pruner]:
+    """The pruner registered under `name`; ValueError suggests the nearest."""
+    key = name.lower().replace("-", "_")
+    if key in _PRUNERS:
+        return _PRUNERS[key]
+    near = difflib.get_close_matches(key, _PRUNERS, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    raise ValueError(
+        f"pruner: unknown name {name!r}{hint} Available: {', '.join(pruner_names())}; any method "
+        "of pk.methods() prunes during training as pruner('one_shot', method=..., at=...)"
+    )
+
+
+def pruner_rows() -> list[dict[str, Any]]:
+    """The methods, one row each: name, summary, source, needs_data, options.
+
+    Example:
+        >>> [row["name"] for row in pruner_rows()][:1]
+        ['asni']
+    """
+    return [
+        {
+            "name": name,
+            "summary": cls.summary,
+            "source": cls.source,
+            "needs_data": cls.needs_data,
+            "options": {f.name: _default(f) for f in dataclasses.fields(cls)},
+        }
+        for name, cls in sorted(_PRUNERS.items())
+    ]
+
+
+def pruner(
+    name: str,
+    model: nn.Module,
+    *,
+    epochs: int,
+    sparsity: float | None = None,
+    density: float | None = None,
+    compression: float | None = None,
+    optimizer: Any = None,
+    scheduler: Any = None,
+    data: Any = None,
+    loss_fn: str | Callable[[Any, Any], Tensor] | None = None,
+    example_inputs: Any = None,
+    ignore: Filter = (),
+    include: Filter = None,
+    seed: int = 0,
+    on_collapse: str = "warn",
+    **options: Any,
+) -> Pruner:
+    """A method that prunes while the model is trained; call its `on_epoch_end` after every epoch.
+
+    Args:
+        name: "asni", "imp", "ltr", "earlycrop_u", ... (`paikern.training.pruner_names()`).
+        model: the model before its training; it is not changed here.
+        epochs: epochs of a training run; of one level where the method rewinds.
+        sparsity: fraction removed in the end, in [0, 1); or `density` or `compression`, as
+            in `pk.prune`.
+        optimizer: the optimizer, or several; pruned weights and their state stay 0 after every
+            step. Without one they are zeroed at the ends of epochs only: use
+            `pruner.masks.attach`, or `pruner.masks.apply` after each step.
+        scheduler: learning-rate schedules, for methods that rewind to start them again.
+        data, loss_fn, example_inputs: as in `pk.prune`, read by methods with `needs_data` in the
+            epoch in which they prune.
+        ignore, include, seed, on_collapse: as in `pk.prune`.
+        **options: options of the method.
+
+    Returns:
+        The pruner: `.on_epoch_end(model) -> Event`, `.masks`, `.state_dict()`,
+        `.load_state_dict(state)`, `.save(path)`, `.load(path)`.
+
+    Raises:
+        ValueError: unknown name or option, an option out of range, missing data, nothing to prune.
+        SparsityError: the sparsity is out of range or keeps nothing.
+        The model is unchanged.
+
+    Example:
+        >>> import torch, paikern as pk
+        >>> net = pk.zoo.create("mlp", sizes=(8, 16, 4))
+        >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        >>> pruner = pk.pruner("asni", net, sparsity=0.75, epochs=5, optimizer=optimizer)
+        >>> for epoch in range(5):
+        ...     net(torch.randn(4, 8)).square().mean().backward()  # one epoch of training
+        ...     optimizer.step()
+        ...     event = pruner.on_epoch_end(net)
+        >>> event.kept, event.total
+        (48, 192)
+    """
+    cls = pruner_class(name)
+    _check_options(cls, options)
+    if isinstance(epochs, bool) or not isinstance(epochs, Integral) or epochs < 1:
+        raise ValueError(f"epochs must be an integer >= 1, got {epochs!r}")
+    if not isinstance(seed, Integral) or isinstance(seed, bool):
+        raise ValueError(f"seed must be an integer, got {seed!r}")
+    if on_collapse not in ON_COLLAPSE:
+        raise ValueError(f"on_collapse must be one of {ON_COLLAPSE}, got {on_collapse!r}")
+    if cls.needs_data and data is None:
+        raise ValueError(
+            f"data: pruner {cls.name!r} reads samples when it prunes; pass data=, the training "
+            "loader for instance"
+        )
+    fraction = None
+    given = (sparsity, density, compression)
+    if cls.needs_sparsity or any(value is not None for value in given):
+        fraction = budget.resolve_sparsity(sparsity, density, compression=compression)
+    settings = Settings(
+        fraction,
+        int(epochs),
+        as_optimizers(optimizer),
+        as_schedulers(scheduler),
+        data,
+        loss_fn,
+        example_inputs,
+        ignore,
+        include,
+        int(seed),
+        on_collapse,
+    )
+    made = cls(**options)
+    made.start(model, settings)
+    return made
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    factory = field.default_factory
+    return field.default if factory is dataclasses.MISSING else factory()
+
+
+def _check_options(cls: type[Pruner], options: Mapping[str, Any]) -> None:
+    known = {f.name for f in dataclasses.fields(cls)}
+    for option in options:
+        if option not in known:
+            near = difflib.get_close_matches(option, known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            listed = ", ".join(sorted(known)) or "none"
+            raise ValueError(
+                f"{option}: pruner {cls.name!r} has no such option; {hint}its options: {listed}"
+            )
