@@ -108,6 +108,9 @@ class Pruner:
     def restore(self, progress: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Take over what `progress` and `tensors` gave."""
 
+    def restart(self) -> None:
+        """Start optimizers and schedules again; only methods that rewind do anything."""
+
     # --- what everybody calls --------------------------------------------------------------------
 
     def start(self, model: nn.Module, settings: Settings) -> None:
@@ -178,8 +181,7 @@ class Pruner:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken; the masks are applied to the model again.
 
-        The pruner must have been made with the same method, sparsity, epochs and options, before
-        the optimizer or the schedule loads a state.
+        The pruner must have been made with the same method, sparsity, epochs and options.
 
         Raises:
             ValueError: no state of this method, or of other options (they are named).

@@ -15,7 +15,6 @@ Source: Frankle and Carbin 2019 (arXiv:1803.03635) for the rewind to initialisat
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -28,6 +27,7 @@ from paikern.errors import MaskFormatError
 from paikern.masks import MaskSet
 from paikern.training.base import Event, Pruner, check_finite
 from paikern.training.registry import register_pruner
+from paikern.training.restart import Restart
 from paikern.training.survivors import keep_largest
 
 _UNITS = ("step", "epoch")
@@ -79,8 +79,7 @@ class IMP(Pruner):
             )
         self.level, self._in_level, self._steps = 0, 0, 0
         self._rewind_state: dict[str, Tensor] = {}
-        self._groups = [_hyperparameters(o) for o in self.settings.optimizers]
-        self._schedules = [copy.deepcopy(s.state_dict()) for s in self.settings.schedulers]
+        self._restart = Restart(self.settings.optimizers, self.settings.schedulers)
         self._counter: Any = None
         if self.rewind == 0:
             self._rewind_state = _snapshot(self.model)
@@ -137,13 +136,7 @@ class IMP(Pruner):
         )
 
     def restart(self) -> None:
-        """Optimizers and schedules as they were when the pruner was made."""
-        for optimizer, groups in zip(self.settings.optimizers, self._groups, strict=True):
-            optimizer.state.clear()
-            for group, was in zip(optimizer.param_groups, groups, strict=True):
-                group.update(copy.deepcopy(was))
-        for scheduler, state in zip(self.settings.schedulers, self._schedules, strict=True):
-            scheduler.load_state_dict(copy.deepcopy(state))
+        self._restart.now()
 
     def remove(self) -> None:
         super().remove()
@@ -154,19 +147,13 @@ class IMP(Pruner):
             "level": self.level,
             "in_level": self._in_level,
             "steps": self._steps,
-            "schedules": [state.get("last_epoch") for state in self._schedules],
+            "restart": self._restart.progress(),
         }
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"rewind/{name}": value for name, value in self._rewind_state.items()}
 
     def restore(self, progress: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        started = [state.get("last_epoch") for state in self._schedules]
-        if started != progress["schedules"]:
-            raise ValueError(
-                f"state: the schedules stood at {progress['schedules']} when training began, but "
-                f"at {started} when this pruner was made; make it before they load their states"
-            )
         found = {
             key.removeprefix("rewind/"): value
             for key, value in tensors.items()
@@ -174,6 +161,7 @@ class IMP(Pruner):
         }
         if found:
             _check_rewind(found, self.model, self.rewind, self.unit)
+        self._restart.restore(progress["restart"])
         self._rewind_state = found
         self.level, self._in_level = int(progress["level"]), int(progress["in_level"])
         self._steps = int(progress["steps"])
@@ -241,10 +229,3 @@ def _put_back(state: Mapping[str, Tensor], model: nn.Module) -> None:
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             tensor.copy_(state[name])
-
-
-def _hyperparameters(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    return [
-        copy.deepcopy({key: value for key, value in group.items() if key != "params"})
-        for group in optimizer.param_groups
-    ]

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from paikern.api import prune
@@ -56,20 +57,22 @@ class PrunesOnce(Pruner):
         """Prune with `method`, once and for all; `why` goes into the event."""
         settings = self.settings
         check_finite(self.weights(model), f"epoch {epoch}")
-        found = prune(
-            model,
-            self.method,
-            sparsity=self.sparsity,
-            data=data,
-            loss_fn=settings.loss_fn,
-            example_inputs=settings.example_inputs,
-            ignore=settings.ignore,
-            include=settings.include,
-            seed=settings.seed,
-            on_collapse=settings.on_collapse,
-            apply=False,
-            **self.method_options,
-        )
+        with torch.random.fork_rng():  # a loader that shuffles draws from torch's generator
+            torch.manual_seed(settings.seed)
+            found = prune(
+                model,
+                self.method,
+                sparsity=self.sparsity,
+                data=data,
+                loss_fn=settings.loss_fn,
+                example_inputs=settings.example_inputs,
+                ignore=settings.ignore,
+                include=settings.include,
+                seed=settings.seed,
+                on_collapse=settings.on_collapse,
+                apply=False,
+                **self.method_options,
+            )
         metadata = {**found.metadata, "pruner": self.name, "epoch": epoch}
         packed = {name: found.packed(name) for name in self.shapes}
         self.set_masks(model, MaskSet(packed, self.shapes, metadata))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -25,9 +26,12 @@ class VGG(nn.Module):
         image_size: int,
         in_channels: int,
         conv_bias: bool,
+        width: float = 1.0,
     ) -> None:
         super().__init__()
         check_positive("vgg", num_classes=num_classes, in_channels=in_channels)
+        if not 0 < width < math.inf:
+            raise ValueError(f"vgg: width must be a finite factor above 0, got {width}")
         if image_size < 16:
             raise ValueError(
                 f"vgg: image_size must be at least 16 (four halvings), got {image_size}"
@@ -35,48 +39,65 @@ class VGG(nn.Module):
         self.input_spec = InputSpec((in_channels, image_size, image_size))
         layers: list[nn.Module] = []
         channels = in_channels
-        for stage, (depth, width) in enumerate(zip(depths, _WIDTHS, strict=True)):
+        for stage, (depth, full) in enumerate(zip(depths, _WIDTHS, strict=True)):
             if stage:
                 layers.append(nn.MaxPool2d(2))
+            out = max(1, round(width * full))
             for _ in range(depth):
                 layers += [
-                    nn.Conv2d(channels, width, 3, padding=1, bias=conv_bias),
-                    nn.BatchNorm2d(width),
+                    nn.Conv2d(channels, out, 3, padding=1, bias=conv_bias),
+                    nn.BatchNorm2d(out),
                     nn.ReLU(),
                 ]
-                channels = width
+                channels = out
         self.features = nn.Sequential(*layers)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(channels, num_classes)
         kaiming_init(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.features(x)  # [B, 512, image_size // 16, image_size // 16]
+        x = self.features(x)  # [B, 512 width, image_size // 16, image_size // 16]
         out: Tensor = self.classifier(self.avgpool(x).flatten(1))  # [B, num_classes]
         return out
 
 
 def vgg16_bn(
-    num_classes: int = 100, image_size: int = 32, in_channels: int = 3, conv_bias: bool = True
+    num_classes: int = 100,
+    image_size: int = 32,
+    in_channels: int = 3,
+    conv_bias: bool = True,
+    width: float = 1.0,
 ) -> VGG:
-    """13 convolutions and the classifier: 14,761,664 prunable weights with 100 classes."""
+    """13 convolutions and the classifier: 14,761,664 prunable weights with 100 classes.
+
+    ``width`` multiplies the channels of every convolution, rounded to a whole number of at least 1.
+    """
     return VGG(
         (2, 2, 3, 3, 3),
         num_classes=num_classes,
         image_size=image_size,
         in_channels=in_channels,
         conv_bias=conv_bias,
+        width=width,
     )
 
 
 def vgg19_bn(
-    num_classes: int = 100, image_size: int = 32, in_channels: int = 3, conv_bias: bool = True
+    num_classes: int = 100,
+    image_size: int = 32,
+    in_channels: int = 3,
+    conv_bias: bool = True,
+    width: float = 1.0,
 ) -> VGG:
-    """16 convolutions and the classifier: 20,070,080 prunable weights with 100 classes."""
+    """16 convolutions and the classifier: 20,070,080 prunable weights with 100 classes.
+
+    ``width`` multiplies the channels of every convolution, rounded to a whole number of at least 1.
+    """
     return VGG(
         (2, 2, 4, 4, 4),
         num_classes=num_classes,
         image_size=image_size,
         in_channels=in_channels,
         conv_bias=conv_bias,
+        width=width,
     )

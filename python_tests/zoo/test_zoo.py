@@ -244,6 +244,8 @@ def test_unknown_name_far_from_all_lists_them() -> None:
         ("mlp", {"sizes": (4, 0)}, r"sizes\[1\] must be at least 1, got 0"),
         ("resnet20", {"num_classes": 0}, "num_classes must be at least 1, got 0"),
         ("vgg16_bn", {"image_size": 8}, "image_size must be at least 16"),
+        ("vgg16_bn", {"width": 0}, "width must be a finite factor above 0, got 0"),
+        ("vgg19_bn", {"width": float("nan")}, "width must be a finite factor above 0, got nan"),
         ("vit_b_16", {"image_size": 30}, "multiple of patch"),
         ("vit_b_16", {"dim": 50}, "dim must be a multiple of heads"),
         ("gpt2", {"dim": 50}, "dim must be a multiple of heads"),
@@ -255,6 +257,16 @@ def test_unknown_name_far_from_all_lists_them() -> None:
 def test_bad_sizes(name: str, kwargs: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         on_meta(name, **kwargs)
+
+
+def test_width_multiplies_the_channels() -> None:
+    narrow = on_meta("vgg16_bn", width=0.25, num_classes=10, in_channels=1)
+    widths = [m.out_channels for m in narrow.modules() if isinstance(m, nn.Conv2d)]
+    assert widths == [16] * 2 + [32] * 2 + [64] * 3 + [128] * 6
+    assert narrow.classifier.in_features == 128
+    assert [m.out_channels for m in on_meta("vgg19_bn", width=0.001).features[::3][:1]] == [1]
+    x = torch.ones(2, 1, 16, 16, device="meta")
+    assert narrow(x).shape == (2, 10)
 
 
 def test_unknown_argument() -> None:
