@@ -26,6 +26,7 @@ from paikern.masks import MaskSet, load_masks
 from paikern.pathgraph import register_path_rule
 from paikern.scorers import register_scorer
 from paikern.scores import Dense, Factored, Product, Scores
+from paikern.shrink import shrink
 from paikern.sparse import (
     MaskedConv1D,
     MaskedConv2d,
@@ -76,6 +77,7 @@ __all__ = [
     "register_scorer",
     "score",
     "select",
+    "shrink",
     "sparsify",
     "training",
     "zoo",

@@ -18,6 +18,7 @@ from paikern import budget
 from paikern.analysis import Topology, topology
 from paikern.backends import registry
 from paikern.batches import Batches
+from paikern.channel_rounds import channel_metadata
 from paikern.errors import NonFiniteScoreError, PaikernWarning, SparsityError
 from paikern.masks import MaskSet
 from paikern.pathgraph import trace
@@ -36,6 +37,7 @@ from paikern.scorers import (
     scorer_names,
 )
 from paikern.scorers.base import VARIANTS, scorer_class
+from paikern.scorers.channel_scorer import ChannelScorer
 from paikern.selection import ON_COLLAPSE, RULES, apply_collapse_rule, listed, select_packed
 from paikern.structured import check_pattern, left_dense, target_sparsity
 
@@ -147,7 +149,7 @@ def prune(
         density=density,
         amount=amount,
         compression=compression,
-        total=sum(torch.Size(shape).numel() for shape in run.shapes.values()),
+        total=_total(run, scorer),
     )
     plan = Plan(
         fraction,
@@ -183,6 +185,7 @@ def prune(
             "model": type(run.model).__name__,
             "history": history,
             "notes": run.notes,
+            **(channel_metadata(run) if isinstance(scorer, ChannelScorer) else {}),
         },
     )
     found.metadata["achieved_sparsity"] = found.sparsity
@@ -375,6 +378,13 @@ def _scorer(method: str | Scorer, options: Mapping[str, Any]) -> Scorer:
             )
         return method
     return make_scorer(method, options)
+
+
+def _total(run: Run, scorer: Scorer) -> int:
+    """What a sparsity is a fraction of."""
+    if isinstance(scorer, ChannelScorer) and scorer.target == "nodes":
+        return scorer.groups(run).nodes
+    return sum(torch.Size(shape).numel() for shape in run.shapes.values())
 
 
 def _check_choices(

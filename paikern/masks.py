@@ -15,6 +15,7 @@ from torch.nn.utils import prune as torch_prune
 from paikern import _maskfile, ops
 from paikern._attach import AttachedMasks
 from paikern._names import Slot, find, slots, storage_key, strip_wrappers
+from paikern.channels import decoded
 from paikern.errors import MaskFormatError, PaikernError
 from paikern.ops.unpack_mask import count_kept
 from paikern.prunable import Filter, prunable_parameters
@@ -195,6 +196,25 @@ class MaskSet(Mapping[str, Tensor]):
     def sparsity(self) -> float:
         """Fraction of weights removed, counted (0 for an empty set)."""
         return 1.0 - self.kept / self.total if self.total else 0.0
+
+    @property
+    def channels(self) -> dict[str, Tensor]:
+        """Weight name -> bool ``[out]``, True for the channels kept by a structured method.
+
+        Empty where the masks were not made by channels. Layers that keep all of theirs, because
+        they cannot become narrower, are not in it.
+
+        Raises:
+            MaskFormatError: the entry of the file is damaged.
+        """
+        return decoded(self.metadata.get("channels", {}))
+
+    @property
+    def node_sparsity(self) -> float:
+        """Fraction of the channels in ``channels`` that are removed (0 for none at all)."""
+        kept = self.channels.values()
+        total = sum(mask.numel() for mask in kept)
+        return 1.0 - sum(int(mask.sum()) for mask in kept) / total if total else 0.0
 
     @property
     def digest(self) -> str:

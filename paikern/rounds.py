@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from paikern import budget, ops
+from paikern.channel_rounds import check_channels, run_channel_rounds
 from paikern.masks import MaskSet
 from paikern.pattern import Pattern
 from paikern.progress import Progress, ProgressFunction
 from paikern.rows import check_rows, select_rows
 from paikern.scorers import MaskBuilder, Run, Scorer, Scores, TrainedScorer
+from paikern.scorers.channel_scorer import ChannelScorer
 from paikern.scorers.device_loop import DeviceLoop
 from paikern.scorers.path_loop import PathLoop
 from paikern.selection import apply_collapse_rule, collapsed, empty_layers, select_packed
@@ -63,6 +65,10 @@ def run_rounds(
 ) -> tuple[dict[str, Tensor], History]:
     """The packed masks at the end of a run, and what each round or step found."""
     check_single_weights(scorer, plan.pattern)
+    if isinstance(scorer, ChannelScorer):
+        check_channels(plan.scope, plan.rule, plan.pattern, scorer.name)
+        fractions = scorer.sparsities(plan.fraction, plan.rounds, plan.schedule)
+        return run_channel_rounds(run, scorer, fractions, plan.scope, plan.on_collapse, progress)
     if isinstance(scorer, MaskBuilder):
         _check_builder(scorer, plan)
     check_pattern(plan.pattern, run.shapes, plan.scope, plan.rule)

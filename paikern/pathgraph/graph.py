@@ -63,13 +63,16 @@ class PathGraph:
     """Steps in execution order, the input values (ones) and the output values (summed into R).
 
     `notes` holds what tracing decided and a user may want to know. A graph knows no weights and
-    no method, so one graph serves every method and every state of the same model.
+    no method, so one graph serves every method and every state of the same model. `recorded` are
+    the steps together with those that no path to an output passes: the statistic that a norm
+    divides by, a branch whose result is not used.
     """
 
     steps: tuple[Step, ...]
     inputs: dict[int, tuple[int, ...]]
     outputs: tuple[int, ...]
     notes: tuple[str, ...] = ()
+    recorded: tuple[Step, ...] = ()
 
     @property
     def weights(self) -> tuple[Weight, ...]:

@@ -93,6 +93,7 @@ def _graph(tracer: Tracer, outputs: list[Any], model: nn.Module) -> PathGraph:
         inputs=dict(tracer.inputs),
         outputs=tuple(dict.fromkeys(v.id for v in found)),
         notes=tuple(tracer.notes),
+        recorded=tuple(tracer.steps),
     )
 
 

@@ -109,11 +109,13 @@ def walk_graph(graph: PathGraph, state: State, *, identity_skips: bool = False) 
     Raises:
         NotImplementedError: a step mixes units (a mean over channels); names module and operation.
     """
-    return _Builder(graph, state, identity_skips).build()
+    return Units(graph, state, identity_skips).build()
 
 
 @dataclass
-class _Builder:
+class Units:
+    """Runs the steps of a graph on labels."""
+
     graph: PathGraph
     state: State
     identity_skips: bool
@@ -132,7 +134,7 @@ class _Builder:
             for value in step.inputs:
                 if last[value] == at:
                     self.labels.pop(value, None)
-        ends = torch.cat([_compact(self.labels[i]).flatten() for i in self.graph.outputs])
+        ends = torch.cat([compact(self.labels[i]).flatten() for i in self.graph.outputs])
         sources = ends[ends >= 0].unique()
         units = torch.arange(len(sources))
         self._node(OUTPUT, len(units), len(units), [Slot(sources, units)])
@@ -209,7 +211,7 @@ class _Builder:
 
     def _weight(self, step: Weight, labels: Tensor) -> Tensor:
         dim = len(step.in_shape) - 1 if step.kind == "linear" else 1
-        slot = _slot(labels.expand(*step.in_shape), dim)
+        slot = met_units(labels.expand(*step.in_shape), dim)
         out_dim = len(step.out_shape) - 1 if step.kind == "linear" else 1
         node = self._node(WEIGHT, step.out_shape[out_dim], step.in_shape[dim], [slot], step)
         return self._new_labels(node, step.out_shape, out_dim)
@@ -220,7 +222,7 @@ class _Builder:
             parts = self._without_skips(parts)
         if len(parts) == 1:
             return parts[0]
-        parts = [p.expand(*_common(parts)) for p in (_compact(p) for p in parts)]
+        parts = [p.expand(*_common(parts)) for p in (compact(p) for p in parts)]
         code = torch.zeros_like(parts[0])
         for part in parts:  # a number for every combination met
             code = (code * (self.total + 1) + part + 1).unique(return_inverse=True)[1]
@@ -241,7 +243,7 @@ class _Builder:
 
     def _without_skips(self, parts: list[Tensor]) -> list[Tensor]:
         """The inputs of a sum but for those that another one reaches through weights."""
-        owned = [frozenset(owners(self.nodes, _compact(p))) for p in parts]
+        owned = [frozenset(owners(self.nodes, compact(p))) for p in parts]
         through = [
             frozenset().union(*(self.nodes[o].through_weights for o in numbers))
             for numbers in owned
@@ -265,7 +267,7 @@ class _Builder:
         units = torch.arange(heads * width).view(*lead, 1, width)
         slots = []
         for x in xs:
-            rows = _compact(x)  # [..., T or 1, E]
+            rows = compact(x)  # [..., T or 1, E]
             rows = step._repeat(rows)
             if rows.shape[-1] != width:
                 sources = rows.unsqueeze(-1).expand(*rows.shape, width)
@@ -285,7 +287,7 @@ class _Builder:
         return torch.where(closed, -1, labels) if bool(closed.any()) else labels
 
     def _max_pool(self, step: MaxPool, labels: Tensor) -> Tensor:
-        flat = _compact(labels.expand(*step.in_shape))
+        flat = compact(labels.expand(*step.in_shape))
         if all(n == 1 for n in flat.shape[-step.spatial :]):  # one unit over the whole map
             return flat.expand(*step.out_shape)
         return self._replayed(step, labels)
@@ -319,10 +321,10 @@ class _Builder:
         return torch.where(open_, found, -1)
 
 
-def _slot(labels: Tensor, dim: int) -> Slot:
+def met_units(labels: Tensor, dim: int) -> Slot:
     """Which units meet which index of dimension `dim`."""
     width = labels.shape[dim]
-    flat = _compact(labels)
+    flat = compact(labels)
     meets = torch.arange(width).view([-1 if d == dim else 1 for d in range(flat.dim())])
     shape = list(flat.shape)
     shape[dim] = width
@@ -347,7 +349,7 @@ def _pairs(sources: Tensor, meets: Tensor, width: int) -> Slot:
     return Slot(code % span + low, code // span)
 
 
-def _compact(labels: Tensor) -> Tensor:
+def compact(labels: Tensor) -> Tensor:
     """Dimensions along which a view repeats itself, cut to one."""
     for dim, (size, stride) in enumerate(zip(labels.shape, labels.stride(), strict=True)):
         if size > 1 and stride == 0:
@@ -356,14 +358,14 @@ def _compact(labels: Tensor) -> Tensor:
 
 
 def _common(parts: Sequence[Tensor]) -> torch.Size:
-    return torch.broadcast_shapes(*(_compact(p).shape for p in parts))
+    return torch.broadcast_shapes(*(compact(p).shape for p in parts))
 
 
 def _cat(step: Cat, xs: list[Tensor]) -> Tensor:
     given = iter(xs)
     none = torch.full((1,) * len(step.in_shapes[0]), -1)
     parts = [
-        _compact(next(given).expand(*shape)) if carries else none
+        compact(next(given).expand(*shape)) if carries else none
         for carries, shape in zip(step.carries, step.in_shapes, strict=True)
     ]
     around = list(torch.broadcast_shapes(*(p.select(step.dim, 0).shape for p in parts)))
@@ -388,7 +390,7 @@ def _mean(step: Mean, labels: Tensor) -> Tensor:
     kept = [1 if d in step.dims else n for d, n in enumerate(step.in_shape)]
     if not any(labels.stride(d) == 0 and n > 1 for d, n in enumerate(labels.shape)):
         return top.reshape(step.out_shape)
-    flat = _compact(labels).amax(step.dims, keepdim=True)  # stays a view of its repetitions
+    flat = compact(labels).amax(step.dims, keepdim=True)  # stays a view of its repetitions
     return flat.expand(kept).reshape(step.out_shape)
 
 

@@ -10,6 +10,7 @@ from paikern.scorers.base import (
     scorer_class,
     scorer_names,
 )
+from paikern.scorers.channel_scorer import ChannelScorer
 from paikern.scorers.crop import CroPitU, CroPU
 from paikern.scorers.data_scorer import DataScorer
 from paikern.scorers.dpai import DPaI, DPaITrainer, StepStatistics
@@ -18,19 +19,24 @@ from paikern.scorers.gradient_scorer import GradientScorer
 from paikern.scorers.grasp import GraSP
 from paikern.scorers.grasp_it import GraSPIt
 from paikern.scorers.itersnip import IterSNIP
+from paikern.scorers.l1_filters import L1Filters
 from paikern.scorers.magnitude import Magnitude
 from paikern.scorers.npb import NPB
+from paikern.scorers.ntk_sap import NTKSAP
 from paikern.scorers.phew import PHEW
 from paikern.scorers.prospr import ProsPr
 from paikern.scorers.px import PX
 from paikern.scorers.random import Random
+from paikern.scorers.random_s import RandomS
 from paikern.scorers.random_u import RandomU
+from paikern.scorers.snap import SNAP
 from paikern.scorers.snip import SNIP
 from paikern.scorers.synflow import LogSynFlow, SynFlow, SynFlowL2
 from paikern.scorers.wanda import Wanda
 from paikern.scores import Dense, Factored, Product, Scores
 
 __all__ = [
+    "ChannelScorer",
     "CroPU",
     "CroPitU",
     "DPaI",
@@ -42,18 +48,22 @@ __all__ = [
     "GraSP",
     "GraSPIt",
     "GradientScorer",
+    "L1Filters",
     "IterSNIP",
     "LogSynFlow",
     "Magnitude",
     "MaskBuilder",
     "ProsPr",
     "NPB",
+    "NTKSAP",
     "PHEW",
     "PX",
     "Product",
     "Random",
+    "RandomS",
     "RandomU",
     "Run",
+    "SNAP",
     "SNIP",
     "Scorer",
     "Scores",

@@ -19,13 +19,14 @@ COPIES = frozenset(
     ).split()
 )
 _ACTIVATIONS = (
-    "relu relu_ relu6 hardtanh hardtanh_ leaky_relu leaky_relu_ prelu rrelu elu elu_ celu selu "
+    "relu relu_ relu6 hardtanh hardtanh_ leaky_relu leaky_relu_ rrelu elu elu_ celu selu "
     "gelu silu silu_ mish hardswish hardswish_ hardsigmoid hardsigmoid_ sigmoid tanh softplus "
     "softsign logsigmoid log_sigmoid dropout dropout_ feature_dropout alpha_dropout native_dropout "
-    "softmax _softmax log_softmax _log_softmax neg abs square pow sqrt rsqrt reciprocal exp erf "
+    "neg abs square pow sqrt rsqrt reciprocal exp erf "
     "log log1p clamp clamp_ clamp_min clamp_max threshold threshold_ round floor sin cos "
     "logit sign tanhshrink hardshrink softshrink nan_to_num"
 ).split()
+_SOFTMAX = ("softmax", "_softmax", "log_softmax", "_log_softmax")
 _RECTIFIERS = ("relu", "relu_", "relu6")
 
 
@@ -40,6 +41,19 @@ for _name in _ACTIVATIONS:
     RULES["aten." + _name] = _identity
 for _name in COPIES:
     RULES[_name] = _identity
+
+
+def _softmax(tracer: Tracer, args: Any, kwargs: Any) -> Any:
+    """An activation; the sum that it divides by is recorded, though no path goes through it."""
+    x: PathValue = _identity(tracer, args, kwargs)
+    dim = argument(args, kwargs, 1, "dim", -1) % len(x.shape)
+    shape = tuple(1 if d == dim else n for d, n in enumerate(x.shape))
+    tracer.emit(steps.Mean, [x], shape, x.shape, (dim,), shape, False)
+    return x
+
+
+for _name in _SOFTMAX:
+    RULES["aten." + _name] = _softmax
 
 
 def _rectify(tracer: Tracer, args: Any, kwargs: Any) -> Any:
@@ -97,6 +111,16 @@ def _layer_norm(tracer: Tracer, args: Any, kwargs: Any) -> PathValue:
     weight = argument(args, kwargs, 2, "weight")
     bias = argument(args, kwargs, 3, "bias") if tracer.op == "aten.layer_norm" else None
     return _norm(tracer, args[0], tuple(args[1]), weight, bias)
+
+
+@rule("prelu")
+def _prelu(tracer: Tracer, args: Any, kwargs: Any) -> Any:
+    """An activation; that it has a number for every channel is recorded."""
+    x: PathValue = _identity(tracer, args, kwargs)
+    weight = args[1]
+    if isinstance(weight, ParamValue) and max(weight.shape, default=1) > 1:
+        _norm(tracer, x, _per_channel(x), weight, None)
+    return x
 
 
 @rule("add", "add_", "sub", "sub_", "rsub")

@@ -1,0 +1,44 @@
+"""SNAP: keep the channels that the loss is most sensitive to.
+
+    S[o] = |sum_b dL_b / dc[o]|   at c = 1, c[o] the gate of output o
+
+Source: SNAP, Verdenius et al. 2020, "Pruning via iterative ranking of sensitivity statistics"
+(arXiv:2006.00896), the structured form of SNIP. Their division by the sum of the losses does not
+change the order; their code takes the mean of -logit of the label for the loss
+(`loss_fn="nll_logits"`).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from paikern.gradients.network import weighted
+from paikern.pathgraph.channels import ChannelGroups
+from paikern.scorers.base import Run, register_scorer
+from paikern.scorers.channel_scorer import summed
+from paikern.scorers.gated_scorer import GatedScorer
+
+
+@register_scorer("snap")
+class SNAP(GatedScorer):
+    """`|sum_b dL_b / dc|` of each output; coupled layers add up. One round."""
+
+    summary: ClassVar[str] = "channel sensitivity |dL / dgate| of the loss on data; structured"
+    source: ClassVar[str] = "Verdenius et al. 2020"
+
+    def channel_scores(self, run: Run, groups: ChannelGroups) -> dict[str, Tensor]:
+        gates = self.gated(run, groups)
+        slopes = gates.zeros()
+
+        def add(parameter: str, gradient: Tensor) -> None:
+            if (name := gates.owner(parameter)) is not None:
+                slopes[name] += gates.by_gate(parameter, gradient)
+
+        with gates.network.running():
+            for number, (batch, share) in enumerate(weighted(self.read(run))):
+                gates.network.backward(gates.network.loss(batch, number) * share, add)
+        return {
+            group.name: summed(group, {n: slopes[n].abs() for n in group.rows}) for group in groups
+        }
