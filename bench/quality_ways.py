@@ -120,6 +120,10 @@ WAYS: dict[str, Way] = {
     "crop": _data("crop"),
     "cropit": _data("cropit"),
     "prospr": _data("prospr"),
+    "ntk_sap": _data("ntk_sap"),
+    "random_s": _structured("random_s"),
+    "l1_filters": _structured("l1_filters"),
+    "snap": _structured("snap"),
     "earlycrop_u": _training("earlycrop_u"),
     "earlycrop_s": _training("earlycrop_s", structured=True, method_options=_ON_WEIGHTS),
     "earlybird_ticket": _training(

@@ -188,6 +188,18 @@ def test_columns_of_the_slides_and_of_asni() -> None:
     assert "| 98 | 2 | 95.00 ± - | 60.00 ± - | 70.00 ± - |  |" in text
 
 
+def test_emptied_layers_are_listed_at_the_lowest_sparsity() -> None:
+    text = page_of(
+        row_of("px", 0, 0.5, empty_layers=6, sparsity=0.95),
+        row_of("px", 1, 0.5, empty_layers=2, sparsity=0.95),
+        row_of("px", 0, 0.1, empty_layers=9, sparsity=0.99, log_paths=None),
+        row_of("snip", 0, 0.5),
+    )
+    section = text.partition("## Where layers are emptied")[2]
+    assert "| px | 95%: 6 layers, 99%: no path |" in section
+    assert "| snip |" not in section
+
+
 def test_contradictions_come_from_the_rows() -> None:
     def notes(*means: float) -> list[str]:
         names = ("asni, centroids", "asni, original init")
