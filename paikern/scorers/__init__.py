@@ -22,6 +22,7 @@ from paikern.scorers.itersnip import IterSNIP
 from paikern.scorers.l1_filters import L1Filters
 from paikern.scorers.magnitude import Magnitude
 from paikern.scorers.npb import NPB
+from paikern.scorers.ntk_sap import NTKSAP
 from paikern.scorers.phew import PHEW
 from paikern.scorers.prospr import ProsPr
 from paikern.scorers.px import PX
@@ -54,6 +55,7 @@ __all__ = [
     "MaskBuilder",
     "ProsPr",
     "NPB",
+    "NTKSAP",
     "PHEW",
     "PX",
     "Product",
