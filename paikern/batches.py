@@ -199,7 +199,10 @@ def _whole(data: Any) -> Batch | None:
     x, y = data
     if not _is_rows(x) or not _is_rows(y):
         return None
-    labels = isinstance(data, tuple) or not y.is_floating_point() or y.dim() < x.dim()
+    surely = not y.is_floating_point() or y.dim() < x.dim()
+    if surely and isinstance(data, tuple) and len(x) != len(y):
+        raise ValueError(f"data: {len(x)} inputs and {len(y)} labels; give one label a sample")
+    labels = isinstance(data, tuple) or surely
     return Batch(x, y) if labels and len(x) == len(y) else None
 
 

@@ -25,7 +25,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -33,7 +32,7 @@ from paikern import zoo
 from paikern._names import storage_key, strip_wrappers
 from paikern.errors import PaikernError, PaikernWarning
 
-__all__ = ["ModelLoadError", "load_checkpoint", "load_model", "load_samples", "parse_shape"]
+__all__ = ["ModelLoadError", "load_checkpoint", "load_model", "parse_shape"]
 
 # Where training scripts put the state dict inside a checkpoint.
 _NESTED_KEYS = ("state_dict", "model_state_dict", "model", "module", "net")
@@ -287,55 +286,11 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
     model.load_state_dict(given, strict=False)
 
 
-def load_samples(path: str | os.PathLike[str]) -> Tensor:
-    """Samples `[n, ...]` in float32 from a file, for `data=`.
-
-    Args:
-        path: an array that ``numpy.save`` wrote (read without unpickling), or a safetensors file
-            whose only tensor, or the one named ``data``, holds them.
-
-    Raises:
-        ModelLoadError: the file cannot be read or holds no such tensor.
-
-    >>> import tempfile, pathlib, numpy
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     file = pathlib.Path(folder, "samples.npy")
-    ...     numpy.save(file, numpy.zeros((20, 3, 32, 32)))
-    ...     load_samples(file).shape
-    torch.Size([20, 3, 32, 32])
-    """
-    name = os.fspath(path)
-    if not Path(path).is_file():
-        raise ModelLoadError(f"data: there is no file {name}")
-    try:
-        if _is_safetensors(Path(path)):
-            from safetensors.torch import load_file
-
-            held = load_file(path)
-        else:
-            held = {"data": torch.from_numpy(np.load(path, allow_pickle=False))}
-    except Exception as error:
-        raise ModelLoadError(
-            f"data: {name} cannot be read ({_first_line(error)}); give a .npy array or a "
-            "safetensors file"
-        ) from error
-    found = next(iter(held.values())) if len(held) == 1 else held.get("data")
-    if found is None:
-        raise ModelLoadError(
-            f"data: {name} holds {len(held)} tensors and none is named 'data'; save one"
-        )
-    if found.dim() < 2 or found.is_complex():
-        raise ModelLoadError(
-            f"data: {name} must hold numbers [n, ...], got {found.dtype} {list(found.shape)}"
-        )
-    return found.float()
-
-
 def _read_state(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ModelLoadError(f"checkpoint: there is no file {os.fspath(path)}")
     try:
-        if _is_safetensors(path):
+        if is_safetensors(path):
             from safetensors.torch import load_file
 
             return load_file(path)
@@ -347,7 +302,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         ) from error
     except Exception as error:
         raise ModelLoadError(
-            f"checkpoint: {os.fspath(path)} cannot be read ({_first_line(error)}); give a "
+            f"checkpoint: {os.fspath(path)} cannot be read ({first_line(error)}); give a "
             "safetensors file or torch.save(model.state_dict())"
         ) from error
     for key in _NESTED_KEYS:
@@ -360,7 +315,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     return {str(name): value for name, value in held.items() if isinstance(value, Tensor)}
 
 
-def _is_safetensors(path: Path) -> bool:
+def is_safetensors(path: Path) -> bool:
     """By content: eight bytes of length, then JSON. Files get renamed."""
     with open(path, "rb") as file:
         start = file.read(9)
@@ -414,7 +369,7 @@ def _optional(module: str, package: str) -> ModuleType:
                 f"model: {module} is not installed; pip install {package}"
             ) from error
         raise ModelLoadError(
-            f"model: {module} cannot be imported ({_first_line(error)}); pip install -U {package}"
+            f"model: {module} cannot be imported ({first_line(error)}); pip install -U {package}"
         ) from error
 
 
@@ -458,9 +413,9 @@ def _one_line(what: str) -> Iterator[None]:
     except ModelLoadError:
         raise
     except Exception as error:
-        raise ModelLoadError(f"{what}: {type(error).__name__}: {_first_line(error)}") from error
+        raise ModelLoadError(f"{what}: {type(error).__name__}: {first_line(error)}") from error
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -9,7 +9,6 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -21,7 +20,6 @@ from paikern.loading import (
     ModelLoadError,
     load_checkpoint,
     load_model,
-    load_samples,
     parse_shape,
 )
 
@@ -375,32 +373,3 @@ def test_what_is_no_state_dict_is_named(tmp_path: Path) -> None:
 def test_errors_are_paikern_errors() -> None:
     assert issubclass(ModelLoadError, PaikernError)
     assert issubclass(ModelLoadError, ValueError)
-
-
-def test_samples(tmp_path: Path) -> None:
-    values = torch.arange(24.0).reshape(4, 6)
-    np.save(tmp_path / "a.npy", values.double().numpy())
-    save_file({"x": values.half()}, tmp_path / "b.safetensors")
-    save_file({"x": values[:1].clone(), "data": values}, tmp_path / "c.bin")
-    for name in ("a.npy", "b.safetensors", "c.bin"):
-        found = load_samples(tmp_path / name)
-        assert found.dtype == torch.float32
-        assert torch.equal(found, values)
-
-
-def test_samples_that_are_none(tmp_path: Path) -> None:
-    np.save(tmp_path / "objects.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    np.save(tmp_path / "flat.npy", np.zeros(5))
-    np.save(tmp_path / "text.npy", np.array([["a", "b"]]))
-    save_file({"x": torch.ones(2, 2), "y": torch.ones(2)}, tmp_path / "two.safetensors")
-    (tmp_path / "noise.npy").write_bytes(b"no array")
-    for name, message in (
-        ("absent.npy", "there is no file"),
-        ("objects.npy", "cannot be read"),
-        ("text.npy", "cannot be read"),
-        ("noise.npy", "cannot be read"),
-        ("flat.npy", r"must hold numbers \[n, ...\], got torch.float64 \[5\]"),
-        ("two.safetensors", "holds 2 tensors and none is named 'data'"),
-    ):
-        with pytest.raises(ModelLoadError, match=f"^data: .*{message}"):
-            load_samples(tmp_path / name)

@@ -22,14 +22,17 @@ from paikern import report as reports
 from paikern._names import storage_key
 from paikern.analysis import Topology
 from paikern.backends import registry
+from paikern.batches import Batches
 from paikern.cli.console import Console
 from paikern.errors import PathRuleError
-from paikern.loading import load_model, load_samples
+from paikern.loading import load_model
 from paikern.masks import MaskSet, load_masks
 from paikern.pattern import Layout, Pattern, parse_pattern
 from paikern.prunable import prunable_parameters
 from paikern.report import Column, Table, layer_table, provenance_table, summarize
 from paikern.report.tables import log_text, percent
+from paikern.samples import load_samples
+from paikern.scorers import GradientScorer
 from paikern.scorers.base import Scorer, TrainedScorer, make_scorer, scorer_class
 from paikern.structured import deviations, kept_range, target_sparsity
 
@@ -53,10 +56,12 @@ def prune(args: Arguments, console: Console) -> int:
             f"--data: method {scorer.name!r} "
             + ("reads samples; give --data FILE" if scorer.needs_data else "reads no samples")
         )
+    if args.loss is not None and not isinstance(scorer, GradientScorer):
+        raise ValueError(f"--loss: method {scorer.name!r} differentiates no loss")
     data = None if args.data is None else load_samples(args.data)
     model, inputs = load_model(args.model, args.checkpoint, input_shape=args.input, seed=args.seed)
     if inputs is None and data is not None:
-        inputs = torch.ones_like(data[:1])
+        inputs = _example(data)
     if scorer.needs_inputs and inputs is None:
         raise ValueError(
             f"--input: method {scorer.name!r} traces the model and needs the shape of an input, "
@@ -68,6 +73,7 @@ def prune(args: Arguments, console: Console) -> int:
         sparsity=fraction,
         example_inputs=inputs,
         data=data,
+        loss_fn=args.loss,
         pattern=args.pattern,
         scope=args.scope,
         rounds=args.rounds,
@@ -221,6 +227,12 @@ def bench(args: Arguments, console: Console) -> int:
 
 
 # --- parts ---------------------------------------------------------------------------------------
+
+
+def _example(data: Any) -> Any:
+    """Inputs of the shape of one sample."""
+    example = Batches(data).example()
+    return torch.ones_like(example) if isinstance(example, torch.Tensor) else example
 
 
 def _scorer(name: str, settings: list[str]) -> Scorer:

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 from paikern import budget
 from paikern.cli import commands
+from paikern.gradients.loss import LOSSES
 from paikern.loading import parse_shape
 from paikern.scorers.base import VARIANTS
 from paikern.selection import ON_COLLAPSE, RULES
@@ -112,8 +113,10 @@ def _add_prune(every: Any) -> None:
     sub.add_argument(
         "--data",
         metavar="FILE",
-        help="samples [n, ...] for methods that read some (px): .npy or safetensors",
+        help="samples for methods that read some: .npy, .npz or safetensors with inputs [n, ...] "
+        "and, for methods that differentiate a loss, labels",
     )
+    sub.add_argument("--loss", choices=LOSSES, help="default: by the model and the labels")
     amount = sub.add_argument_group("how much to remove (give one)")
     amount.add_argument("--sparsity", type=float, metavar="F", help="fraction removed, in [0, 1)")
     amount.add_argument("--density", type=float, metavar="F", help="fraction kept, in (0, 1]")

@@ -27,8 +27,8 @@ def difference_product(
     """`scale * sum_b [dL_b/dW (W + h v) - dL_b/dW (W - h v)] / 2h`, all in float64.
 
     h = 1e-7 |W| / |v| over all weights together: small enough to cross hardly any kink of a ReLU,
-    large enough for rounding in float64 (1e-9 relative). Parameters, buffers and inputs are computed
-    with as float64 copies; the model must not fix another dtype inside.
+    large enough for rounding in float64 (1e-9 relative). Parameters, buffers and inputs enter as
+    float64 copies; the model must not fix another dtype inside.
 
     Args:
         network: within `network.running()`.

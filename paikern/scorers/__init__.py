@@ -25,6 +25,7 @@ from paikern.scorers.itersnip import IterSNIP
 from paikern.scorers.l1_filters import L1Filters
 from paikern.scorers.magnitude import Magnitude
 from paikern.scorers.npb import NPB
+from paikern.scorers.ntk_sap import NTKSAP
 from paikern.scorers.phew import PHEW
 from paikern.scorers.prospr import ProsPr
 from paikern.scorers.px import PX
@@ -61,6 +62,7 @@ __all__ = [
     "MaskBuilder",
     "ProsPr",
     "NPB",
+    "NTKSAP",
     "PHEW",
     "PX",
     "Product",

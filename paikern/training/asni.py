@@ -21,8 +21,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from paikern.budget import keep_count
 from paikern.errors import SparsityError
@@ -85,7 +84,6 @@ class ASNI(Pruner):
                     f"sparsity={self.sparsity} would need alpha={self._alpha:.4g}, which must be "
                     f"below 100; use a smaller gamma than {self._gamma:g}, or more epochs"
                 )
-        self._memory: Tensor | None = None
 
     def percent(self, epoch: int) -> float:
         """p(epoch), the percentage that is removed after so many epochs."""
@@ -112,16 +110,12 @@ class ASNI(Pruner):
         weights = self.weights(model)
         check_finite(weights, f"epoch {epoch}")
         kept = min(self.kept_at(epoch), self.masks.kept)
-        device = next(iter(weights.values())).device
-        if self._memory is None or self._memory.device != device:
-            self._memory = torch.full((1, 2), math.nan, dtype=torch.float64, device=device)
         packed = keep_largest(
             weights,
             self.masks,
             kept,
             on_collapse=self.settings.on_collapse,
             when=f"epoch {epoch}",
-            memory=self._memory,
         )
         percent = self.percent(epoch)
         found = MaskSet(packed, self.shapes, self.provenance(percent=percent, epoch=epoch))

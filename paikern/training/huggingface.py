@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from typing import Any
 
@@ -9,15 +10,20 @@ from paikern.training.base import Event, Pruner
 from paikern.training.registry import pruner, pruner_class
 from paikern.training.trainer_data import defaults
 
-try:
-    from transformers import TrainerCallback
-except ImportError:
-    TrainerCallback = object
+
+def _callback_class() -> Any:
+    try:
+        return importlib.import_module("transformers").TrainerCallback
+    except ImportError:
+        return object
+
+
+_Callback: Any = _callback_class()
 
 FILE = "paikern_pruner.safetensors"
 
 
-class HFPruner(TrainerCallback):
+class HFPruner(_Callback):
     """`pk.pruner(name, ...)` at the end of every epoch of `transformers.Trainer`.
 
     Args:
@@ -43,7 +49,7 @@ class HFPruner(TrainerCallback):
     """
 
     def __init__(self, name: str, *, resume_from: str | None = None, **options: Any) -> None:
-        if TrainerCallback is object:
+        if _Callback is object:
             raise ImportError(
                 "HFPruner needs transformers, which is not installed; pip install transformers"
             )

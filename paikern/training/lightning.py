@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -9,16 +10,20 @@ from paikern.training.base import Event, Pruner
 from paikern.training.registry import pruner, pruner_class
 from paikern.training.trainer_data import defaults
 
-try:
-    from lightning.pytorch.callbacks import Callback
-except ImportError:
-    try:
-        from pytorch_lightning.callbacks import Callback  # the older name of the package
-    except ImportError:
-        Callback = object
+
+def _callback_class() -> Any:
+    for package in ("lightning.pytorch", "pytorch_lightning"):  # the second is the older name
+        try:
+            return importlib.import_module(package).Callback
+        except ImportError:
+            continue
+    return object
 
 
-class LightningPruner(Callback):
+_Callback: Any = _callback_class()
+
+
+class LightningPruner(_Callback):
     """`pk.pruner(name, ...)` at the end of every training epoch.
 
     Args:
@@ -44,7 +49,7 @@ class LightningPruner(Callback):
     """
 
     def __init__(self, name: str, *, log: bool = True, **options: Any) -> None:
-        if Callback is object:
+        if _Callback is object:
             raise ImportError(
                 "LightningPruner needs Lightning, which is not installed; "
                 "pip install 'paikern[lightning]'"

@@ -154,6 +154,39 @@ def test_samples_from_a_file(tmp_path: Path, capsys: Capture) -> None:
     assert "--data: method 'magnitude' reads no samples" in refused(capsys, *PRUNE, *given)
 
 
+def test_samples_with_labels(tmp_path: Path, capsys: Capture) -> None:
+    samples = torch.randn(12, 784, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(12) % 10
+    file = tmp_path / "samples.npz"
+    np.savez(file, inputs=samples.numpy(), labels=labels.numpy())
+    argv = ["prune", "--model", "lenet300", "--sparsity", "0.5", "--json", "--data", str(file)]
+    digests = set()
+    for loss in ("cross_entropy", "nll_logits"):
+        model = pk.zoo.create("lenet300", seed=0)
+        expected = pk.prune(model, "snip", sparsity=0.5, data=(samples, labels), loss_fn=loss)
+        assert main([*argv, "--method", "snip", "--loss", loss]) == 0
+        digests.add(expected.digest)
+        assert json.loads(capsys.readouterr().out)["digest"] == expected.digest
+    assert len(digests) == 2
+    assert main([*argv, "--method", "px", "--rounds", "2"]) == 0  # reads no labels
+    capsys.readouterr()
+    assert "--loss: method 'px' differentiates no loss" in refused(
+        capsys, *argv, "--method", "px", "--loss", "mse"
+    )
+    np.save(tmp_path / "inputs.npy", samples.numpy())
+    argv[-1] = str(tmp_path / "inputs.npy")
+    assert "data: the loss needs labels" in refused(capsys, *argv, "--method", "grasp")
+
+
+def test_masks_of_a_random_count_are_verified(tmp_path: Path, capsys: Capture) -> None:
+    argv = ["--model", "lenet300", "--method", "random_u", "--sparsity", "0.9", "--quiet"]
+    assert main(["prune", *argv, "--out", str(tmp_path), "--save-weights", "--no-report"]) == 0
+    given = ["--model", "lenet300", "--checkpoint", str(tmp_path / "model.safetensors")]
+    capsys.readouterr()
+    assert main(["verify", str(tmp_path / "masks.safetensors"), *given]) == 0
+    assert "no exact count was asked for" in capsys.readouterr().out
+
+
 def test_samples_tell_the_shape_of_an_input(
     module: Callable[[str], str], tmp_path: Path, capsys: Capture
 ) -> None:

@@ -138,6 +138,28 @@ def copy64(model: nn.Module, pruner: Any, parameters: str) -> dict[str, torch.Te
     }
 
 
+@pytest.mark.filterwarnings("ignore:layer collapse")
+@pytest.mark.parametrize("name", nets.NETS)
+def test_prunes_by_crop(name: str) -> None:
+    model = nets.make(name)
+    opt = nets.adam(model)
+    data = nets.samples(name)
+    pruner = pk.pruner(
+        "earlycrop_u", model, sparsity=0.7, epochs=6, optimizer=opt, data=data, latest=2, seed=4
+    )
+    for _ in range(2):
+        nets.train_epoch(model, opt, name)
+        expected = pk.prune(model, "crop", sparsity=0.7, data=data, seed=4, apply=False)
+        before, rng = nets.copy_of(model), torch.get_rng_state()
+        event = pruner.on_epoch_end(model)
+        assert torch.equal(torch.get_rng_state(), rng)
+    assert event.pruned
+    assert pruner.masks == expected
+    for n, value in model.state_dict().items():
+        mask = expected[n] if n in expected else torch.ones_like(value, dtype=torch.bool)
+        assert torch.equal(value, torch.where(mask, before[n], 0)), n
+
+
 @pytest.mark.parametrize(("rule", "epoch"), [("slides", 1), ("published", 2)])
 def test_weights_that_do_not_move_are_an_error(rule: str, epoch: int) -> None:
     model, pruner = started(rule=rule)
