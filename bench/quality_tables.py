@@ -93,9 +93,9 @@ def collapse_table(rows: Sequence[Row]) -> list[str]:
         return []
     return [
         "## Where layers are emptied", "",
-        "The lowest sparsity of the study at which, with one seed at least, a layer keeps no weight "
-        "(the most layers at that sparsity) and at which no path is left. Methods that are not here "
-        "did neither.", "",
+        "The lowest sparsity of the study at which, with one seed at least, a layer keeps no "
+        "weight (the most layers at that sparsity) and at which no path is left. Methods that are "
+        "not here did neither.", "",
         *table(("method", *nets), lines),
     ]  # fmt: skip
 

@@ -28,6 +28,8 @@ class FORCE(IterativeScorer):
 
     summary = "SNIP of the sparse network in rounds; pruned weights may return"
     source = "de Jorge et al. 2021, eq. 6"
+    cost = "3F a round"
+    weakness = "weights come and go between rounds, and layers can be empty in the end"
 
     def score(self, run: Run) -> Scores:
         found = self.gradients(run, mean=True)

@@ -16,6 +16,11 @@ class Magnitude(Scorer):
 
     summary = "largest |w|; no data, no inputs"
     source = "Han et al. 2015"
+    cost = "one read of the weights"
+    weakness = (
+        "untrained weights are ranked by the spread of their layer, so that wide layers lose "
+        "most and paths end there"
+    )
 
     def score(self, run: Run) -> Scores:
         entries = {name: Dense(run.weight(name), absolute=True) for name in run.layers}

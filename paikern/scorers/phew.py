@@ -63,6 +63,8 @@ class PHEW(MaskBuilder):
 
     summary = "random walks biased to large weights, in both directions, until enough are kept"
     source = "Patil and Dovrolis 2021"
+    cost = "one read of the weights, and walks"
+    weakness = "stops with an error where walks no longer find new weights"
     needs_inputs = True
     variants = ("paper", "published")
     unit: ClassVar[str] = "weight"

@@ -52,6 +52,11 @@ class PX(PathScorer):
 
     summary = "SynFlow-L2 with outputs weighted by the paths that are open on data"
     source = "Iurada et al. 2024, eqs. 6-9"
+    cost = "2 sweeps of one input and 2F a round"
+    weakness = (
+        "empties residual blocks at high sparsity, as synflow_l2 does; activations other than "
+        "ReLU are refused"
+    )
     needs_data: ClassVar[bool] = True
     variants: ClassVar[tuple[str, ...]] = ("paper",)
 

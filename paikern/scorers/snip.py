@@ -29,6 +29,8 @@ class SNIP(GradientScorer):
 
     summary = "connection sensitivity |w * gradient| of the loss on data"
     source = "Lee et al. 2019, eqs. 5-6"
+    cost = "3F"
+    weakness = "one round at a high sparsity empties layers and can leave no path"
     published_rule = "at_least_kept"
 
     def score(self, run: Run) -> Scores:
