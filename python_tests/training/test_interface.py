@@ -17,7 +17,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "asni": {"sparsity": 0.8, "epochs": 6},
     "imp": {"sparsity": 0.45, "epochs": 2},
     "ltr": {"sparsity": 0.45, "epochs": 2, "rewind": 2},
-    "earlycrop_u": {"sparsity": 0.6, "epochs": 6, "latest": 4, "method": "snip"},
+    "earlycrop_u": {"sparsity": 0.6, "epochs": 6, "latest": 4},
     "one_shot": {"sparsity": 0.6, "epochs": 6, "at": 2, "method": "snip"},
 }
 TOTAL_EPOCHS = 6
