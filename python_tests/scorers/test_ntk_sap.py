@@ -151,6 +151,28 @@ def test_layers_left_out_are_drawn_too() -> None:
     assert all(torch.equal(found.dense(n), again.dense(n)) for n in found)
 
 
+def test_a_model_that_takes_views_of_its_maps() -> None:
+    """Such a model cannot be given images with their channels side by side."""
+
+    class Views(nn.Module):
+        def __init__(self, how: str) -> None:
+            super().__init__()
+            self.how = how
+            self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+            self.head = nn.Linear(8 * 49, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = torch.relu(self.norm(self.conv(x)))
+            return self.head(getattr(x, self.how)(len(x), -1))
+
+    x = torch.ones(5, 3, 9, 9)
+    viewed = pk.score(Views("view"), "ntk_sap", data=x)
+    reshaped = pk.score(Views("reshape"), "ntk_sap", data=x)
+    for name in viewed:
+        a, b = viewed.dense(name), reshaped.dense(name)
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.max()))
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_attention_of_either_kind(attention: str) -> None:
     model, data = transformer("llama", attention)
