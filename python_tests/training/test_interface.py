@@ -181,6 +181,25 @@ def test_two_optimizers() -> None:
         pruner.masks.verify(model)
 
 
+def test_optimizers_are_looked_at_before_training() -> None:
+    model = nets.make("residual")
+    norms = torch.optim.SGD([*model.norm1.parameters(), *model.norm2.parameters()], lr=0.1)
+    with pytest.raises(ValueError, match="holds none of the masked parameters"):
+        pk.pruner("asni", model, sparsity=0.5, epochs=1, optimizer=norms)
+    with pytest.raises(ValueError, match="LBFGS"):
+        pk.pruner(
+            "asni", model, sparsity=0.5, epochs=1, optimizer=torch.optim.LBFGS(model.parameters())
+        )
+    others = [model.stem.weight, model.conv.weight, *model.head.parameters()]
+    weights = torch.optim.SGD(others, lr=0.1)
+    pruner = pk.pruner("imp", model, sparsity=0.5, epochs=1, optimizer=[norms, weights])
+    for optimizer in (norms, weights):
+        optimizer.param_groups[0]["lr"] = 0.01
+    assert pruner.on_epoch_end().rewound
+    assert [o.param_groups[0]["lr"] for o in (norms, weights)] == [0.1, 0.1]
+    pruner.masks.verify(model)
+
+
 def collapsing() -> nn.Module:
     """A layer of tiny weights behind one of large ones."""
     model = nets.make("mlp")
