@@ -94,7 +94,8 @@ def prune(
         sparsity: fraction removed of the prunable weights, in [0, 1). `density` (fraction kept),
             `amount` (a fraction or, as an int, a number of weights removed) or `compression` (a
             factor: 10 keeps a tenth) instead.
-            Exactly `N - floor(sparsity * N)` weights are kept.
+            Exactly `N - floor(sparsity * N)` weights are kept. Methods that remove whole channels
+            count the outputs of layers instead, or weights with `target="weights"`.
         example_inputs: one input for methods that trace the model: a tensor, a tuple, or a dict of
             keyword inputs. Only its shape matters, unless it holds integers (token ids).
         data: samples for methods that read some: a tensor `[n, ...]`, an (inputs, labels) pair, a
@@ -363,8 +364,8 @@ def methods() -> list[dict[str, Any]]:
                 "source": cls.source,
                 "needs_inputs": cls.needs_inputs,
                 "needs_data": cls.needs_data,
+                "structured": issubclass(cls, ChannelScorer),
                 "needs_labels": cls.needs_labels,
-                "structured": cls.structured,
                 "cost": cls.cost,
                 "weakness": cls.weakness,
                 "rounds": cls.default_rounds,

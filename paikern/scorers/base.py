@@ -104,7 +104,6 @@ class Scorer:
     name: as given to `pk.prune`. summary, source: one line each for `pk.methods()`.
     needs_inputs: the method traces the model and needs `example_inputs`.
     needs_data, needs_labels: the method reads samples and needs `data`, with labels.
-    structured: whole channels are removed.
     cost: what a round costs, for `pk.methods()`; F is a forward pass over the data that are read, a
     backward pass counts 2F.
     weakness: known ways to fail, one line for `pk.methods()`.
@@ -121,7 +120,6 @@ class Scorer:
     needs_inputs: ClassVar[bool] = False
     needs_data: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = False
-    structured: ClassVar[bool] = False
     cost: ClassVar[str] = ""
     weakness: ClassVar[str] = ""
     default_rounds: ClassVar[int] = 1

@@ -28,7 +28,6 @@ class ChannelScorer(Scorer):
     target: str = "nodes"
 
     needs_inputs: ClassVar[bool] = True
-    structured: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:

@@ -43,7 +43,8 @@ class GateDecorators(GatedScorer):
 
     Example:
         >>> import torch, paikern as pk
-        >>> net, x = pk.zoo.create("resnet20", image_size=8, seed=0), torch.eye(8).expand(8, 3, 8, 8)
+        >>> net = pk.zoo.create("resnet20", image_size=8, seed=0)
+        >>> x = torch.eye(8).expand(8, 3, 8, 8)
         >>> masks = pk.prune(net, "gate_decorators", sparsity=0.25, data=(x, torch.arange(8)))
         >>> masks.node_sparsity
         0.25

@@ -35,7 +35,7 @@ class GraSPIt(IterativeScorer):
     summary = "largest squared gradients in rounds; what is pruned stays pruned"
     source = "de Jorge et al. 2021, published code"
     cost = "3F a round"
-    weakness = "large gradients are not large products; small weights are kept"
+    weakness = "weights do not enter the score, large or small"
 
     def score(self, run: Run) -> Scores:
         found = self.gradients(run, mean=True)

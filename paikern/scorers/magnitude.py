@@ -18,8 +18,7 @@ class Magnitude(Scorer):
     source = "Han et al. 2015"
     cost = "one read of the weights"
     weakness = (
-        "untrained weights are ranked by the spread of their layer, so that wide layers lose "
-        "most and paths end there"
+        "untrained, layers are ranked by their spread; an eighth-width VGG-16 keeps no path at 98 %"
     )
 
     def score(self, run: Run) -> Scores:

@@ -18,6 +18,7 @@ Source: NTK-SAP, Wang et al. 2023 (arXiv:2304.02840), equations 7 and 8.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -68,7 +69,7 @@ class NTKSAP(DataScorer):
     summary = "sensitivity of the tangent kernel's trace, on random weights and inputs; no labels"
     source = "Wang et al. 2023, eqs. 7-8"
     cost = "about 6F a round"
-    weakness = "blind to the weights of a trained network, unless told to use them"
+    weakness = "blind to the weights of a trained network unless weights='own'"
     default_rounds: ClassVar[int] = 20
     variants: ClassVar[tuple[str, ...]] = ("paper", "published")
 
@@ -111,15 +112,11 @@ class NTKSAP(DataScorer):
         far = {name: _moved(run, name, w, self.epsilon, generator) for name, w in near.items()}
         sources = {name: layer.source for name, layer in run.layers.items()}
         others = {n: t for n, t in fixed.items() if n not in sources.values()}
-        with holding(run.model, others | {sources[n]: w for n, w in near.items()}):
-            if run.variant == "published":
-                _train_pass(run.model, batch)
-                near_out = output_of(run.model, batch)
-            else:
-                with _batch_statistics(run.model):
-                    near_out = output_of(run.model, batch)
-        with holding(run.model, others | {sources[n]: w for n, w in far.items()}):
-            far_out = output_of(run.model, batch)
+        with _affine_norms(run.model):
+            with holding(run.model, others | {sources[n]: w for n, w in near.items()}):
+                batch, near_out = self._statistics(run, batch)
+            with holding(run.model, others | {sources[n]: w for n, w in far.items()}):
+                far_out = output_of(run.model, batch)
         change = (near_out - far_out).square().sum()
         value = float(change.detach())
         if not value < float("inf"):
@@ -130,6 +127,24 @@ class NTKSAP(DataScorer):
         if change.requires_grad:
             _backward(change, [near, far], total)
         return value
+
+    def _statistics(self, run: Run, batch: Batch) -> tuple[Batch, Tensor]:
+        """The batch as it goes through the model, and what comes out; norms hold its statistics."""
+        fast = batch if run.cache.get("plain") else _channels_last(batch)
+        try:
+            return fast, self._near(run, fast)
+        except ValueError:
+            if fast is batch:
+                raise
+        run.cache["plain"] = True  # a model that takes views of its maps
+        return batch, self._near(run, batch)
+
+    def _near(self, run: Run, batch: Batch) -> Tensor:
+        if run.variant == "published":
+            _train_pass(run.model, batch)
+            return output_of(run.model, batch)
+        with _batch_statistics(run.model):
+            return output_of(run.model, batch)
 
     def _note_unreached(self, run: Run, total: Tensors) -> None:
         missing = [name for name in run.layers if name not in total]
@@ -239,6 +254,44 @@ def _train_pass(model: nn.Module, batch: Batch) -> None:
             norm.momentum = momentum
         for module, was in training:
             module.training = was
+
+
+@contextlib.contextmanager
+def _affine_norms(model: nn.Module) -> Iterator[None]:
+    """Batch norms in eval mode as one product and sum a value.
+
+    A ResNet-20 forwards and goes back in 0.30 s instead of 0.34 s for 100 images, as PyTorch's own
+    derivative of the norm sums up gradients of its scale and offset that nobody asks for.
+    """
+    plain = [m for m in _norms(model) if type(m).forward is BatchNorm.forward]
+    plain = [m for m in plain if "forward" not in vars(m)]
+    try:
+        for module in plain:
+            vars(module)["forward"] = functools.partial(_affine, module)
+        yield
+    finally:
+        for module in plain:
+            del vars(module)["forward"]
+
+
+def _affine(norm: BatchNorm, x: Tensor) -> Tensor:
+    mean, variance = norm.running_mean, norm.running_var
+    if norm.training or mean is None or variance is None or norm.weight is None:
+        return BatchNorm.forward(norm, x)
+    if x.dtype != variance.dtype:  # float32 statistics of a half precision network
+        return BatchNorm.forward(norm, x)
+    scale = norm.weight.detach() * torch.rsqrt(variance + norm.eps)
+    offset = norm.bias.detach() - mean * scale
+    shape = (1, -1, *(1 for _ in x.shape[2:]))
+    return torch.addcmul(offset.view(shape), x, scale.view(shape))
+
+
+def _channels_last(batch: Batch) -> Batch:
+    """Images with their channels side by side, on the CPU: 0.24 s where it was 0.30 s."""
+    x = batch.inputs
+    if not isinstance(x, Tensor) or x.dim() != 4 or x.device.type != "cpu":
+        return batch
+    return Batch(x.contiguous(memory_format=torch.channels_last), batch.targets)
 
 
 def _norms(model: nn.Module) -> list[BatchNorm]:

@@ -54,8 +54,7 @@ class PX(PathScorer):
     source = "Iurada et al. 2024, eqs. 6-9"
     cost = "2 sweeps of one input and 2F a round"
     weakness = (
-        "empties residual blocks at high sparsity, as synflow_l2 does; activations other than "
-        "ReLU are refused"
+        "empties 6 layers of a ResNet-20 at 95 %, 12 at 99 %; refuses activations other than ReLU"
     )
     needs_data: ClassVar[bool] = True
     variants: ClassVar[tuple[str, ...]] = ("paper",)

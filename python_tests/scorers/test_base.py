@@ -57,7 +57,7 @@ def test_names_are_forgiving(name: str) -> None:
 def test_unknown_method_suggests_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"unknown method 'synflw'; did you mean 'synflow'\?"):
         pk.prune(net(), "synflw", sparsity=0.5)
-    with pytest.raises(ValueError, match=r"unknown method 'q'; see pk.methods\(\) Available: crop,"):
+    with pytest.raises(ValueError, match=r"unknown method 'q'; see pk.methods\(\) Available: "):
         pk.prune(net(), "q", sparsity=0.5)
 
 

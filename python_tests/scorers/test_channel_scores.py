@@ -129,6 +129,30 @@ def test_earlybird_adds_up_the_norms_that_read_a_channel() -> None:
     assert "convs.2.weight" not in found  # no norm reads the last of them
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [*METHODS, ("gate_decorators", {"mode": "eval"}), ("l1_filters", {}), ("earlybird", {})],
+    ids=["snap", "crop_s", "slides", "gate_decorators", "l1_filters", "earlybird"],
+)
+@pytest.mark.parametrize("name", ["residual", "mobile"])
+def test_a_masked_network_scores_as_the_smaller_one(
+    name: str, method: str, options: dict[str, str]
+) -> None:
+    pytest.importorskip("torch_pruning")
+    net, batches = data_for(name)
+    net = net.double()
+    given = {"data": [(x.double(), y) for x, y in batches]}
+    x = given["data"][0][0]
+    masks = pk.prune(net, "random_s", sparsity=0.5, example_inputs=x, seed=2)
+    small = pk.shrink(net, masks, example_inputs=x)
+    masked = pk.score(net, method, masks=masks, **given, **options)
+    expected = pk.score(small, method, **given, **options)
+    for layer in expected:
+        kept = masks.channels[layer]
+        score = masked.dense(layer, torch.float64)[kept]
+        torch.testing.assert_close(score, expected.dense(layer, torch.float64))
+
+
 def test_gradients_of_two_batches_may_cancel() -> None:
     net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
     x = torch.tensor([[1.0, 2.0]])

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import paikern as pk
+from bench.references.ntk_sap import ntk_sap as reference
 from paikern.errors import NonFiniteScoreError, PaikernError, PaikernWarning
 from python_tests.oracles.ntk_sap import ntk_sap_scores
 from python_tests.scorers.data_nets import (
@@ -107,6 +108,18 @@ def test_ten_rounds(name: str) -> None:
     assert agreement(dict(found), masks) >= 0.999
 
 
+@pytest.mark.filterwarnings(COLLAPSE)
+def test_whole_runs_equal_the_plain_loop() -> None:
+    model, (x, _) = network("residual")
+    model, x = model.double(), x.double()
+    options: dict[str, Any] = {"sparsity": 0.9, "rounds": 6, "resamples": 2, "seed": 5}
+    found = pk.prune(model, "ntk_sap", data=[x, x], variant="published", apply=False, **options)
+    expected = reference(model, [x, x], selection="exact", **options)
+    assert agreement(dict(found), expected) == 1.0
+    loose = reference(model, [x, x], **options)
+    assert sum(int(m.sum()) for m in loose.values()) <= found.kept
+
+
 def test_scales_with_the_square_of_epsilon() -> None:
     """In a smooth network; where a ReLU lies between the two, its gradient differs at once."""
     model, data = network("gpt2")
@@ -149,6 +162,28 @@ def test_layers_left_out_are_drawn_too() -> None:
     again = pk.score(model, "ntk_sap", data=x, ignore="4")
     assert list(found) == ["0.weight", "2.weight"]
     assert all(torch.equal(found.dense(n), again.dense(n)) for n in found)
+
+
+def test_a_model_that_takes_views_of_its_maps() -> None:
+    """Such a model cannot be given images with their channels side by side."""
+
+    class Views(nn.Module):
+        def __init__(self, how: str) -> None:
+            super().__init__()
+            self.how = how
+            self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+            self.head = nn.Linear(8 * 49, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = torch.relu(self.norm(self.conv(x)))
+            return self.head(getattr(x, self.how)(len(x), -1))
+
+    x = torch.ones(5, 3, 9, 9)
+    viewed = pk.score(Views("view"), "ntk_sap", data=x)
+    reshaped = pk.score(Views("reshape"), "ntk_sap", data=x)
+    for name in viewed:
+        a, b = viewed.dense(name), reshaped.dense(name)
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.max()))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
