@@ -11,7 +11,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.quality_runs import DENSE, NETS, WAYS
+from bench.quality_ways import DENSE, FAMILIES, NETS, NO_DATA, WAYS, rows_of
 from bench.timing import Row
 
 _MARKERS = "osD^v<>Ph*Xpd"
@@ -24,9 +24,12 @@ _SWEEPS = {
 def write_plots(rows: Sequence[Row], folder: Path) -> None:
     """Write `quality.png` and, where there is a sweep, `node_paths.png`."""
     nets = [name for name in NETS if any(row.get("model") == name for row in rows)]
-    figure = Figure(figsize=(6.4 * max(1, len(nets)), 4.8), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(nets), squeeze=False)[0], nets, strict=True):
-        _accuracy(axes, _trained(rows, name), name)
+    families = [family for family in FAMILIES if any(_of_family(rows, net, family) for net in nets)]
+    tall, wide = max(1, len(families)), max(1, len(nets))
+    figure = Figure(figsize=(6.4 * wide, 4.4 * tall), layout="constrained")
+    for line, family in zip(figure.subplots(tall, wide, squeeze=False), families, strict=False):
+        for axes, name in zip(line, nets, strict=True):
+            _accuracy(axes, _trained(rows, name), name, family)
     _save(figure, folder / "quality.png")
     sweep = [row for row in rows if row.get("op") == "sweep"]
     if not sweep:
@@ -39,20 +42,30 @@ def write_plots(rows: Sequence[Row], folder: Path) -> None:
 
 
 def _trained(rows: Sequence[Row], name: str) -> list[Row]:
-    return [row for row in rows if row.get("model") == name and "op" not in row]
+    """The rows of a network that was trained."""
+    return [row for row in rows if row.get("model") == name and "accuracy" in row]
+
+
+def _names(family: str) -> list[str]:
+    return [name for way in WAYS if WAYS[way].family == family for name in rows_of(way)]
+
+
+def _of_family(rows: Sequence[Row], net: str, family: str) -> list[Row]:
+    names = set(_names(family))
+    return [row for row in _trained(rows, net) if row["method"] in names]
 
 
 def _sparsities(rows: Sequence[Row]) -> list[float]:
     return sorted({row["sparsity"] for row in rows} - {0.0})
 
 
-def _style(way: str) -> dict[str, object]:
-    index = list(WAYS).index(way)
+def _style(name: str, family: str) -> dict[str, object]:
+    index = _names(family).index(name)
     return {"color": colormaps["tab20"](index % 20), "marker": _MARKERS[index % len(_MARKERS)]}
 
 
-def _accuracy(axes: Axes, rows: Sequence[Row], name: str) -> None:
-    for way in WAYS:
+def _accuracy(axes: Axes, rows: Sequence[Row], name: str, family: str) -> None:
+    for way in _names(family):
         points = []
         for sparsity in _sparsities(rows):
             found = [r["accuracy"] for r in rows if (r["method"], r["sparsity"]) == (way, sparsity)]
@@ -62,20 +75,27 @@ def _accuracy(axes: Axes, rows: Sequence[Row], name: str) -> None:
         if points:
             xs, ys, errors = zip(*points, strict=True)
             axes.errorbar(
-                xs, ys, errors, label=way, linewidth=1.3, markersize=4, capsize=2, **_style(way)
+                xs,
+                ys,
+                errors,
+                label=way,
+                linewidth=1.3,
+                markersize=4,
+                capsize=2,
+                **_style(way, family),
             )  # type: ignore[arg-type]
     dense = [r["accuracy"] for r in rows if r["method"] == DENSE]
     if dense:
         axes.axhline(
             100 * statistics.mean(dense), color="#7d8a99", linestyle="--", linewidth=1, label=DENSE
         )
-    axes.set(xlabel="sparsity %", ylabel="accuracy %", title=f"{name}, 5,000 MNIST images")
+    axes.set(xlabel="sparsity %", ylabel="accuracy %", title=f"{name}, {FAMILIES[family]}")
     _finish(axes)
 
 
 def _plane(axes: Axes, rows: Sequence[Row]) -> None:
-    """Every way at every sparsity, joined in the order of the sparsity."""
-    for way in WAYS:
+    """Every method without data at every sparsity, joined in the order of the sparsity."""
+    for way in _names(NO_DATA):
         points = []
         for sparsity in _sparsities(rows):
             found = [r for r in rows if (r["method"], r["sparsity"]) == (way, sparsity)]
@@ -86,10 +106,10 @@ def _plane(axes: Axes, rows: Sequence[Row]) -> None:
                     points.append((nodes, statistics.mean(paths)))
         if points:
             axes.plot(*zip(*points, strict=True), label=way, linewidth=1, markersize=4,
-                      **_style(way))  # type: ignore[arg-type]  # fmt: skip
+                      **_style(way, NO_DATA))  # type: ignore[arg-type]  # fmt: skip
     axes.set(
         xlabel="effective nodes", ylabel="ln effective paths",
-        title="ResNet-20, 68 to 99 %",
+        title="ResNet-20, 90 to 99 %",
     )  # fmt: skip
     _finish(axes)
 

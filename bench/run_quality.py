@@ -1,10 +1,11 @@
 """What masks are worth: paths, nodes and kernels, and the accuracy after training, of every method.
 
-    python -m bench.run_quality --jobs 2            everything; about an hour on two cores
+    python -m bench.run_quality --jobs 2        everything; about an hour and a half on two cores
     python -m bench.run_quality --nets lenet300 --ways dpai npb --sparsity 0.98 --epochs 1 --out out
 
-Two networks, five sparsities, three seeds, 5,000 MNIST images. Rows are written as they come and
-kept: a run that was stopped goes on where it was, as long as the settings are the same.
+Three networks, four sparsities, three seeds, 5,000 MNIST images. Rows are written as they come and
+kept: a run that was stopped goes on where it was. Rows of another machine, other versions or other
+settings of the network or the method are made anew, and so are those of methods that had refused.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from tqdm import tqdm
 
 from bench import quality_report
 from bench.options import count, fraction
-from bench.quality_runs import (
+from bench.quality_runs import counted_row, quality_rows, sweep_row
+from bench.quality_ways import (
     COUNTED,
     COUNTED_WAYS,
     DENSE,
@@ -31,9 +33,8 @@ from bench.quality_runs import (
     SPARSITIES,
     SWEEP,
     WAYS,
-    counted_row,
-    quality_row,
-    sweep_row,
+    fits,
+    way_of,
 )
 from bench.timing import RESULTS, Row, machine, versions, write_results
 
@@ -51,6 +52,7 @@ def tasks_of(given: argparse.Namespace) -> list[Task]:
                 (net, way, sparsity, seed, given.epochs)
                 for sparsity in given.sparsity
                 for way in given.ways
+                if fits(net, way) and WAYS[way].at(sparsity)
             ]
     if not given.no_sweep:
         found += [("sweep", label, 0.0, 0, None) for label in SWEEP]
@@ -65,14 +67,14 @@ def tasks_of(given: argparse.Namespace) -> list[Task]:
     return found
 
 
-def carry_out(task: Task) -> Row:
-    """One row, in a process of one thread."""
+def carry_out(task: Task) -> list[Row]:
+    """The rows of one run, in a process of one thread."""
     net, way, sparsity, seed, epochs = task
     if net == "sweep":
-        return sweep_row(way)
+        return [sweep_row(way)]
     if net in COUNTED:
-        return counted_row(net, way, sparsity)
-    return quality_row(net, way, sparsity, seed, epochs)
+        return [counted_row(net, way, sparsity)]
+    return quality_rows(net, way, sparsity, seed, epochs)
 
 
 def identity(row: Row) -> tuple[Any, ...]:
@@ -81,15 +83,41 @@ def identity(row: Row) -> tuple[Any, ...]:
     return (row["model"], row["method"], row["sparsity"], row["seed"])
 
 
+def settings_of_nets() -> dict[str, Any]:
+    """How each network is made and trained, as a results file says it."""
+    return {name: json.loads(json.dumps(net._asdict())) for name, net in NETS.items()}
+
+
 def earlier(path: Path, epochs: int | None) -> list[Row]:
-    """The rows of a run that was stopped; none where it was made with something else."""
+    """The rows of an earlier run that still hold."""
     if not path.exists():
         return []
     held = json.loads(path.read_text())
-    same = (held["machine"], held["versions"], held.get("epochs")) == (
-        machine(), versions(), epochs,
-    )  # fmt: skip
-    return list(held["rows"]) if same else []
+    rows: list[Row] = held["rows"]
+    fine = []
+    if (held["machine"], held["versions"], held.get("epochs")) == (machine(), versions(), epochs):
+        then, now = held.get("nets", {}), settings_of_nets()
+        same = {net for net in now if then.get(net) == now[net]} | set(COUNTED)
+        fine = [row for row in rows if row["model"] in same and _holds(row)]
+    if len(fine) < len(rows):
+        print(
+            f"bench.run_quality: {len(rows) - len(fine)} of {len(rows)} rows in {path} were made "
+            "with other settings or refused; they are made anew where they are asked for",
+            file=sys.stderr,
+        )
+    return fine
+
+
+def _holds(row: Row) -> bool:
+    """Whether a row is of what its method is now."""
+    if "error" in row:
+        return False
+    if row["method"] == DENSE or row.get("op") == "sweep":
+        return True
+    try:
+        return bool(row.get("settings") == way_of(row["method"]).settings)
+    except KeyError:
+        return False  # a way that is no longer run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -104,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def save() -> None:
         write_results(
             "quality", rows, threads=1, seeds=sorted({r["seed"] for r in rows}), folder=folder,
-            more={"epochs": given.epochs},
+            more={"epochs": given.epochs, "nets": settings_of_nets()},
         )  # fmt: skip
 
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -114,8 +142,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             context.Pool(given.jobs, maxtasksperchild=200) as pool,
             tqdm(total=len(missing), unit="run", disable=None) as bar,
         ):
-            for row in pool.imap_unordered(carry_out, missing):
-                rows.append(row)
+            for made in pool.imap_unordered(carry_out, missing):
+                rows += made
                 save()
                 bar.update()
     except KeyboardInterrupt:

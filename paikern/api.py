@@ -94,7 +94,8 @@ def prune(
         sparsity: fraction removed of the prunable weights, in [0, 1). `density` (fraction kept),
             `amount` (a fraction or, as an int, a number of weights removed) or `compression` (a
             factor: 10 keeps a tenth) instead.
-            Exactly `N - floor(sparsity * N)` weights are kept.
+            Exactly `N - floor(sparsity * N)` weights are kept. Methods that remove whole channels
+            count the outputs of layers instead, or weights with `target="weights"`.
         example_inputs: one input for methods that trace the model: a tensor, a tuple, or a dict of
             keyword inputs. Only its shape matters, unless it holds integers (token ids).
         data: samples for methods that read some: a tensor `[n, ...]`, an (inputs, labels) pair, a
@@ -341,7 +342,12 @@ def analyze(
 
 
 def methods() -> list[dict[str, Any]]:
-    """The methods, one row each: name, summary, source, options, rounds, scope, variants.
+    """The methods, one row each: what they compute, need and cost, and how they fail.
+
+    "name", "summary", "source", "options" (name -> default), "rounds", "scope" and "variants";
+    "needs_inputs", "needs_data" and "needs_labels"; "structured" where whole channels go; "cost"
+    in forward passes F over the data, a backward pass being 2F; "weakness", known ways to fail.
+    Methods that prune during training are in `pk.training.pruner_rows()`.
 
     Example:
         >>> import paikern as pk
@@ -358,6 +364,10 @@ def methods() -> list[dict[str, Any]]:
                 "source": cls.source,
                 "needs_inputs": cls.needs_inputs,
                 "needs_data": cls.needs_data,
+                "structured": issubclass(cls, ChannelScorer),
+                "needs_labels": cls.needs_labels,
+                "cost": cls.cost,
+                "weakness": cls.weakness,
                 "rounds": cls.default_rounds,
                 "scope": cls.default_scope,
                 "variants": cls.variants,

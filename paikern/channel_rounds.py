@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -143,10 +144,11 @@ def _note_floor(
     else:
         wanted = keep_count(groups.nodes, fraction)
         found, what = sum(int(g.nodes[kept[g.name]].sum()) for g in groups), "nodes"
-    at_floor = all(int(kept[group.name].sum()) == 1 for group in groups)
+    least = {group.name: max(1, math.ceil(scorer.least * group.size)) for group in groups}
+    at_floor = all(int(kept[name].sum()) == count for name, count in least.items())
     if found > wanted and at_floor:
         run.notes.append(
-            f"every layer is down to its last channel: {found} {what} are kept where "
+            f"every layer is down to what it keeps in any case: {found} {what} where "
             f"sparsity={fraction} asks for {wanted}"
         )
 

@@ -75,14 +75,15 @@ class Ranking:
             first.append(rank < stay)
             nodes.append(group.nodes[best])
         held, value = torch.cat(first), torch.cat(values)
-        place = torch.cat(owners) * (1 + max(group.size for group in groups)) + torch.cat(channels)
+        sizes = torch.tensor([0] + [group.size for group in groups]).cumsum(0)
+        place = sizes[torch.cat(owners)] + torch.cat(channels)
         order = place.argsort()
         order = order[value[order].argsort(descending=True, stable=True)]
         order = torch.cat([order[held[order]], order[~held[order]]])
         self.held = int(held.sum())
         self.value, self.nodes = value[order], torch.cat(nodes)[order]
         self._owner, self._channel = torch.cat(owners)[order], torch.cat(channels)[order]
-        self._rank = torch.cat(ranks)[order]
+        self._rank, self._place = torch.cat(ranks)[order], place[order]
 
     def __len__(self) -> int:
         return len(self._owner)
@@ -118,13 +119,8 @@ class Ranking:
 
     def rescued(self, kept: Kept) -> list[str]:
         """Groups of which nothing would be left, were it not for what stays in any case."""
-        chosen = torch.stack(
-            [
-                kept[self.groups.groups[g].name][c]
-                for g, c in zip(self._owner.tolist(), self._channel.tolist(), strict=True)
-            ]
-        )
-        free = chosen.clone()
+        chosen = torch.cat([kept[group.name] for group in self.groups])[self._place]
+        free = chosen
         free[: self.held] = False
         lowest = self.value[free].min() if bool(free.any()) else torch.inf
         found = (self._rank == 0) & (self.value < lowest)

@@ -67,7 +67,8 @@ def run_rounds(
     check_single_weights(scorer, plan.pattern)
     if isinstance(scorer, ChannelScorer):
         check_channels(plan.scope, plan.rule, plan.pattern, scorer.name)
-        fractions = scorer.sparsities(plan.fraction, plan.rounds, plan.schedule)
+        densities = budget.schedule_densities(1 - plan.fraction, plan.rounds, plan.schedule)
+        fractions = [1.0 - density for density in densities[:-1]] + [plan.fraction]
         return run_channel_rounds(run, scorer, fractions, plan.scope, plan.on_collapse, progress)
     if isinstance(scorer, MaskBuilder):
         _check_builder(scorer, plan)

@@ -64,7 +64,7 @@ class Gated(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
-        gate = self.excite(torch.relu(self.squeeze(x.mean((2, 3), keepdim=True))))
+        gate = self.excite(torch.tanh(self.squeeze(x.mean((2, 3), keepdim=True))))
         return self.head(x * gate.sigmoid())
 
 
@@ -157,6 +157,23 @@ BUILDERS = {
     "shuffled": Shuffled,
     "transformer": Transformer,
     "resnet20": lambda: pk.zoo.create("resnet20", image_size=8),
+}
+
+
+# Layers that keep the same channels, in order of execution.
+COUPLED = {
+    "mlp": [["layers.1"], ["layers.3"]],
+    "vgg": [["0.0"], ["2.0"], ["4"]],
+    "residual": [["stem.0", "first.1", "second.1"], ["first.0.0"], ["second.0.0"]],
+    "dense": [["stem"], ["convs.0"], ["convs.1"], ["convs.2"]],
+    "mobile": [["0.0", "1.0"], ["2.0", "4.0"]],
+    "grouped": [["0.0"], ["1.0"], ["2.0"]],
+    "gated": [["stem.0", "excite"], ["squeeze"]],
+    "attentive": [["stem.0"]],
+    "upsampling": [["0.0"], ["1"], ["4.0"]],
+    "groupnorm": [["0.0"], ["4.0"]],
+    "shuffled": [["next.0"]],
+    "transformer": [["up"]],
 }
 
 

@@ -9,6 +9,7 @@ from torch import nn
 import paikern as pk
 from paikern.errors import MaskFormatError, PaikernError
 from python_tests.channel_nets import BUILDERS, build
+from python_tests.scorers import data_nets
 
 pytest.importorskip("torch_pruning")
 
@@ -28,6 +29,35 @@ def test_the_smaller_network_computes_the_same(name: str, sparsity: float) -> No
     weights = dict(small.named_parameters())
     assert sum(weights[name].numel() for name in masks) == masks.kept
     assert list(weights) == [name for name, _ in net.named_parameters()]
+
+
+@pytest.mark.parametrize("name", ["vgg16_bn", "resnet18", "resnet50"])
+def test_whole_architectures(name: str) -> None:
+    torch.manual_seed(0)
+    net = pk.zoo.create(name, num_classes=10, image_size=32, seed=0).eval()
+    x = torch.randn(2, 3, 32, 32)
+    masks = pk.prune(net, "l1_filters", sparsity=0.5, example_inputs=x)
+    small = pk.shrink(net, masks, example_inputs=x)
+    with torch.no_grad():
+        wanted, found = net(x), small(x)
+    assert float((wanted - found).abs().max()) <= 1e-5 * float(wanted.abs().max())
+    weights = dict(small.named_parameters())
+    assert sum(weights[name].numel() for name in masks) == masks.kept < 0.3 * masks.total
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("method", ["l1_filters", "snap", "crop_s"])
+@pytest.mark.filterwarnings("ignore::paikern.PaikernWarning")
+def test_hidden_layers_of_transformers(name: str, method: str) -> None:
+    net, data = data_nets.transformer(name)
+    net.eval()
+    masks = pk.prune(net, method, sparsity=0.5, data=data)
+    assert masks.node_sparsity == 0.5
+    inputs = {key: value for key, value in data.items() if key != "labels"}
+    small = pk.shrink(net, masks, example_inputs=inputs)
+    with torch.no_grad():
+        torch.testing.assert_close(small(**inputs).logits, net(**inputs).logits)
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in net.parameters())
 
 
 def test_it_works_from_masks_that_were_not_applied() -> None:

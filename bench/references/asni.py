@@ -22,10 +22,15 @@ def threshold(flat: Tensor, removed: int) -> Tensor:
     return torch.kthvalue(flat, removed + 1).values
 
 
-def epoch_end(weights: Sequence[Tensor], removed: int) -> list[Tensor]:
-    """m = 1[|w| >= tau], w <- w * m, in place; the masks have the dtype of the weights."""
+def masks(weights: Sequence[Tensor], removed: int) -> list[Tensor]:
+    """m = 1[|w| >= tau], in the dtype of the weights."""
     tau = threshold(magnitudes(weights), removed)
-    masks = [(weight.detach().abs() >= tau).to(weight.dtype) for weight in weights]
-    for weight, mask in zip(weights, masks, strict=True):
+    return [(weight.detach().abs() >= tau).to(weight.dtype) for weight in weights]
+
+
+def epoch_end(weights: Sequence[Tensor], removed: int) -> list[Tensor]:
+    """The masks, and w <- w * m in place."""
+    found = masks(weights, removed)
+    for weight, mask in zip(weights, found, strict=True):
         weight.detach().mul_(mask)
-    return masks
+    return found

@@ -41,6 +41,7 @@ class Network:
         run: the pruning run; frozen weights are refused.
         loss: of one batch.
         mode: "train" or "eval", of every module while it runs.
+        others: further parameters to differentiate by, by their names in `named_parameters()`.
 
     `weights` maps the names of the prunable weights to what the model computes with: leaves that
     gradients are taken of, w * m in the weight's dtype.
@@ -49,7 +50,9 @@ class Network:
         ValueError: a prunable weight is frozen.
     """
 
-    def __init__(self, run: Run, loss: Loss, mode: str = "train") -> None:
+    def __init__(
+        self, run: Run, loss: Loss, mode: str = "train", others: Sequence[str] = ()
+    ) -> None:
         self._parameters = _parameters(run)
         frozen = [n for n, p in self._parameters.items() if not p.requires_grad]
         if frozen:
@@ -61,6 +64,9 @@ class Network:
         self.device = next(iter(self._parameters.values())).device
         with torch.inference_mode(False):
             self.weights = {name: _leaf(run, name) for name in run.layers}
+            for name in others:
+                self._parameters[name] = run.model.get_parameter(name)
+                self.weights[name] = self._parameters[name].detach().requires_grad_()
 
     @contextlib.contextmanager
     def running(self) -> Iterator[Network]:

@@ -12,9 +12,12 @@ from paikern.scorers.base import (
 )
 from paikern.scorers.channel_scorer import ChannelScorer
 from paikern.scorers.crop import CroPitU, CroPU
+from paikern.scorers.crop_s import CroPitS, CroPS
 from paikern.scorers.data_scorer import DataScorer
 from paikern.scorers.dpai import DPaI, DPaITrainer, StepStatistics
+from paikern.scorers.earlybird import EarlyBirdChannels
 from paikern.scorers.force import FORCE
+from paikern.scorers.gate_decorators import GateDecorators
 from paikern.scorers.gradient_scorer import GradientScorer
 from paikern.scorers.grasp import GraSP
 from paikern.scorers.grasp_it import GraSPIt
@@ -22,6 +25,7 @@ from paikern.scorers.itersnip import IterSNIP
 from paikern.scorers.l1_filters import L1Filters
 from paikern.scorers.magnitude import Magnitude
 from paikern.scorers.npb import NPB
+from paikern.scorers.ntk_sap import NTKSAP
 from paikern.scorers.phew import PHEW
 from paikern.scorers.prospr import ProsPr
 from paikern.scorers.px import PX
@@ -36,13 +40,17 @@ from paikern.scores import Dense, Factored, Product, Scores
 
 __all__ = [
     "ChannelScorer",
+    "CroPS",
     "CroPU",
+    "CroPitS",
     "CroPitU",
     "DPaI",
     "DPaITrainer",
     "DataScorer",
     "Dense",
+    "EarlyBirdChannels",
     "FORCE",
+    "GateDecorators",
     "Factored",
     "GraSP",
     "GraSPIt",
@@ -54,6 +62,7 @@ __all__ = [
     "MaskBuilder",
     "ProsPr",
     "NPB",
+    "NTKSAP",
     "PHEW",
     "PX",
     "Product",

@@ -8,7 +8,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from paikern import budget
 from paikern.pathgraph.channels import ChannelGroup, ChannelGroups, channel_groups
 from paikern.scorers.base import Run, Scorer
 from paikern.scores import Dense, Scores
@@ -24,14 +23,11 @@ class ChannelScorer(Scorer):
         target: what `sparsity` is a fraction of: "nodes", the outputs of all layers whose channels
             can be removed, or "weights", the prunable weights of the whole model, for which the
             number of channels is found by bisection.
-
-    least: the fraction of each group that stays whatever its scores; one channel always does.
     """
 
     target: str = "nodes"
 
     needs_inputs: ClassVar[bool] = True
-    least: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
@@ -71,10 +67,10 @@ class ChannelScorer(Scorer):
         shapes = {name: tuple(found[name].values.shape) for name in order}
         return Scores({name: found[name] for name in order}, shapes)
 
-    def sparsities(self, fraction: float, rounds: int, schedule: str) -> list[float]:
-        """What is removed after each round; the last is `fraction`."""
-        densities = budget.schedule_densities(1 - fraction, rounds, schedule)
-        return [1.0 - density for density in densities[:-1]] + [fraction]
+    @property
+    def least(self) -> float:
+        """The fraction of each group that stays whatever its scores; one channel always does."""
+        return 0.0
 
 
 def by_output(weight: Tensor, transposed: bool, groups: int) -> Tensor:
@@ -91,3 +87,12 @@ def summed(group: ChannelGroup, of: dict[str, Tensor]) -> Tensor:
     for name, rows in group.rows.items():
         total.index_add_(0, rows, of[name].detach().to("cpu", torch.float64))
     return total
+
+
+def spread_over(gate: Tensor, weight: Tensor, transposed: bool, groups: int) -> Tensor:
+    """A number for each output, `[out]`, in a shape that multiplies the weight."""
+    taps = (1,) * (weight.dim() - 2)
+    if not transposed:
+        return gate.view(-1, 1, *taps)
+    rows = gate.view(groups, -1).repeat_interleave(weight.shape[0] // groups, 0)
+    return rows.view(*rows.shape, *taps)  # [in, out / groups, ...]

@@ -10,12 +10,13 @@ so the gradients of weights and biases are enough, and they are added up as they
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from paikern.gradients import Network
+from paikern.gradients import Loss, Network, make_loss
 from paikern.pathgraph.channels import ChannelGroups
 from paikern.scorers.base import Run
 from paikern.scorers.channel_scorer import ChannelScorer, by_output
@@ -36,25 +37,20 @@ class GatedScorer(GradientScorer, ChannelScorer):
         ChannelScorer.__post_init__(self)
 
     def gated(self, run: Run, groups: ChannelGroups) -> Gates:
-        return Gates(run, groups, self.network(run))
+        return Gates(run, groups, make_loss(run.loss_fn), self.mode)
 
 
 class Gates:
     """The network of a run with the biases of its channels among what is differentiated.
 
-    `biases` maps a weight to the name of its layer's bias, where it has one.
+    `names` are the weights whose outputs are ranked; `biases` maps such a weight to the name of its
+    layer's bias, where it has one.
     """
 
-    def __init__(self, run: Run, groups: ChannelGroups, network: Network) -> None:
-        self.network = network
+    def __init__(self, run: Run, groups: ChannelGroups, loss: Loss, mode: str) -> None:
         self.names = [name for group in groups for name in group.rows]
-        parameters = dict(run.model.named_parameters())
-        self.biases = {}
-        for name in self.names:
-            bias = _bias_of(run.layers[name].source)
-            if bias in parameters:
-                self.biases[name] = bias
-                network.weights[bias] = parameters[bias].detach().requires_grad_()
+        self.biases = biases_of(run, self.names)
+        self.network = Network(run, loss, mode, list(self.biases.values()))
         self._layouts = {name: run.layers[name].layout for name in self.names}
         self._of_bias = {bias: name for name, bias in self.biases.items()}
 
@@ -82,6 +78,13 @@ class Gates:
             for name in self.names
             for weight in (self.network.weights[name],)
         }
+
+
+def biases_of(run: Run, names: Iterable[str]) -> dict[str, str]:
+    """Weight -> its layer's bias, of those that have one."""
+    parameters = dict(run.model.named_parameters())
+    found = {name: _bias_of(run.layers[name].source) for name in names}
+    return {name: bias for name, bias in found.items() if bias in parameters}
 
 
 def _bias_of(source: str) -> str:

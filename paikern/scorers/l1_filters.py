@@ -21,10 +21,23 @@ from paikern.scorers.channel_scorer import ChannelScorer, by_output, summed
 
 @register_scorer("l1_filters")
 class L1Filters(ChannelScorer):
-    """Sum of |w| over what makes a channel; coupled layers add up."""
+    """Sum of |w| over what makes a channel; coupled layers add up.
+
+    Args:
+        target: what `sparsity` is a fraction of, "nodes" (outputs of layers) or "weights".
+
+    Example:
+        >>> import torch, paikern as pk
+        >>> net, x = pk.zoo.create("mlp", sizes=(8, 16, 4), seed=0), torch.ones(1, 8)
+        >>> masks = pk.prune(net, "l1_filters", sparsity=0.75, example_inputs=x)
+        >>> masks.node_sparsity, masks.channels["layers.1.weight"].sum().item()
+        (0.75, 4)
+    """
 
     summary: ClassVar[str] = "channels with the largest sum of |w|; structured, no data"
     source: ClassVar[str] = "Li et al. 2017"
+    cost: ClassVar[str] = "one read of the weights"
+    weakness: ClassVar[str] = "with scope='global' layers of small weights fall to one channel"
     default_scope: ClassVar[str] = "local"
 
     def channel_scores(self, run: Run, groups: ChannelGroups) -> dict[str, Tensor]:

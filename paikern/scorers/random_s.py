@@ -18,10 +18,22 @@ from paikern.scorers.channel_scorer import ChannelScorer
 
 @register_scorer("random_s")
 class RandomS(ChannelScorer):
-    """Score ~ U(0, 1), drawn on the CPU group by group from `seed`: the same on any device."""
+    """Score ~ U(0, 1), drawn on the CPU group by group from `seed`: the same on any device.
+
+    Args:
+        target: what `sparsity` is a fraction of, "nodes" (outputs of layers) or "weights".
+
+    Example:
+        >>> import torch, paikern as pk
+        >>> net, x = pk.zoo.create("mlp", sizes=(8, 16, 4)), torch.ones(1, 8)
+        >>> pk.prune(net, "random_s", sparsity=0.75, example_inputs=x).node_sparsity
+        0.75
+    """
 
     summary: ClassVar[str] = "random channels, the same fraction of every layer; structured"
     source: ClassVar[str] = "baseline of Rachwan et al. 2022"
+    cost: ClassVar[str] = "one draw a channel"
+    weakness: ClassVar[str] = "every layer keeps its share, whatever it is worth"
     default_scope: ClassVar[str] = "local"
     reads_weights: ClassVar[bool] = False
 

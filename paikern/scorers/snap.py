@@ -23,10 +23,28 @@ from paikern.scorers.gated_scorer import GatedScorer
 
 @register_scorer("snap")
 class SNAP(GatedScorer):
-    """`|sum_b dL_b / dc|` of each output; coupled layers add up. One round."""
+    """`|sum_b dL_b / dc|` of each output; coupled layers add up. One round.
+
+    Args:
+        batches, batch_size: as in `GradientScorer`.
+        mode: "eval". In "train" a batch norm divides every gate before it out again, and what is
+            left of the scores of such layers (1e-6 of the others) is rounding.
+        target: what `sparsity` is a fraction of, "nodes" (outputs of layers) or "weights".
+
+    Example:
+        >>> import torch, paikern as pk
+        >>> net, x = pk.zoo.create("mlp", sizes=(8, 16, 4), seed=0), torch.eye(8)
+        >>> masks = pk.prune(net, "snap", sparsity=0.5, data=(x, torch.arange(8) % 4))
+        >>> masks.node_sparsity, masks.sparsity
+        (0.5, 0.5)
+    """
+
+    mode: str = "eval"
 
     summary: ClassVar[str] = "channel sensitivity |dL / dgate| of the loss on data; structured"
     source: ClassVar[str] = "Verdenius et al. 2020"
+    cost: ClassVar[str] = "3F"
+    weakness: ClassVar[str] = "as little as one channel is left of a layer"
 
     def channel_scores(self, run: Run, groups: ChannelGroups) -> dict[str, Tensor]:
         gates = self.gated(run, groups)

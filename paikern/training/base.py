@@ -124,7 +124,7 @@ class Pruner:
         self._handles: list[AttachedMasks] = []
         ones = {name: torch.ones(shape, dtype=torch.bool) for name, shape in self.shapes.items()}
         self._masks = MaskSet({n: ops.pack_mask(mask) for n, mask in ones.items()}, self.shapes)
-        self._masks.slots(self.model)
+        self._masked = self._holders()
         self.begin()
 
     @property
@@ -245,9 +245,9 @@ class Pruner:
         self._masks = masks
         if masks.kept == masks.total:
             return
-        if not self.settings.optimizers:
+        if not self._masked:
             masks.apply(model)
-        self._handles = [masks.attach(model, o) for o in self.settings.optimizers]
+        self._handles = [masks.attach(model, optimizer) for optimizer in self._masked]
 
     def provenance(self, **more: Any) -> dict[str, Any]:
         """Metadata of masks that the method has made."""
@@ -260,6 +260,19 @@ class Pruner:
             "model": type(self.model).__name__,
             **more,
         }
+
+    def _holders(self) -> list[torch.optim.Optimizer]:
+        """The optimizers that hold prunable weights; refused now and not after the first epoch."""
+        optimizers = self.settings.optimizers
+        weights = {id(slot.tensor) for slot in self._masks.slots(self.model).values()}
+        found = [
+            optimizer
+            for optimizer in optimizers
+            if any(id(p) in weights for group in optimizer.param_groups for p in group["params"])
+        ]
+        for optimizer in found or optimizers:
+            self._masks.attach(self.model, optimizer).remove()
+        return found
 
     def _detach(self) -> None:
         for handle in self._handles:

@@ -149,7 +149,7 @@ def _reset(module: nn.Module) -> None:
     for key, parameter in module._parameters.items():
         if parameter is None:
             continue
-        if "bias" in key:
+        if key == "bias" or key.endswith("_bias"):
             parameter.zero_()
         elif is_norm:
             parameter.fill_(1)

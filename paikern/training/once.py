@@ -14,6 +14,7 @@ from paikern.api import prune
 from paikern.masks import MaskSet
 from paikern.scorers.base import make_scorer, scorer_class
 from paikern.training.base import Event, Pruner, check_finite
+from paikern.training.ranks import agreed
 from paikern.training.registry import register_pruner
 
 _GIVEN = {"sparsity", "density", "amount", "compression", "data", "loss_fn", "example_inputs"}
@@ -75,7 +76,7 @@ class PrunesOnce(Pruner):
             )
         metadata = {**found.metadata, "pruner": self.name, "epoch": epoch}
         packed = {name: found.packed(name) for name in self.shapes}
-        self.set_masks(model, MaskSet(packed, self.shapes, metadata))
+        self.set_masks(model, agreed(MaskSet(packed, self.shapes, metadata)))
         self.pruned_at = epoch
         return self.event(epoch, f"pruned by {self.method}: {why}", pruned=True, values=values)
 

@@ -101,6 +101,9 @@ def pruner(
 ) -> Pruner:
     """A method that prunes while the model is trained; call its `on_epoch_end` after every epoch.
 
+    In a distributed run every process makes a pruner and calls it; where the method reads data, the
+    masks of the first process count.
+
     Args:
         name: "asni", "imp", "ltr", "earlycrop_u", ... (`paikern.training.pruner_names()`).
         model: the model before its training; it is not changed here.

@@ -35,13 +35,11 @@ def keep_largest(
         NonFiniteScoreError: NaN among the survivors.
         SparsityError: an emptied layer, with on_collapse="raise".
     """
-    names = list(weights)
     try:
         packed = _largest(weights, masks, k)
     except NonFiniteScoreError as error:
         raise NonFiniteScoreError(f"{when}: {error}") from None
-    before = set(empty_layers({name: masks.packed(name) for name in names}))
-    empty = [name for name in empty_layers(packed) if name not in before]
+    empty = [name for name in empty_layers(packed) if bool(masks.packed(name).any())]
     if empty and on_collapse == "warn":
         verb = "keeps" if len(empty) == 1 else "keep"
         warnings.warn(

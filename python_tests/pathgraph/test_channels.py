@@ -9,7 +9,7 @@ from torch import nn
 from paikern.pathgraph import trace
 from paikern.pathgraph.channels import ChannelGroups, channel_groups
 from paikern.prunable import prunable_parameters
-from python_tests.channel_nets import build, conv, head
+from python_tests.channel_nets import COUPLED, build, conv, head
 
 
 def groups_of(net: nn.Module, x: torch.Tensor, **filters: object) -> ChannelGroups:
@@ -21,25 +21,9 @@ def layers(found: ChannelGroups) -> list[set[str]]:
     return [{name.removesuffix(".weight") for name in group.rows} for group in found]
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("mlp", [{"layers.1"}, {"layers.3"}]),
-        ("vgg", [{"0.0"}, {"2.0"}, {"4"}]),
-        ("residual", [{"stem.0", "first.1", "second.1"}, {"first.0.0"}, {"second.0.0"}]),
-        ("dense", [{"stem"}, {"convs.0"}, {"convs.1"}, {"convs.2"}]),
-        ("mobile", [{"0.0", "1.0"}, {"2.0", "4.0"}]),
-        ("grouped", [{"0.0"}, {"1.0"}, {"2.0"}]),
-        ("gated", [{"stem.0", "excite"}, {"squeeze"}]),
-        ("attentive", [{"stem.0"}]),
-        ("upsampling", [{"0.0"}, {"1"}, {"4.0"}]),
-        ("groupnorm", [{"0.0"}, {"4.0"}]),
-        ("shuffled", [{"next.0"}]),
-        ("transformer", [{"up"}]),
-    ],
-)
-def test_layers_that_are_coupled(name: str, expected: list[set[str]]) -> None:
-    assert layers(groups_of(*build(name))) == expected
+@pytest.mark.parametrize("name", list(COUPLED))
+def test_layers_that_are_coupled(name: str) -> None:
+    assert layers(groups_of(*build(name))) == [set(group) for group in COUPLED[name]]
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
         "gradients": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
         "requires_grad": [p.requires_grad for p in model.parameters()],
         "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
+        "patched": ["forward" in vars(m) for m in model.modules()],
         "momenta": [getattr(m, "momentum", None) for m in model.modules()],
         "random": torch.get_rng_state().clone(),
     }
@@ -128,7 +129,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
 
 def assert_same_state(model: nn.Module, before: dict[str, Any]) -> None:
     now = state_of(model)
-    for key in ("training", "requires_grad", "hooks", "momenta"):
+    for key in ("training", "requires_grad", "hooks", "momenta", "patched"):
         assert now[key] == before[key], key
     assert torch.equal(now["random"], before["random"])
     for name, tensor in before["tensors"].items():

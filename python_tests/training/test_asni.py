@@ -166,6 +166,34 @@ def test_centroids_stored_and_restored(name: str, tmp_path: object) -> None:
     assert sum(p.numel() > 0 for p in embeddings.values()) == len(embeddings)
 
 
+@pytest.mark.filterwarnings("ignore:layer collapse", "ignore:.*left out. the embedding")
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_language_models(name: str) -> None:
+    model = nets.causal(name)
+    tokens, _ = nets.samples("bert")
+    opt = torch.optim.Adam(model.parameters(), lr=5e-3)
+    pruner = asni(model, sparsity=0.6, epochs=5, optimizer=opt, on_collapse="floor")
+    losses = []
+    for epoch in range(1, 6):
+        for _ in range(4):
+            opt.zero_grad()
+            loss = model(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            opt.step()
+            losses.append(loss.item())
+        assert pruner.on_epoch_end(model).kept == pruner.kept_at(epoch)
+        pruner.masks.verify(model)
+    assert losses[-1] < losses[0]
+    assert pruner.masks.kept == pruner.total - int(0.6 * pruner.total)
+    fresh = nets.causal(name)
+    pruner.centroids().reinitialise(fresh)
+    pruner.masks.verify(fresh)
+    assert torch.isfinite(fresh(input_ids=tokens, labels=tokens).loss)
+    for module_name, module in fresh.named_modules():
+        if "Norm" in type(module).__name__ or "ln_" in module_name:
+            assert bool((module.weight == 1).all()), module_name
+
+
 def test_centroids_of_one_sign_are_reported() -> None:
     layer = nn.Linear(3, 1, bias=False)
     layer.weight.data = torch.tensor([[1.0, 2.0, 0.0]])

@@ -17,7 +17,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "asni": {"sparsity": 0.8, "epochs": 6},
     "imp": {"sparsity": 0.45, "epochs": 2},
     "ltr": {"sparsity": 0.45, "epochs": 2, "rewind": 2},
-    "earlycrop_u": {"sparsity": 0.6, "epochs": 6, "latest": 4, "method": "snip"},
+    "earlycrop_u": {"sparsity": 0.6, "epochs": 6, "latest": 4},
     "one_shot": {"sparsity": 0.6, "epochs": 6, "at": 2, "method": "snip"},
 }
 TOTAL_EPOCHS = 6
@@ -179,6 +179,25 @@ def test_two_optimizers() -> None:
     for opt in opts:
         opt.step()
         pruner.masks.verify(model)
+
+
+def test_optimizers_are_looked_at_before_training() -> None:
+    model = nets.make("residual")
+    norms = torch.optim.SGD([*model.norm1.parameters(), *model.norm2.parameters()], lr=0.1)
+    with pytest.raises(ValueError, match="holds none of the masked parameters"):
+        pk.pruner("asni", model, sparsity=0.5, epochs=1, optimizer=norms)
+    with pytest.raises(ValueError, match="LBFGS"):
+        pk.pruner(
+            "asni", model, sparsity=0.5, epochs=1, optimizer=torch.optim.LBFGS(model.parameters())
+        )
+    others = [model.stem.weight, model.conv.weight, *model.head.parameters()]
+    weights = torch.optim.SGD(others, lr=0.1)
+    pruner = pk.pruner("imp", model, sparsity=0.5, epochs=1, optimizer=[norms, weights])
+    for optimizer in (norms, weights):
+        optimizer.param_groups[0]["lr"] = 0.01
+    assert pruner.on_epoch_end().rewound
+    assert [o.param_groups[0]["lr"] for o in (norms, weights)] == [0.1, 0.1]
+    pruner.masks.verify(model)
 
 
 def collapsing() -> nn.Module:

@@ -1,0 +1,103 @@
+"""Gate Decorators: keep the channels whose gate changes the loss most, the gate being batch norm's.
+
+    y = gate * (x_hat + beta'),   gate = gamma,   beta' = clamp(beta / gamma, -10, 10)
+    S = sum_b |gate * dL_b / dgate|
+
+with gate = beta' = 0 where gamma is 0. This is the scoring of a "tick"; training the gates in it
+and the "tock" that trains the network between two of them are left to the training loop, and so is
+the term that prefers channels of costly layers.
+
+Source: You et al. 2019, "Gate Decorator" (arXiv:1909.08174), section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from paikern.gradients import make_loss
+from paikern.gradients.gates import GateNetwork
+from paikern.gradients.network import weighted
+from paikern.pathgraph.channels import ChannelGroups
+from paikern.scorers.base import Run, register_scorer
+from paikern.scorers.gated_scorer import GatedScorer
+from paikern.scorers.norm_scorer import norm_sums, normed, norms_of
+
+
+@register_scorer("gate_decorators")
+class GateDecorators(GatedScorer):
+    """`sum_b |gate * dL_b / dgate|` of the batch norms that read a channel, added up.
+
+    Args:
+        minimal_ratio: the fraction of each group's channels, the best of them, that always stays.
+        batches, batch_size, mode, target: as in `snap`. The absolute value is taken batch by batch,
+            as in the paper, so the size of the batches matters.
+
+    Layers that no batch norm follows keep all of their channels.
+
+    Raises:
+        ValueError: no batch norm with weights.
+
+    Example:
+        >>> import torch, paikern as pk
+        >>> net = pk.zoo.create("resnet20", image_size=8, seed=0)
+        >>> x = torch.eye(8).expand(8, 3, 8, 8)
+        >>> masks = pk.prune(net, "gate_decorators", sparsity=0.25, data=(x, torch.arange(8)))
+        >>> masks.node_sparsity
+        0.25
+    """
+
+    minimal_ratio: float = 0.1
+
+    summary: ClassVar[str] = "channels whose batch-norm gate changes the loss; structured"
+    source: ClassVar[str] = "You et al. 2019, section 3"
+    cost: ClassVar[str] = "3F"
+    weakness: ClassVar[str] = (
+        "needs batch norm; the best tenth of each group stays, which bounds the sparsity"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.minimal_ratio <= 1:
+            raise ValueError(f"minimal_ratio must be in [0, 1], got {self.minimal_ratio}")
+
+    @property
+    def least(self) -> float:
+        return self.minimal_ratio
+
+    def groups(self, run: Run) -> ChannelGroups:
+        if "normed_groups" not in run.cache:
+            run.cache["normed_groups"] = normed(run, super().groups(run), self.name)
+            run.cache["channel_groups"] = run.cache["normed_groups"]
+        found: ChannelGroups = run.cache["normed_groups"]
+        return found
+
+    def channel_scores(self, run: Run, groups: ChannelGroups) -> dict[str, Tensor]:
+        paths = list(dict.fromkeys(path for group in groups for path in norms_of(run, group)))
+        gammas = {path: run.state[f"{path}.weight"].detach() for path in paths}
+        shifts = {path: _shift(gammas[path], run.state[f"{path}.bias"].detach()) for path in paths}
+
+        def values(gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            made = {f"{path}.weight": gate for path, gate in gates.items()}
+            return made | {f"{path}.bias": gate * shifts[path] for path, gate in gates.items()}
+
+        network = GateNetwork(run, make_loss(run.loss_fn), self.mode, gammas, values)
+        found = {
+            path: torch.zeros_like(gamma, dtype=torch.float64) for path, gamma in gammas.items()
+        }
+
+        def add(path: str, slope: Tensor) -> None:
+            found[path] += (gammas[path].double() * slope.double()).abs()
+
+        with network.running():
+            for number, (batch, share) in enumerate(weighted(self.read(run))):
+                network.backward(network.loss(batch, number) * share, add)
+        return norm_sums(run, groups, found)
+
+
+def _shift(gamma: Tensor, beta: Tensor) -> Tensor:
+    """beta / gamma in [-10, 10], 0 where gamma is 0."""
+    return torch.where(gamma == 0, 0.0, beta / gamma).clamp(-10, 10)
