@@ -117,19 +117,19 @@ def rows_of(name: str, sparsities: Sequence[float], say: Callable[[str], None]) 
     scores: dict[str, tuple[pk.scores.Scores, float]] = {}
     for way, (method, scope) in WAYS.items():
         if method not in scores:
-            start = time.perf_counter()
+            start = time.process_time()
             options = {k: v for k, v in data.items() if k != "loss_fn" or method == "snip"}
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the output layer shares the embedding's weight
                 found = pk.score(given.model, method, **(options if method != "magnitude" else {}))
-            scores[method] = found, time.perf_counter() - start
+            scores[method] = found, time.process_time() - start
         found, seconds = scores[method]
         for sparsity in sparsities:
-            start = time.perf_counter()
+            start = time.process_time()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a layer that keeps nothing is a column
                 masks = pk.select(found, sparsity=sparsity, scope=scope)
-            seconds_in_all = seconds + time.perf_counter() - start
+            seconds_in_all = seconds + time.process_time() - start
             masks.apply(given.model)
             empty = sum(kept == 0 for kept in masks.kept_by_layer.values())
             rows.append(
@@ -152,7 +152,8 @@ weights inside the blocks are pruned: embeddings stay, and with them the output 
 *local* keeps the same share of every layer, *row* of every output, *global* ranks all layers
 together. SNIP differentiates the loss that the model was trained with (next token; each half of a
 passage against all others). Calibration and measurement read different topics of Python's
-reference. The seconds are those of scoring and one selection.
+reference. The time is that of the processor for scoring
+and one selection.
 
 *Perplexity* is over {tokens} tokens in windows of {length}. *Similarity* is the mean cosine between
 the embeddings of the dense and the pruned encoder over {halves} passages of {half} tokens; *found*
