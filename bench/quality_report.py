@@ -11,7 +11,7 @@ from typing import Any
 
 from bench.quality_claims import notes, speed_notes
 from bench.quality_plot import write_plots
-from bench.quality_tables import asni_table, percent, slides_table, spread
+from bench.quality_tables import asni_table, collapse_table, percent, slides_table, spread
 from bench.quality_ways import (
     COUNTED,
     DENSE,
@@ -89,6 +89,7 @@ def page(content: Mapping[str, Any], images: str) -> str:
         of_net = [row for row in rows if row.get("model") == name and "op" not in row]
         if of_net:
             lines += _network(of_net, name, content["epochs"])
+    lines += collapse_table([row for row in rows if "op" not in row])
     counted = [row for row in rows if row.get("op") == "topology"]
     lines += _counted(counted)
     sweep = [row for row in rows if row.get("op") == "sweep"]

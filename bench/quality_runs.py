@@ -35,8 +35,9 @@ from bench.quality_ways import (
     Way,
 )
 from bench.timing import Row
+from paikern.errors import PaikernError
 
-_REFUSALS = (ValueError, RuntimeError, ArithmeticError)
+_REFUSALS = (PaikernError, ValueError, RuntimeError, ArithmeticError)
 _EMPTY: Row = {"seconds": None, "reference_seconds": None, "ratio": None}
 
 

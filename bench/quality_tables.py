@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from bench.quality_ways import (
     ASNI_FORMS,
     DENSE,
+    NETS,
     NO_DATA,
     WAYS,
+    row_names,
     rows_of,
 )
 from bench.selection_report import table
@@ -76,6 +78,39 @@ def asni_table(rows: Sequence[Row], net: str) -> list[str]:
         "had first; table 2 of the paper has these columns.", "",
         *table(("sparsity %", "nonzeros", "D", "A", "C", "S"), lines),
     ]  # fmt: skip
+
+
+def collapse_table(rows: Sequence[Row]) -> list[str]:
+    """The lowest sparsity at which a method empties a layer, or leaves no path, by network."""
+    nets = [net for net in NETS if any(row["model"] == net for row in rows)]
+    lines = []
+    for name in row_names():
+        of_name = [row for row in rows if row["method"] == name and "empty_layers" in row]
+        cells = [_collapse([row for row in of_name if row["model"] == net]) for net in nets]
+        if any(cells):
+            lines.append([name, *(cell or "-" for cell in cells)])
+    if not lines:
+        return []
+    return [
+        "## Where layers are emptied", "",
+        "The lowest sparsity of the study at which, with one seed at least, a layer keeps no "
+        "weight (the most layers at that sparsity) and at which no path is left. Methods that are "
+        "not here did neither.", "",
+        *table(("method", *nets), lines),
+    ]  # fmt: skip
+
+
+def _collapse(rows: Sequence[Row]) -> str:
+    found = []
+    empty = [row for row in rows if row["empty_layers"]]
+    if empty:
+        first = min(row["sparsity"] for row in empty)
+        most = max(row["empty_layers"] for row in empty if row["sparsity"] == first)
+        found.append(f"{first:.0%}: {most} layer{'s' if most > 1 else ''}")
+    cut = [row["sparsity"] for row in rows if row["log_paths"] is None]
+    if cut:
+        found.append(f"{min(cut):.0%}: no path")
+    return ", ".join(found)
 
 
 def percent(accuracies: Sequence[float]) -> str:

@@ -120,6 +120,13 @@ WAYS: dict[str, Way] = {
     "crop": _data("crop"),
     "cropit": _data("cropit"),
     "prospr": _data("prospr"),
+    "ntk_sap": _data("ntk_sap"),
+    "random_s": _structured("random_s"),
+    "l1_filters": _structured("l1_filters"),
+    "snap": _structured("snap"),
+    "crop_s": _structured("crop_s"),
+    "cropit_s": _structured("cropit_s"),
+    "gate_decorators": _structured("gate_decorators", needs_norms=True),
     "earlycrop_u": _training("earlycrop_u"),
     "earlycrop_s": _training("earlycrop_s", structured=True, method_options=_ON_WEIGHTS),
     "earlybird_ticket": _training(

@@ -30,7 +30,7 @@ import paikern as pk
 from bench.options import fraction
 from bench.pretrained import PACKAGES, Pretrained, load, pairs, windows
 from bench.selection_report import table
-from bench.timing import RESULTS, Row, use_threads, versions, write_results
+from bench.timing import RESULTS, Row, machine, use_threads, versions, write_results
 
 SPARSITIES = (0.3, 0.5, 0.7)
 THREADS = 1
@@ -117,19 +117,19 @@ def rows_of(name: str, sparsities: Sequence[float], say: Callable[[str], None]) 
     scores: dict[str, tuple[pk.scores.Scores, float]] = {}
     for way, (method, scope) in WAYS.items():
         if method not in scores:
-            start = time.perf_counter()
+            start = time.process_time()
             options = {k: v for k, v in data.items() if k != "loss_fn" or method == "snip"}
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the output layer shares the embedding's weight
                 found = pk.score(given.model, method, **(options if method != "magnitude" else {}))
-            scores[method] = found, time.perf_counter() - start
+            scores[method] = found, time.process_time() - start
         found, seconds = scores[method]
         for sparsity in sparsities:
-            start = time.perf_counter()
+            start = time.process_time()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a layer that keeps nothing is a column
                 masks = pk.select(found, sparsity=sparsity, scope=scope)
-            seconds_in_all = seconds + time.perf_counter() - start
+            seconds_in_all = seconds + time.process_time() - start
             masks.apply(given.model)
             empty = sum(kept == 0 for kept in masks.kept_by_layer.values())
             rows.append(
@@ -152,7 +152,8 @@ weights inside the blocks are pruned: embeddings stay, and with them the output 
 *local* keeps the same share of every layer, *row* of every output, *global* ranks all layers
 together. SNIP differentiates the loss that the model was trained with (next token; each half of a
 passage against all others). Calibration and measurement read different topics of Python's
-reference. The seconds are those of scoring and one selection.
+reference. The time is that of the processor for scoring
+and one selection.
 
 *Perplexity* is over {tokens} tokens in windows of {length}. *Similarity* is the mean cosine between
 the embeddings of the dense and the pruned encoder over {halves} passages of {half} tokens; *found*
@@ -162,8 +163,8 @@ says how often the first half of a passage is closest to its own second half amo
 
 def page_text(results: dict[str, Any]) -> str:
     """The page, from the results file alone."""
-    machine, rows = results["machine"], results["rows"]
-    about = [f"{machine['cpu']}, {machine['cores']} cores", f"{results['threads']} thread"]
+    where, rows = results["machine"], results["rows"]
+    about = [f"{where['cpu']}, {where['cores']} cores", f"{results['threads']} thread"]
     about += [f"{name} {value}" for name, value in results["versions"].items()]
     lines = [
         "# Pretrained transformers, pruned in one shot", "",
@@ -195,6 +196,16 @@ def page_text(results: dict[str, Any]) -> str:
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
+def _others(path: Path, models: Sequence[str], known: dict[str, str]) -> list[Row]:
+    """Rows of an earlier run for the models that this one leaves out, of the same versions."""
+    if not path.exists():
+        return []
+    held = json.loads(path.read_text())
+    if held["versions"] != known or held["machine"] != machine():
+        return []
+    return [row for row in held["rows"] if row["model"] not in models]
+
+
 def _values(row: Row, keys: Sequence[str]) -> str:
     shown = {
         "perplexity": lambda v: f"{v:,.1f}" if v < 1e5 else f"{v:.1e}",
@@ -224,12 +235,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         import transformers
 
+        known = versions() | {"transformers": transformers.__version__}
+        rows = [*_others(RESULTS / "transformers.json", given.models, known), *rows]
+        rows.sort(key=lambda row: list(PACKAGES).index(row["model"]))
         print(
             write_results(
-                "transformers", rows, threads=given.threads, seeds=[0],
-                more={"versions": versions() | {"transformers": transformers.__version__}},
+                "transformers", rows, threads=given.threads, seeds=[0], more={"versions": known}
             )
-        )  # fmt: skip
+        )
     text = page_text(json.loads((RESULTS / "transformers.json").read_text()))
     temporary = PAGE.with_suffix(".md.tmp")
     temporary.write_text(text)

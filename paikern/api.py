@@ -342,7 +342,12 @@ def analyze(
 
 
 def methods() -> list[dict[str, Any]]:
-    """The methods, one row each: name, summary, source, options, rounds, scope, variants.
+    """The methods, one row each: what they compute, need and cost, and how they fail.
+
+    "name", "summary", "source", "options" (name -> default), "rounds", "scope" and "variants";
+    "needs_inputs", "needs_data" and "needs_labels"; "structured" where whole channels go; "cost"
+    in forward passes F over the data, a backward pass being 2F; "weakness", known ways to fail.
+    Methods that prune during training are in `pk.training.pruner_rows()`.
 
     Example:
         >>> import paikern as pk
@@ -360,6 +365,9 @@ def methods() -> list[dict[str, Any]]:
                 "needs_inputs": cls.needs_inputs,
                 "needs_data": cls.needs_data,
                 "structured": issubclass(cls, ChannelScorer),
+                "needs_labels": cls.needs_labels,
+                "cost": cls.cost,
+                "weakness": cls.weakness,
                 "rounds": cls.default_rounds,
                 "scope": cls.default_scope,
                 "variants": cls.variants,

@@ -64,20 +64,29 @@ def _norms(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, _NORMS)]
 
 
-def _draw(near: nn.Module, far: nn.Module, epsilon: float, generator: torch.Generator) -> None:
+def _draw(near: nn.Module, generator: torch.Generator) -> None:
+    """New weights, norms and biases of the unchanged network."""
     with torch.no_grad():
         for norm in _norms(near):
             cast(nn.BatchNorm2d, norm).reset_running_stats()
             cast(Tensor, norm.weight).fill_(1.0)
             cast(Tensor, norm.bias).zero_()
-        for layer, other in zip(_layers(near), _layers(far), strict=True):
+        for layer in _layers(near):
             std = (2 / layer.weight[0].numel()) ** 0.5
-            layer.weight.normal_(0.0, std, generator=generator)
-            noise = torch.randn(layer.weight.shape, generator=generator)
-            other.weight.copy_(layer.weight + epsilon * noise)
-            for bias in (layer.bias, other.bias):
-                if bias is not None:
-                    bias.zero_()
+            layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator).mul_(std))
+            if layer.bias is not None:
+                layer.bias.zero_()
+
+
+def _change(near: nn.Module, far: nn.Module, epsilon: float, generator: torch.Generator) -> None:
+    """The other network becomes the first, its weights changed a little."""
+    for norm, other in zip(_norms(near), _norms(far), strict=True):
+        other.load_state_dict(norm.state_dict())
+    for layer, moved in zip(_layers(near), _layers(far), strict=True):
+        noise = torch.randn(layer.weight.shape, generator=generator)
+        moved.weight.copy_(layer.weight + epsilon * noise.to(layer.weight))
+        if moved.bias is not None:
+            moved.bias.zero_()
 
 
 def ntk_sap(
@@ -97,7 +106,6 @@ def ntk_sap(
     Of `batches` only the shapes are used. `selection` is "published" (ties at the threshold go) or
     "exact" (lower index, exact count).
     """
-    generator = torch.Generator().manual_seed(seed)
     masks = {
         name: nn.Parameter(torch.ones_like(cast(Tensor, layer.weight)))
         for name, layer in prunable_layers(model).items()
@@ -105,20 +113,20 @@ def ntk_sap(
     near, far = _masked_copy(model, masks), _masked_copy(model, masks)
     total = sum(mask.numel() for mask in masks.values())
     found: Masks = {}
-    for removed in round_removals(total, sparsity, rounds, schedule):
+    for done, removed in enumerate(round_removals(total, sparsity, rounds, schedule)):
+        generator = torch.Generator().manual_seed(seed + done)
         for mask in masks.values():
             mask.grad = None
         for _ in range(resamples):
             for batch in batches:
-                _draw(near, far, epsilon, generator)
-                x = torch.randn(batch.shape, generator=generator)
+                _draw(near, generator)
+                x = torch.randn(batch.shape, generator=generator).to(batch)
                 near.train()
                 with torch.no_grad():
                     near(x)
                 near.eval()
                 far.eval()
-                for norm, other in zip(_norms(near), _norms(far), strict=True):
-                    other.load_state_dict(norm.state_dict())
+                _change(near, far, epsilon, generator)
                 change = first_tensor(near(x)) - first_tensor(far(x))
                 change.square().sum().backward()
         scores = {

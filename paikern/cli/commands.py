@@ -23,6 +23,7 @@ from paikern._names import storage_key
 from paikern.analysis import Topology
 from paikern.backends import registry
 from paikern.batches import Batches
+from paikern.channels import empty_outputs
 from paikern.cli.console import Console
 from paikern.errors import PathRuleError
 from paikern.loading import load_model
@@ -332,6 +333,8 @@ def _show_run(console: Console, masks: MaskSet, topology: Topology | None) -> No
         f"{about.get('method', 'masks')} on {about.get('model', 'model')}: kept {masks.kept:,} of "
         f"{masks.total:,} weights ({percent(masks.kept, masks.total)}){took}"
     )
+    if masks.channels:
+        console.line(f"channels: {100 * masks.node_sparsity:.2f} % of the outputs removed")
     if topology is not None:
         console.line(
             f"log paths {log_text(topology.log_paths)}, effective nodes "
@@ -364,8 +367,26 @@ def _pattern_check(masks: MaskSet, layouts: Mapping[str, Layout]) -> list[Check]
     return [(f"pattern {pattern}", not wrong, ", ".join(wrong))]
 
 
+def _channel_check(masks: MaskSet, layouts: Mapping[str, Layout]) -> Check:
+    """Whether the channels that the file calls removed have no weight."""
+    channels = masks.channels
+    wrong = [
+        name
+        for name, kept in channels.items()
+        if name not in masks or not empty_outputs(masks[name], layouts[name], ~kept)
+    ]
+    kept = sum(int(mask.sum()) for mask in channels.values())
+    total = sum(mask.numel() for mask in channels.values())
+    detail = f"{kept:,} of {total:,} outputs kept"
+    if wrong:
+        detail += f", but removed ones of {', '.join(wrong)} have weights"
+    return "channels", not wrong, detail
+
+
 def _count_check(masks: MaskSet, layouts: Mapping[str, Layout]) -> Check:
     """Whether as many weights are kept as the recorded sparsity and pattern ask for."""
+    if masks.channels:
+        return _channel_check(masks, layouts)
     name = "number of kept weights"
     arguments = masks.metadata.get("arguments")
     asked: Any = masks.metadata.get("sparsity")

@@ -168,37 +168,51 @@ class Network:
         return self.complete(total.values)
 
     def hessian_product(
-        self, vectors: Mapping[str, Tensor], batches: Sequence[Batch], *, scale: float = 1.0
+        self, vectors: dict[str, Tensor], batches: Sequence[Batch], *, scale: float = 1.0
     ) -> dict[str, Tensor]:
         """`scale * sum_b H_b v`: derivatives of `z_b = sum_l <v_l, dL_b / dW_l>`, batch by batch.
 
-        Attention runs on the path that can be differentiated twice.
+        `vectors` is empty afterwards: the last batch frees each v_l where it makes (H v)_l, so that
+        the two never exist together. Attention runs on the path that can be differentiated twice.
 
         Raises:
             PaikernError: an operation cannot be differentiated twice, named.
         """
         total = _Sum()
-        leaves = list(self.weights.values())
         with twice_differentiable():
             for number, (batch, share) in enumerate(weighted(batches)):
-                with named_derivatives():
-                    first = torch.autograd.grad(
-                        self.loss(batch, number) * (share * scale),
-                        leaves,
-                        create_graph=True,
-                        allow_unused=True,
-                    )
-                z = None
-                for (name, _), slope in zip(self.weights.items(), first, strict=True):
-                    if slope is None or not slope.requires_grad:
-                        continue
-                    part = (vectors[name].to(slope.dtype) * slope).sum()
-                    z = part if z is None else z + part
-                del first
+                value = self.loss(batch, number) * (share * scale)
+                last = number == len(batches) - 1
+                z = self._along(value, vectors if last else dict(vectors))
+                del value
                 if z is not None:
                     refuse_once_differentiable(z)
                     self.backward(z, total)
         return self.complete(total.values, note=False)
+
+    def _along(self, value: Tensor, vectors: dict[str, Tensor]) -> Tensor | None:
+        """What has the derivative of `sum_l <v_l, dvalue / dW_l>`; None if that is 0 everywhere.
+
+        A hook replaces each dvalue / dW as soon as it is made, so that they never exist together.
+        `vectors` is emptied.
+        """
+        handles = []
+        for name, leaf in self.weights.items():
+            handles.append(leaf.register_hook(_replaced(vectors.pop(name).to(leaf.dtype))))
+        try:
+            with named_derivatives():
+                parts = torch.autograd.grad(
+                    value, list(self.weights.values()), create_graph=True, allow_unused=True
+                )
+        finally:
+            for handle in handles:
+                handle.remove()
+        z = None
+        for part in parts:
+            if part is not None and part.requires_grad:
+                first = part[(0,) * part.dim()] if part.numel() else part.sum()
+                z = first if z is None else z + first
+        return z
 
     def mask_(self, values: Mapping[str, Tensor]) -> None:
         """Zero the entries of pruned weights, in place."""
@@ -264,6 +278,31 @@ def _leaf(run: Run, name: str) -> Tensor:
         weight = weight.clone(memory_format=torch.contiguous_format)
         ops.apply_mask_(weight, packed.to(weight.device))
     return weight.requires_grad_()
+
+
+class _Along(torch.autograd.Function):
+    """Stands for `<slope, v>` in a graph: the derivative by the slope is v itself, no copy of it.
+
+    The value, which nobody needs, is 0. v is let go in the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, slope: Tensor, v: Tensor) -> Tensor:
+        ctx.v = v
+        return slope.new_zeros(())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        v, ctx.v = ctx.v, None
+        return v, None
+
+
+def _replaced(v: Tensor) -> Callable[[Tensor], Tensor]:
+    def replace(slope: Tensor) -> Tensor:
+        return _Along.apply(slope, v).expand_as(slope)  # type: ignore[no-any-return]
+
+    return replace
 
 
 def _hand_over(name: str, consume: Consumer) -> Callable[[Tensor], None]:

@@ -103,7 +103,10 @@ class Scorer:
 
     name: as given to `pk.prune`. summary, source: one line each for `pk.methods()`.
     needs_inputs: the method traces the model and needs `example_inputs`.
-    needs_data: the method reads samples and needs `data`.
+    needs_data, needs_labels: the method reads samples and needs `data`, with labels.
+    cost: what a round costs, for `pk.methods()`; F is a forward pass over the data that are read, a
+    backward pass counts 2F.
+    weakness: known ways to fail, one line for `pk.methods()`.
     default_rounds, default_scope: used where the caller gives none.
     default_schedule: the curve over the rounds where the caller gives none.
     published_rule: what selection="published" means (`paikern.selection.PUBLISHED`).
@@ -116,6 +119,9 @@ class Scorer:
     source: ClassVar[str] = ""
     needs_inputs: ClassVar[bool] = False
     needs_data: ClassVar[bool] = False
+    needs_labels: ClassVar[bool] = False
+    cost: ClassVar[str] = ""
+    weakness: ClassVar[str] = ""
     default_rounds: ClassVar[int] = 1
     default_scope: ClassVar[str] = "global"
     default_schedule: ClassVar[str] = "exponential"

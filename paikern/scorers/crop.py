@@ -44,6 +44,8 @@ class CroPU(GradientScorer):
 
     summary = "gradient flow preservation |w * (Hessian @ gradient)|"
     source = "Rachwan et al. 2022, section 4"
+    cost = "about 9F a round"
+    weakness = "needs a second derivative; all scores are 0 where the loss has no curvature"
     published_rule = "above_kept"
 
     def score(self, run: Run) -> Scores:

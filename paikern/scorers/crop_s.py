@@ -59,6 +59,10 @@ class CroPS(GatedScorer):
 
     summary: ClassVar[str] = "gradient flow through channels |d<g, dL/dW> / dgate|; structured"
     source: ClassVar[str] = "Rachwan et al. 2022, section 4"
+    cost: ClassVar[str] = "about 9F a round"
+    weakness: ClassVar[str] = (
+        "needs a second derivative; as little as one channel is left of a layer"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -43,6 +43,10 @@ class EarlyBirdChannels(ChannelScorer):
 
     summary: ClassVar[str] = "channels with the largest |gamma| of batch norm; structured, no data"
     source: ClassVar[str] = "You et al. 2020; Liu et al. 2017"
+    cost: ClassVar[str] = "one read of the batch norms"
+    weakness: ClassVar[str] = (
+        "needs batch norm; at initialisation all gammas are 1 and channels go by their number"
+    )
 
     def groups(self, run: Run) -> ChannelGroups:
         if "normed_groups" not in run.cache:

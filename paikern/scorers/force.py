@@ -28,6 +28,8 @@ class FORCE(IterativeScorer):
 
     summary = "SNIP of the sparse network in rounds; pruned weights may return"
     source = "de Jorge et al. 2021, eq. 6"
+    cost = "3F a round"
+    weakness = "empties 2 layers of a ResNet-20 at 98 %, 19 at 99 %, in 10 rounds"
 
     def score(self, run: Run) -> Scores:
         found = self.gradients(run, mean=True)

@@ -54,6 +54,10 @@ class GateDecorators(GatedScorer):
 
     summary: ClassVar[str] = "channels whose batch-norm gate changes the loss; structured"
     source: ClassVar[str] = "You et al. 2019, section 3"
+    cost: ClassVar[str] = "3F"
+    weakness: ClassVar[str] = (
+        "needs batch norm; the best tenth of each group stays, which bounds the sparsity"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -60,6 +60,8 @@ class GraSP(GradientScorer):
 
     summary = "preserves the gradient flow: w * (Hessian @ gradient), signed"
     source = "Wang et al. 2020, eq. 8"
+    cost = "about 9F"
+    weakness = "needs a second derivative; all scores are 0 where the loss has no curvature"
     variants = ("paper", "published")
     published_rule = "at_least_removed"
 

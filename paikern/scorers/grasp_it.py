@@ -34,6 +34,8 @@ class GraSPIt(IterativeScorer):
 
     summary = "largest squared gradients in rounds; what is pruned stays pruned"
     source = "de Jorge et al. 2021, published code"
+    cost = "3F a round"
+    weakness = "weights do not enter the score, large or small"
 
     def score(self, run: Run) -> Scores:
         found = self.gradients(run, mean=True)

@@ -36,6 +36,8 @@ class L1Filters(ChannelScorer):
 
     summary: ClassVar[str] = "channels with the largest sum of |w|; structured, no data"
     source: ClassVar[str] = "Li et al. 2017"
+    cost: ClassVar[str] = "one read of the weights"
+    weakness: ClassVar[str] = "with scope='global' layers of small weights fall to one channel"
     default_scope: ClassVar[str] = "local"
 
     def channel_scores(self, run: Run, groups: ChannelGroups) -> dict[str, Tensor]:

@@ -71,6 +71,8 @@ class NPB(MaskBuilder):
 
     summary = "node-path balancing: an exact integer program for every layer"
     source = "Pham et al. 2023 (NeurIPS)"
+    cost = "1 sweep of one input"
+    weakness = "ranks nothing by the weights; below one weight a node it gives nodes up"
     needs_inputs: ClassVar[bool] = True
     default_scope: ClassVar[str] = "erk"
     reads_weights: ClassVar[bool] = False

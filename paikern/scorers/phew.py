@@ -63,6 +63,8 @@ class PHEW(MaskBuilder):
 
     summary = "random walks biased to large weights, in both directions, until enough are kept"
     source = "Patil and Dovrolis 2021"
+    cost = "one read of the weights, and walks"
+    weakness = "an error where walks find no new weights; no path on an eighth-width VGG-16 at 99 %"
     needs_inputs = True
     variants = ("paper", "published")
     unit: ClassVar[str] = "weight"

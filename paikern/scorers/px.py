@@ -52,6 +52,10 @@ class PX(PathScorer):
 
     summary = "SynFlow-L2 with outputs weighted by the paths that are open on data"
     source = "Iurada et al. 2024, eqs. 6-9"
+    cost = "2 sweeps of one input and 2F a round"
+    weakness = (
+        "empties 6 layers of a ResNet-20 at 95 %, 12 at 99 %; refuses activations other than ReLU"
+    )
     needs_data: ClassVar[bool] = True
     variants: ClassVar[tuple[str, ...]] = ("paper",)
 

@@ -18,6 +18,11 @@ class Random(Scorer):
 
     summary = "uniformly at random, exact count; scope='erk' for random ERK"
     source = "baseline"
+    cost = "one draw a weight"
+    weakness = (
+        "with scope='global' narrow layers end up as sparse as wide ones; scope='erk' gives "
+        "them more"
+    )
     reads_weights = False
 
     def score(self, run: Run) -> Scores:

@@ -32,6 +32,8 @@ class RandomS(ChannelScorer):
 
     summary: ClassVar[str] = "random channels, the same fraction of every layer; structured"
     source: ClassVar[str] = "baseline of Rachwan et al. 2022"
+    cost: ClassVar[str] = "one draw a channel"
+    weakness: ClassVar[str] = "every layer keeps its share, whatever it is worth"
     default_scope: ClassVar[str] = "local"
     reads_weights: ClassVar[bool] = False
 

@@ -34,6 +34,8 @@ class RandomU(MaskBuilder):
 
     summary = "each weight kept with probability 1 - sparsity; the count is not exact"
     source = "baseline of Rachwan et al. 2022"
+    cost = "one draw a weight"
+    weakness = "the count is not exact; empties a layer of an eighth-width VGG-16 at 95 %"
     reads_weights = False
     exact_count: ClassVar[bool] = False
 

@@ -43,6 +43,8 @@ class SNAP(GatedScorer):
 
     summary: ClassVar[str] = "channel sensitivity |dL / dgate| of the loss on data; structured"
     source: ClassVar[str] = "Verdenius et al. 2020"
+    cost: ClassVar[str] = "3F"
+    weakness: ClassVar[str] = "as little as one channel is left of a layer"
 
     def channel_scores(self, run: Run, groups: ChannelGroups) -> dict[str, Tensor]:
         gates = self.gated(run, groups)

@@ -29,6 +29,10 @@ class SNIP(GradientScorer):
 
     summary = "connection sensitivity |w * gradient| of the loss on data"
     source = "Lee et al. 2019, eqs. 5-6"
+    cost = "3F"
+    weakness = (
+        "empties 5 layers of a ResNet-20 at 99 %, and leaves no path on an eighth-width VGG-16"
+    )
     published_rule = "at_least_kept"
 
     def score(self, run: Run) -> Scores:

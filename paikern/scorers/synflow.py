@@ -152,6 +152,8 @@ class SynFlow(PathScorer):
 
     summary = "synaptic flow |w| dR/d|w|, iterative, data-free"
     source = "Tanaka et al. 2020, eq. 2"
+    cost = "2 sweeps of one input a round"
+    weakness = "one round at 90 % or more can leave no path; shortcuts with weights can be emptied"
 
 
 @register_scorer("synflow_l2")
@@ -167,6 +169,8 @@ class SynFlowL2(PathScorer):
 
     summary = "squared synaptic flow; definition='a' path kernel, 'b', 'c' as published"
     source = "Gebhart et al. 2021"
+    cost = "2 sweeps of one input a round"
+    weakness = "empties 6 layers of a ResNet-20 at 95 %, 12 at 99 %; definition c more easily"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -189,6 +193,8 @@ class LogSynFlow(PathScorer):
 
     summary = "|w| ln(1 + dR/d|w|), norms left out"
     source = "Cavagnero et al. 2023"
+    cost = "2 sweeps of one input a round"
+    weakness = "empties 6 layers of a ResNet-20 at 99 %; a weight that is used twice is refused"
 
     def _score_of(self, run: Run, v: Visit, pruned: float) -> Score:
         if len(run.graph.uses()[v.step.parameter]) > 1:

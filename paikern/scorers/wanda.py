@@ -41,6 +41,11 @@ class Wanda(DataScorer):
 
     summary = "magnitude times the norm of the inputs, within each output"
     source = "Sun et al. 2024, eq. 1"
+    cost = "F"
+    weakness = (
+        "each output keeps its share, so no layer is given more; a little more than asked for "
+        "is kept"
+    )
     default_scope: ClassVar[str] = "row"
 
     def score(self, run: Run) -> Scores:

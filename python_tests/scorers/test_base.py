@@ -32,6 +32,9 @@ def test_methods_table() -> None:
     for row in rows.values():
         assert row["summary"]
         assert row["source"]
+        assert row["cost"], row["name"]
+        assert row["weakness"], row["name"]
+        assert row["needs_data"] or not row["needs_labels"]
         assert "paper" in row["variants"]
     assert rows["dpai"]["options"]["alpha"] == 0.99
     assert rows["dpai"]["scope"] == "erk"

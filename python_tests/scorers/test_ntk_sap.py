@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import paikern as pk
+from bench.references.ntk_sap import ntk_sap as reference
 from paikern.errors import NonFiniteScoreError, PaikernError, PaikernWarning
 from python_tests.oracles.ntk_sap import ntk_sap_scores
 from python_tests.scorers.data_nets import (
@@ -105,6 +106,18 @@ def test_ten_rounds(name: str) -> None:
     )
     assert [round(h["density"] * found.total) for h in found.metadata["history"]][-1] == kept
     assert agreement(dict(found), masks) >= 0.999
+
+
+@pytest.mark.filterwarnings(COLLAPSE)
+def test_whole_runs_equal_the_plain_loop() -> None:
+    model, (x, _) = network("residual")
+    model, x = model.double(), x.double()
+    options: dict[str, Any] = {"sparsity": 0.9, "rounds": 6, "resamples": 2, "seed": 5}
+    found = pk.prune(model, "ntk_sap", data=[x, x], variant="published", apply=False, **options)
+    expected = reference(model, [x, x], selection="exact", **options)
+    assert agreement(dict(found), expected) == 1.0
+    loose = reference(model, [x, x], **options)
+    assert sum(int(m.sum()) for m in loose.values()) <= found.kept
 
 
 def test_scales_with_the_square_of_epsilon() -> None:
