@@ -58,6 +58,13 @@ class NTKSAP(DataScorer):
     the unchanged network, which count as constants. In the "published" variant these come from a
     pass of their own in train mode, and the variance is the unbiased one that running statistics
     hold: one more forward pass. Nothing of the model is written to.
+
+    Example:
+        >>> import torch, paikern as pk
+        >>> net = pk.zoo.create("mlp", sizes=(8, 16, 4))
+        >>> x = torch.ones(32, 8)  # the shape is all that counts
+        >>> pk.prune(net, "ntk_sap", sparsity=0.5, rounds=3, data=x, apply=False).kept
+        96
     """
 
     batch_size: int = 256

@@ -51,6 +51,16 @@ class ProsPr(GradientScorer):
 
     In the "published" variant the momentum buffer of the first step carries no derivative, as in
     the authors' code; without momentum both are the same.
+
+    Example:
+        >>> import torch, paikern as pk
+        >>> layer = torch.nn.Linear(1, 1, bias=False)
+        >>> _ = layer.weight.data.fill_(3.0)
+        >>> half = lambda y, t: (y - t).square().mean() / 2  # w_1 = (1 - lr) m w
+        >>> data = (torch.ones(1, 1), torch.zeros(1, 1))
+        >>> options = dict(data=data, loss_fn=half, steps=1, batches=1, lr=0.5)
+        >>> pk.score(layer, "prospr", **options).dense("weight")  # (1 - lr)**2 w**2
+        tensor([[2.2500]])
     """
 
     steps: int = 3
