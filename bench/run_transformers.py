@@ -30,7 +30,7 @@ import paikern as pk
 from bench.options import fraction
 from bench.pretrained import PACKAGES, Pretrained, load, pairs, windows
 from bench.selection_report import table
-from bench.timing import RESULTS, Row, use_threads, versions, write_results
+from bench.timing import RESULTS, Row, machine, use_threads, versions, write_results
 
 SPARSITIES = (0.3, 0.5, 0.7)
 THREADS = 1
@@ -163,8 +163,8 @@ says how often the first half of a passage is closest to its own second half amo
 
 def page_text(results: dict[str, Any]) -> str:
     """The page, from the results file alone."""
-    machine, rows = results["machine"], results["rows"]
-    about = [f"{machine['cpu']}, {machine['cores']} cores", f"{results['threads']} thread"]
+    where, rows = results["machine"], results["rows"]
+    about = [f"{where['cpu']}, {where['cores']} cores", f"{results['threads']} thread"]
     about += [f"{name} {value}" for name, value in results["versions"].items()]
     lines = [
         "# Pretrained transformers, pruned in one shot", "",
@@ -196,6 +196,16 @@ def page_text(results: dict[str, Any]) -> str:
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
+def _others(path: Path, models: Sequence[str], known: dict[str, str]) -> list[Row]:
+    """Rows of an earlier run for the models that this one leaves out, of the same versions."""
+    if not path.exists():
+        return []
+    held = json.loads(path.read_text())
+    if held["versions"] != known or held["machine"] != machine():
+        return []
+    return [row for row in held["rows"] if row["model"] not in models]
+
+
 def _values(row: Row, keys: Sequence[str]) -> str:
     shown = {
         "perplexity": lambda v: f"{v:,.1f}" if v < 1e5 else f"{v:.1e}",
@@ -225,12 +235,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         import transformers
 
+        known = versions() | {"transformers": transformers.__version__}
+        rows = [*_others(RESULTS / "transformers.json", given.models, known), *rows]
+        rows.sort(key=lambda row: list(PACKAGES).index(row["model"]))
         print(
             write_results(
-                "transformers", rows, threads=given.threads, seeds=[0],
-                more={"versions": versions() | {"transformers": transformers.__version__}},
+                "transformers", rows, threads=given.threads, seeds=[0], more={"versions": known}
             )
-        )  # fmt: skip
+        )
     text = page_text(json.loads((RESULTS / "transformers.json").read_text()))
     temporary = PAGE.with_suffix(".md.tmp")
     temporary.write_text(text)

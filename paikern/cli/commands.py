@@ -36,6 +36,7 @@ from paikern.samples import load_samples
 from paikern.scorers import GradientScorer
 from paikern.scorers.base import Scorer, TrainedScorer, make_scorer, scorer_class
 from paikern.structured import deviations, kept_range, target_sparsity
+from paikern.training import pruner_rows
 
 Arguments = argparse.Namespace
 
@@ -169,20 +170,29 @@ def methods(args: Arguments, console: Console) -> int:
     if args.json:
         console.json(rows)
         return 0
-    columns = ("method", "rounds", "scope", "variants", "inputs", "what it does", "source")
+    columns = (
+        "method", "removes", "needs", "rounds", "cost", "scope", "variants", "what it does",
+        "source",
+    )  # fmt: skip
     cells = [
         (
             row["name"],
+            "channels" if row["structured"] else "weights",
+            _needs(row),
             "-" if issubclass(scorer_class(row["name"]), TrainedScorer) else str(row["rounds"]),
+            row["cost"],
             row["scope"],
             ", ".join(row["variants"]),
-            "needed" if row["needs_inputs"] else "-",
             row["summary"],
             row["source"],
         )
         for row in rows
     ]
     console.table(Table(tuple(Column(title, title == "rounds") for title in columns), cells))
+    console.line("F: a forward pass over the data; a backward pass counts 2F")
+    console.line()
+    weak = [(row["name"], row["weakness"]) for row in rows]
+    console.table(Table((Column("method"), Column("known weakness")), weak))
     console.line()
     options = [
         (row["name"], name, "-" if default is None else str(default))
@@ -190,7 +200,21 @@ def methods(args: Arguments, console: Console) -> int:
         for name, default in row["options"].items()
     ]
     console.table(Table((Column("method"), Column("option (--set)"), Column("default")), options))
+    console.line()
+    during = [
+        (row["name"], "labels" if row["needs_data"] else "-", row["summary"], row["source"])
+        for row in pruner_rows()
+    ]
+    titles = ("during training (pk.pruner)", "needs", "what it does", "source")
+    console.table(Table(tuple(Column(title) for title in titles), during))
     return 0
+
+
+def _needs(row: Mapping[str, Any]) -> str:
+    """What has to be given besides the model."""
+    if row["needs_data"]:
+        return "data, labels" if row["needs_labels"] else "data"
+    return "inputs" if row["needs_inputs"] else "-"
 
 
 def backends(args: Arguments, console: Console) -> int:
