@@ -106,9 +106,8 @@ def masked_linear(
     kept: int,
 ) -> Tensor:
     check_values("masked_linear", values, positions, starts, rows, columns, panel, kept)
-    check_rows("masked_linear", "x", x, columns)
     check_bias("masked_linear", bias, rows)
-    rows_of_x, add = _rows(x, columns), None if bias is None else _float(bias)
+    rows_of_x, add = _rows(x, columns, "masked_linear", "x"), None if bias is None else _float(bias)
     batch = rows_of_x.shape[0]
     if _decodes(positions, rows, columns, kept, batch) and decode.finite(rows_of_x):
         wide = _float(values)
@@ -142,8 +141,7 @@ def masked_linear_input(
     kept: int,
 ) -> Tensor:
     check_values("masked_linear_input", values, positions, starts, rows, columns, panel, kept)
-    check_rows("masked_linear_input", "g", g, rows)
-    rows_of_g = _rows(g, rows)
+    rows_of_g = _rows(g, rows, "masked_linear_input", "g")
     batch = rows_of_g.shape[0]
     if _decodes(positions, rows, columns, kept, batch) and decode.finite(rows_of_g):
         wide = _float(values)
@@ -211,16 +209,20 @@ def _panels(columns: int, panel: int) -> int:
     return -(-columns // panel)
 
 
-def _rows(tensor: Tensor, width: int) -> Tensor:
+def _rows(tensor: Tensor, width: int, name: str = "masked_linear_kept", of: str = "g") -> Tensor:
     """`[batch, width]`, float32, contiguous."""
-    if tensor.dim() == 2 and tensor.dtype == torch.float32 and tensor.is_contiguous():
+    flat = tensor.dim() == 2 and tensor.dtype == torch.float32 and tensor.is_contiguous()
+    if flat and tensor.size(1) == width:
         return tensor
+    check_rows(name, of, tensor, width)
     batch = tensor.numel() // width if width else tensor.shape[:-1].numel()
     return tensor.reshape(batch, width).float().contiguous()
 
 
 def _float(tensor: Tensor) -> Tensor:
     plain = tensor.dtype == torch.float32 and tensor.is_contiguous()
+    if not plain:
+        _type(tensor)
     return tensor if plain else tensor.float().contiguous()
 
 
