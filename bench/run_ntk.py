@@ -4,7 +4,9 @@
     python -m bench.run_ntk --rounds 2 --repeats 1 --no-write
 
 Both draw the same weights and inputs. The loop takes the statistics of batch norms from a pass of
-its own, as variant "published" does; after 20 rounds in float32 the masks of the two still differ.
+its own, as variant "published" does: in float64 whole runs of the two keep the same weights. In
+float32 a difference in the last digit decides near the threshold, later rounds rank what it left,
+and after 20 rounds most of the 2 % are others; the counts of the layers differ by about 1 %.
 """
 
 from __future__ import annotations

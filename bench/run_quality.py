@@ -1,6 +1,6 @@
 """What masks are worth: paths, nodes and kernels, and the accuracy after training, of every method.
 
-    python -m bench.run_quality --jobs 2        everything; about an hour and a half on two cores
+    python -m bench.run_quality --jobs 2        everything; an hour and a quarter on two cores
     python -m bench.run_quality --nets lenet300 --ways dpai npb --sparsity 0.98 --epochs 1 --out out
 
 Three networks, four sparsities, three seeds, 5,000 MNIST images. Rows are written as they come and

@@ -46,9 +46,9 @@ class InputEnergy(TorchDispatchMode):
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
         self._weights = dict(weights)
-        self._by_storage = {
-            w.untyped_storage().data_ptr(): name for name, w in weights.items() if w.numel()
-        }
+        self._by_storage: dict[int, list[str]] = {}  # several weights may share one storage
+        for name, w in weights.items():
+            self._by_storage.setdefault(w.untyped_storage().data_ptr(), []).append(name)
         self._blocks: dict[str, dict[_Block, Tensor]] = {}
         self._taps: dict[str, Tensor] = {}  # of transposed convolutions, `[in, 1, *kernel]`
 
@@ -92,7 +92,12 @@ class InputEnergy(TorchDispatchMode):
     def _name(self, operand: Any) -> str | None:
         if not isinstance(operand, Tensor) or operand.is_meta:
             return None
-        return self._by_storage.get(operand.untyped_storage().data_ptr())
+        at = int(operand.storage_offset())
+        for name in self._by_storage.get(operand.untyped_storage().data_ptr(), ()):
+            first = int(self._weights[name].storage_offset())
+            if first <= at < first + self._weights[name].numel():
+                return name
+        return None
 
     def _product(self, a: Tensor, b: Tensor) -> None:
         """`a [..., n, k] @ b [..., k, m]`, or vectors in the place of either."""

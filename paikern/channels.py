@@ -203,6 +203,14 @@ def weight_mask(
     return mask.view(*mask.shape, *(1,) * (len(shape) - 2)).expand(shape)
 
 
+def empty_outputs(mask: Tensor, layout: Layout, gone: Tensor) -> bool:
+    """Whether the outputs `gone`, bool `[out]`, have no weight in a mask of a weight's shape."""
+    if gone.numel() != (mask.shape[1] * layout.groups if layout.transposed else mask.shape[0]):
+        return False
+    allowed = weight_mask(tuple(mask.shape), layout, ~gone, None)
+    return not bool((mask & ~allowed).any())
+
+
 def channel_masks(
     groups: ChannelGroups, kept: Kept, layouts: Mapping[str, Layout], shapes: Shapes
 ) -> dict[str, Tensor]:

@@ -34,7 +34,13 @@ _KINDS: tuple[tuple[type[nn.Module], str], ...] = (
 )
 
 
-def shrink(model: nn.Module, masks: MaskSet, *, example_inputs: Any) -> nn.Module:
+def shrink(
+    model: nn.Module,
+    masks: MaskSet,
+    *,
+    example_inputs: Any,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> nn.Module:
     """`model` without the channels that `masks` removes: narrower layers, the same function.
 
     Needs Torch-Pruning: `pip install 'paikern[structured]'`. `model` is not changed; the result is
@@ -45,6 +51,8 @@ def shrink(model: nn.Module, masks: MaskSet, *, example_inputs: Any) -> nn.Modul
         model: the model that the masks were made for, masked or not.
         masks: made by a structured method (`masks.channels` is not empty).
         example_inputs: as in `pk.prune`.
+        optimizer: of `model`; it is moved over to the result, with its momenta and moments cut as
+            the parameters are. (Remove the handle of `masks.attach` first.)
 
     Raises:
         ValueError: masks that were not made by channels.
@@ -81,7 +89,42 @@ def shrink(model: nn.Module, masks: MaskSet, *, example_inputs: Any) -> nn.Modul
         parameter.requires_grad_(name not in frozen)
     _check_weights(inner, small, groups, kept, layers)
     _check_outputs(inner, small, masks, example_inputs)
+    if optimizer is not None:
+        places = copy.deepcopy(inner).double()
+        for parameter in places.parameters():  # every entry holds its own number
+            if parameter.is_floating_point():
+                numbers = torch.arange(parameter.numel(), dtype=parameter.dtype)
+                parameter.data.copy_(numbers.view(parameter.shape))
+        _cut(pruning, places, groups, kept, layers)
+        _move(optimizer, inner, small, dict(places.named_parameters()))
     return small
+
+
+def _move(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    small: nn.Module,
+    places: Mapping[str, Tensor],
+) -> None:
+    """Put the parameters of `small` in the place of those of `model`, and cut the state.
+
+    places: for each parameter of `small` the flat index of its entries in that of `model`.
+    """
+    after = dict(small.named_parameters())
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for group in optimizer.param_groups:
+        group["params"] = [after[names[p]] if p in names else p for p in group["params"]]
+    for old, name in names.items():
+        held = optimizer.state.pop(old, None)
+        if held is None:
+            continue
+        new, index = after[name], places[name].detach().long()
+        optimizer.state[new] = {
+            key: value.flatten()[index.to(value.device)]
+            if isinstance(value, Tensor) and value.shape == old.shape != new.shape
+            else value
+            for key, value in held.items()
+        }
 
 
 def _torch_pruning() -> Any:
@@ -110,6 +153,9 @@ def _kept(groups: ChannelGroups, masks: MaskSet) -> Kept:
     kept = {}
     for group in groups:
         stays = torch.ones(group.size, dtype=torch.bool)
+        kept[group.name] = stays
+        if channels.keys().isdisjoint(group.rows):
+            continue  # the method had no way to rank this group
         for name, rows in group.rows.items():
             mask = channels.pop(name, None)
             if mask is None or len(mask) != len(rows):
@@ -124,7 +170,6 @@ def _kept(groups: ChannelGroups, masks: MaskSet) -> Kept:
                     f"the masks belong to another model: {name} keeps other channels than the "
                     "layers that it is coupled with"
                 )
-        kept[group.name] = stays
     if channels:
         raise MaskFormatError(
             f"the masks belong to another model: {next(iter(channels))} cannot become narrower here"

@@ -24,6 +24,7 @@ from paikern.cli import main
 from paikern.cli.parser import build_parser
 from paikern.pathgraph import rules
 from paikern.scorers import base
+from paikern.training import registry
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -146,14 +147,45 @@ def test_index_names_every_page() -> None:
     assert not missing
 
 
+def sections(*pages: str) -> dict[str, str]:
+    """Heading -> text below it, of second-level headings of one word."""
+    text = "\n".join((ROOT / "docs" / page).read_text(encoding="utf-8") for page in pages)
+    return dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
+
+
+def ours(rows: list[dict[str, Any]], classes: dict[str, type]) -> list[dict[str, Any]]:
+    """Without what other tests and pages have registered."""
+    return [row for row in rows if classes[row["name"]].__module__.startswith("paikern.")]
+
+
 def test_every_method_and_option_is_described() -> None:
-    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
-    sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
-    for row in pk.methods():
-        assert row["name"] in sections, f"methods.md has no section {row['name']}"
+    found = sections("methods.md", "gradient_methods.md", "structured.md")
+    table = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    for row in ours(pk.methods(), base._SCORERS):
+        assert row["name"] in found, f"no page has a section {row['name']}"
+        assert f"| [{row['name']}](" in table, f"the table of methods.md lacks {row['name']}"
         for option in row["options"]:
-            described = f"`{option}`" in sections[row["name"]]
-            assert described, f"methods.md: {row['name']} lacks its option {option}"
+            described = f"`{option}`" in found[row["name"]]
+            assert described, f"section {row['name']} lacks the option {option}"
+
+
+def test_every_method_during_training_is_described() -> None:
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    for row in ours(pk.training.pruner_rows(), registry._PRUNERS):
+        assert f"| [{row['name']}](" in text, f"the table of training.md lacks {row['name']}"
+
+
+def test_the_table_of_methods_says_what_the_code_does() -> None:
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    for row in ours(pk.methods(), base._SCORERS):
+        line = next(line for line in text.splitlines() if line.startswith(f"| [{row['name']}]("))
+        _, _, reads, _, rounds, scope, variants, _ = (cell.strip() for cell in line.split("|"))
+        assert ("labels" in reads) == row["needs_labels"], line
+        assert ("data" in reads) == row["needs_data"], line
+        assert rounds == str(row["rounds"]) or rounds.startswith("trained"), line
+        assert scope == row["scope"], line
+        assert variants == ", ".join(row["variants"]), line
+        assert ("structured.md" in line) == row["structured"], line
 
 
 @pytest.mark.parametrize("known", [SCOPES, SCHEDULES], ids=["scopes", "schedules"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -101,6 +103,47 @@ def test_it_trains_and_exports() -> None:
     program = torch.export.export(small, (x,))
     torch.testing.assert_close(program.module()(x), small(x))
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in net.parameters()) / 2
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_training_goes_on_with_the_same_optimizer(kind: str) -> None:
+    net, x = build("residual")
+    net, x, labels = net.double().train(), x.double(), torch.tensor([0, 1, 2, 3])
+    optimizer = (
+        torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+        if kind == "sgd"
+        else torch.optim.AdamW(net.parameters(), lr=0.01)
+    )
+    masks = pk.prune(net, "l1_filters", sparsity=0.5, example_inputs=x)
+
+    def train(model: nn.Module, chosen: torch.optim.Optimizer) -> None:
+        for _ in range(3):
+            chosen.zero_grad()
+            nn.functional.cross_entropy(model(x), labels).backward()
+            chosen.step()
+
+    with masks.attach(net, optimizer):
+        train(net, optimizer)
+        twin = copy.deepcopy(net)
+        state = copy.deepcopy(optimizer.state_dict())
+        train(net, optimizer)
+        expected = net.eval()(x)
+    again = type(optimizer)(twin.parameters(), lr=0.1)
+    again.load_state_dict(state)
+    small = pk.shrink(twin, masks, example_inputs=x, optimizer=again)
+    assert [p for group in again.param_groups for p in group["params"]] == list(small.parameters())
+    train(small, again)
+    torch.testing.assert_close(small.eval()(x), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["vgg", "gated"])
+def test_layers_that_no_norm_follows_stay_whole_with_earlybird(name: str) -> None:
+    net, x = build(name)
+    with pytest.warns(pk.PaikernWarning, match="no batch norm with weights follows it"):
+        masks = pk.prune(net, "earlybird", sparsity=0.5, example_inputs=x)
+    small = pk.shrink(net, masks, example_inputs=x)
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), net(x), rtol=1e-5, atol=1e-5)
 
 
 def test_masks_of_single_weights_are_refused() -> None:

@@ -23,6 +23,7 @@ from paikern._names import storage_key
 from paikern.analysis import Topology
 from paikern.backends import registry
 from paikern.batches import Batches
+from paikern.channels import empty_outputs
 from paikern.cli.console import Console
 from paikern.errors import PathRuleError
 from paikern.loading import load_model
@@ -35,6 +36,7 @@ from paikern.samples import load_samples
 from paikern.scorers import GradientScorer
 from paikern.scorers.base import Scorer, TrainedScorer, make_scorer, scorer_class
 from paikern.structured import deviations, kept_range, target_sparsity
+from paikern.training import pruner_rows
 
 Arguments = argparse.Namespace
 
@@ -168,20 +170,29 @@ def methods(args: Arguments, console: Console) -> int:
     if args.json:
         console.json(rows)
         return 0
-    columns = ("method", "rounds", "scope", "variants", "inputs", "what it does", "source")
+    columns = (
+        "method", "removes", "needs", "rounds", "cost", "scope", "variants", "what it does",
+        "source",
+    )  # fmt: skip
     cells = [
         (
             row["name"],
+            "channels" if row["structured"] else "weights",
+            _needs(row),
             "-" if issubclass(scorer_class(row["name"]), TrainedScorer) else str(row["rounds"]),
+            row["cost"],
             row["scope"],
             ", ".join(row["variants"]),
-            "needed" if row["needs_inputs"] else "-",
             row["summary"],
             row["source"],
         )
         for row in rows
     ]
     console.table(Table(tuple(Column(title, title == "rounds") for title in columns), cells))
+    console.line("F: a forward pass over the data; a backward pass counts 2F")
+    console.line()
+    weak = [(row["name"], row["weakness"]) for row in rows]
+    console.table(Table((Column("method"), Column("known weakness")), weak))
     console.line()
     options = [
         (row["name"], name, "-" if default is None else str(default))
@@ -189,7 +200,21 @@ def methods(args: Arguments, console: Console) -> int:
         for name, default in row["options"].items()
     ]
     console.table(Table((Column("method"), Column("option (--set)"), Column("default")), options))
+    console.line()
+    during = [
+        (row["name"], "labels" if row["needs_data"] else "-", row["summary"], row["source"])
+        for row in pruner_rows()
+    ]
+    titles = ("during training (pk.pruner)", "needs", "what it does", "source")
+    console.table(Table(tuple(Column(title) for title in titles), during))
     return 0
+
+
+def _needs(row: Mapping[str, Any]) -> str:
+    """What has to be given besides the model."""
+    if row["needs_data"]:
+        return "data, labels" if row["needs_labels"] else "data"
+    return "inputs" if row["needs_inputs"] else "-"
 
 
 def backends(args: Arguments, console: Console) -> int:
@@ -332,6 +357,8 @@ def _show_run(console: Console, masks: MaskSet, topology: Topology | None) -> No
         f"{about.get('method', 'masks')} on {about.get('model', 'model')}: kept {masks.kept:,} of "
         f"{masks.total:,} weights ({percent(masks.kept, masks.total)}){took}"
     )
+    if masks.channels:
+        console.line(f"channels: {100 * masks.node_sparsity:.2f} % of the outputs removed")
     if topology is not None:
         console.line(
             f"log paths {log_text(topology.log_paths)}, effective nodes "
@@ -364,8 +391,26 @@ def _pattern_check(masks: MaskSet, layouts: Mapping[str, Layout]) -> list[Check]
     return [(f"pattern {pattern}", not wrong, ", ".join(wrong))]
 
 
+def _channel_check(masks: MaskSet, layouts: Mapping[str, Layout]) -> Check:
+    """Whether the channels that the file calls removed have no weight."""
+    channels = masks.channels
+    wrong = [
+        name
+        for name, kept in channels.items()
+        if name not in masks or not empty_outputs(masks[name], layouts[name], ~kept)
+    ]
+    kept = sum(int(mask.sum()) for mask in channels.values())
+    total = sum(mask.numel() for mask in channels.values())
+    detail = f"{kept:,} of {total:,} outputs kept"
+    if wrong:
+        detail += f", but removed ones of {', '.join(wrong)} have weights"
+    return "channels", not wrong, detail
+
+
 def _count_check(masks: MaskSet, layouts: Mapping[str, Layout]) -> Check:
     """Whether as many weights are kept as the recorded sparsity and pattern ask for."""
+    if masks.channels:
+        return _channel_check(masks, layouts)
     name = "number of kept weights"
     arguments = masks.metadata.get("arguments")
     asked: Any = masks.metadata.get("sparsity")

@@ -126,6 +126,8 @@ def provenance_table(masks: MaskSet) -> Table:
     for key, value in masks.metadata.items():
         if key == "history":
             value = f"{len(value)} entries" if isinstance(value, list) else "unreadable"
+        if key == "channels":
+            value = f"of {len(value)} layers" if isinstance(value, Mapping) else "unreadable"
         if isinstance(value, Mapping):
             rows += [(f"{printable(key)}.{printable(k)}", _value(v)) for k, v in value.items()]
         else:

@@ -83,10 +83,12 @@ class CroPS(GatedScorer):
             network.mask_(gradients)
             for bias in gates.biases.values():
                 gradients[bias].zero_()
+            for name in gates.names:  # before the product, which empties `gradients`
+                squares = gates.rows(name, gradients[name].square())
+                slopes[name] += squares.sum(1, dtype=torch.float64)
             products = network.hessian_product(gradients, batches)
         for name in gates.names:
             slopes[name] += gates.by_gate(name, products[name])
-            slopes[name] += gates.rows(name, gradients[name].square()).sum(1, dtype=torch.float64)
             if name in gates.biases:
                 slopes[name] += gates.by_gate(gates.biases[name], products[gates.biases[name]])
         return slopes

@@ -51,6 +51,16 @@ class ProsPr(GradientScorer):
 
     In the "published" variant the momentum buffer of the first step carries no derivative, as in
     the authors' code; without momentum both are the same.
+
+    Example:
+        >>> import torch, paikern as pk
+        >>> layer = torch.nn.Linear(1, 1, bias=False)
+        >>> _ = layer.weight.data.fill_(3.0)
+        >>> half = lambda y, t: (y - t).square().mean() / 2  # w_1 = (1 - lr) m w
+        >>> data = (torch.ones(1, 1), torch.zeros(1, 1))
+        >>> options = dict(data=data, loss_fn=half, steps=1, batches=1, lr=0.5)
+        >>> pk.score(layer, "prospr", **options).dense("weight")  # (1 - lr)**2 w**2
+        tensor([[2.2500]])
     """
 
     steps: int = 3
@@ -60,7 +70,7 @@ class ProsPr(GradientScorer):
 
     summary = "sensitivity of the loss after M steps of SGD, differentiated through the steps"
     source = "Alizadeh et al. 2022, section 3"
-    cost = "about 9F, each step on its own batch"
+    cost = "(12 steps + 3) F of one batch"
     weakness = "empties 7 layers of a ResNet-20 at 98 %; needs a second derivative and a small lr"
     variants: ClassVar[tuple[str, ...]] = ("paper", "published")
 

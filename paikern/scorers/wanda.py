@@ -37,6 +37,14 @@ class Wanda(DataScorer):
 
     The model runs in eval mode and without gradients. Of a weight that is used several times the
     squares of all its inputs are added.
+
+    Example:
+        >>> import torch, paikern as pk
+        >>> layer = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = layer.weight.data.copy_(torch.tensor([[1.0, -4.0]]))
+        >>> x = torch.tensor([[3.0, 1.0], [4.0, 0.0]])  # norms 5 and 1
+        >>> pk.score(layer, "wanda", data=x).dense("weight")
+        tensor([[5., 4.]])
     """
 
     summary = "magnitude times the norm of the inputs, within each output"

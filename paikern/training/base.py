@@ -124,6 +124,11 @@ class Pruner:
         self._handles: list[AttachedMasks] = []
         ones = {name: torch.ones(shape, dtype=torch.bool) for name, shape in self.shapes.items()}
         self._masks = MaskSet({n: ops.pack_mask(mask) for n, mask in ones.items()}, self.shapes)
+        for name, weight in self.weights(self.model).items():
+            if weight.is_meta:
+                raise ValueError(
+                    f"{name} is on the meta device and holds no values; load the weights first"
+                )
         self._masked = self._holders()
         self.begin()
 

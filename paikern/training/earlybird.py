@@ -72,8 +72,10 @@ class EarlyBird(PrunesOnce):
         self._marks: list[Tensor] = []
         self._hooks: list[Any] = []
         if self.penalty:
-            first = self.settings.optimizers[0]
-            self._hooks = [first.register_step_pre_hook(self._add_penalty)]
+            self._hooks = [
+                optimizer.register_step_pre_hook(self._add_penalty)
+                for optimizer in self.settings.optimizers
+            ]
 
     def epoch_end(self, model: nn.Module, epoch: int, data: Any) -> Event:
         if self.pruned_at is not None:
@@ -119,9 +121,10 @@ class EarlyBird(PrunesOnce):
         flat = torch.cat([scale.detach().flatten().float() for scale in scales.values()])
         return ops.topk_mask(flat, kept, absolute=True, names=["batch norm"])[0].cpu()
 
-    def _add_penalty(self, *_: object) -> None:
+    def _add_penalty(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for scale in batch_norm_scales(self.model).values():
-            if scale.grad is not None:
+            if scale.grad is not None and id(scale) in held:
                 scale.grad.add_(torch.sign(scale.detach()), alpha=self.penalty)
 
     def _let_go(self) -> None:

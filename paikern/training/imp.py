@@ -165,6 +165,8 @@ class IMP(Pruner):
         self._rewind_state = found
         self.level, self._in_level = int(progress["level"]), int(progress["in_level"])
         self._steps = int(progress["steps"])
+        if self.level > 0:
+            self._stop_counting()
 
     @property
     def _finished(self) -> bool:

@@ -22,6 +22,10 @@ def test_methods_and_backends(capsys: Capture) -> None:
     out = capsys.readouterr().out
     for row in pk.methods():
         assert row["name"] in out
+    for row in pk.training.pruner_rows():
+        assert row["name"] in out
+    assert "data, labels" in out
+    assert "known weakness" in out
     assert main(["methods", "--json"]) == 0
     assert [row["name"] for row in json.loads(capsys.readouterr().out)] == [
         row["name"] for row in pk.methods()

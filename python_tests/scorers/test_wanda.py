@@ -151,6 +151,21 @@ def test_shared_and_transposed_uses_add_up() -> None:
     torch.testing.assert_close(scores.dense("outer.weight"), expected.detach())
 
 
+def test_weights_in_one_storage() -> None:
+    """As after flattening parameters into one buffer."""
+    model, (x, _) = network("mlp")
+    expected = pk.score(model, "wanda", data=x)
+    layers = [model[0], model[2], model[4]]
+    flat = torch.cat([layer.weight.detach().flatten() for layer in layers])
+    start = 0
+    for layer in layers:
+        size = layer.weight.numel()
+        layer.weight.data = flat[start : start + size].view(layer.weight.shape)
+        start += size
+    found = pk.score(model, "wanda", data=x)
+    assert all(torch.equal(found.dense(n), expected.dense(n)) for n in expected)
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 def test_transposed_convolution(groups: int) -> None:
     """With one input at a time: its value, as often as its product is not cropped."""

@@ -102,6 +102,23 @@ def test_the_penalty_is_a_subgradient_until_the_ticket() -> None:
     assert all(torch.equal(s.detach(), was) for s, was in zip(scales(model), after, strict=True))
 
 
+def test_the_penalty_is_added_once_by_the_optimizer_that_holds_gamma() -> None:
+    model = nets.make("residual")
+    others = [model.stem.weight, model.conv.weight, *model.head.parameters()]
+    opts = [
+        torch.optim.SGD(others, lr=0.1),
+        torch.optim.SGD([*model.norm1.parameters(), *model.norm2.parameters()], lr=0.1),
+    ]
+    started(model, optimizer=opts, penalty=1e-2)
+    for scale in scales(model):
+        scale.grad = torch.zeros_like(scale)
+    opts[0].step()
+    assert not any(scale.grad.any() for scale in scales(model) if scale.grad is not None)
+    opts[1].step()
+    for scale in scales(model):
+        assert torch.allclose(scale.detach(), torch.full((8,), 1 - 0.1 * 1e-2), rtol=1e-6)
+
+
 @pytest.mark.parametrize("cut", [2, 4, 6])
 def test_going_on_from_a_state(cut: int) -> None:
     history = drifting(12, 16, 2.0, 0)

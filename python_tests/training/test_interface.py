@@ -16,7 +16,7 @@ from python_tests.training import nets
 RUNS: dict[str, dict[str, Any]] = {
     "asni": {"sparsity": 0.8, "epochs": 6},
     "imp": {"sparsity": 0.45, "epochs": 2},
-    "ltr": {"sparsity": 0.45, "epochs": 2, "rewind": 2},
+    "ltr": {"sparsity": 0.45, "epochs": 2, "rewind": 4},
     "earlycrop_u": {"sparsity": 0.6, "epochs": 6, "latest": 4},
     "one_shot": {"sparsity": 0.6, "epochs": 6, "at": 2, "method": "snip"},
 }
@@ -198,6 +198,14 @@ def test_optimizers_are_looked_at_before_training() -> None:
     assert pruner.on_epoch_end().rewound
     assert [o.param_groups[0]["lr"] for o in (norms, weights)] == [0.1, 0.1]
     pruner.masks.verify(model)
+
+
+def test_models_without_values_are_refused() -> None:
+    with torch.device("meta"):
+        model = nets.mlp()
+    for name, options in (("asni", {}), ("earlycrop_u", {"method": "magnitude"})):
+        with pytest.raises(ValueError, match=r"1\.weight is on the meta device"):
+            pk.pruner(name, model, sparsity=0.5, epochs=3, **options)
 
 
 def collapsing() -> nn.Module:
