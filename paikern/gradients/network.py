@@ -289,13 +289,13 @@ class _Along(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.v, None
 
 
 def _replaced(v: Tensor) -> Callable[[Tensor], Tensor]:
     def replace(slope: Tensor) -> Tensor:
-        return _Along.apply(slope, v).expand_as(slope)  # type: ignore[no-any-return]
+        return _Along.apply(slope, v).expand_as(slope)
 
     return replace
 
