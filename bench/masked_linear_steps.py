@@ -36,6 +36,25 @@ def step(weight: Tensor, packed: pk.PackedWeight, x: Tensor) -> Contenders:
     }
 
 
+def memory(size: int, sparsity: float) -> dict[str, float]:
+    """Bytes of weight, gradient and Adam's state of one layer after a step, packed and dense."""
+    weight = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
+    masks = pk.MaskSet.from_bool({"0.weight": weight > weight.flatten().quantile(sparsity)})
+    dense = _network(weight)
+    packed = pk.sparsify(_network(weight), masks, force=True)
+    found = {}
+    for name, net in (("packed", packed), ("dense", dense)):
+        optimizer = torch.optim.Adam(net.parameters())
+        _one_step(net, optimizer, torch.randn(4, size), torch.randn(4, size))()
+        held = [p.grad for p in net.parameters()]
+        held += [v for state in optimizer.state.values() for v in state.values() if v.dim()]
+        layer = net[0].weight
+        bytes_of = sum(t.numel() * t.element_size() for t in held if t is not None)
+        own = layer.nbytes if isinstance(layer, pk.PackedWeight) else layer.numel() * 4
+        found[name] = float(bytes_of + own)
+    return {"sparsity": sparsity, **found, "ratio": found["packed"] / found["dense"]}
+
+
 def _network(weight: Tensor) -> nn.Sequential:
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     with torch.no_grad():

@@ -11,7 +11,7 @@ the samples and the libraries, which are loaded and have run one small batch bef
 allocator is told to give large blocks back at once, so that the peak is that of live tensors;
 otherwise it depends on how the heap happens to be cut up, by a tenth from run to run.
 
-Rows of methods that are not run are kept from the results file.
+What is not run, a method or a part, is kept from the results file.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from bench.timing import RESULTS, Row, interleave, use_threads, write_results
 ROOT = Path(__file__).parents[1]
 MODEL = "vgg16_bn"
 METHODS = ("snip", "grasp")
+PARTS = ("time", "memory")
 TEMPERATURE = {"snip": 1.0, "grasp": 200.0}
 SEED = 0
 
@@ -112,7 +113,7 @@ def peak(method: str, contender: str, options: argparse.Namespace) -> int:
     return int(json.loads(done.stdout))
 
 
-def row(method: str, options: argparse.Namespace) -> Row:
+def timed(method: str, options: argparse.Namespace) -> Row:
     model, data = case(options.samples)
     few = (data[0][:10], data[1][:10])
     for warm in runs(model, few, method, options.sparsity).values():
@@ -120,7 +121,6 @@ def row(method: str, options: argparse.Namespace) -> Row:
     contenders = runs(model, data, method, options.sparsity)
     times = interleave(contenders, repeats=options.repeats, warmup=0)
     seconds = {name: statistics.median(values) for name, values in times.items()}
-    peaks = {name: peak(method, name, options) for name in ("paikern", "plain")}
     return {
         "method": method,
         "model": MODEL,
@@ -133,7 +133,13 @@ def row(method: str, options: argparse.Namespace) -> Row:
         "over_passes": statistics.median(
             a / b for a, b in zip(times["paikern"], times["passes"], strict=True)
         ),
-        "samples": {name: list(values) for name, values in times.items()},
+        "samples": times,
+    }
+
+
+def weighed(method: str, options: argparse.Namespace) -> Row:
+    peaks = {name: peak(method, name, options) for name in ("paikern", "plain")}
+    return {
         "peak_bytes": peaks["paikern"],
         "reference_peak_bytes": peaks["plain"],
         "peak_ratio": peaks["paikern"] / peaks["plain"],
@@ -147,6 +153,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--repeats", type=count, default=5)
     parser.add_argument("--threads", type=count, default=2)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER")
     parser.add_argument("--peak", nargs=2, metavar=("METHOD", "CONTENDER"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -154,24 +161,29 @@ def main(arguments: Sequence[str]) -> None:
     if options.peak:
         print(json.dumps(measure_peak(*options.peak, options.samples, options.sparsity)))
         return
-    rows = []
-    for method in options.methods:
-        rows.append(row(method, options))
-        found = rows[-1]
-        print(
-            f"{method}: {found['seconds']:.2f} s, passes alone {found['passes_seconds']:.2f} s "
-            f"({found['over_passes']:.3f}x), plain loop {found['reference_seconds']:.2f} s; peak "
-            f"{found['peak_bytes'] / 2**20:.0f} MiB, plain loop "
-            f"{found['reference_peak_bytes'] / 2**20:.0f} MiB ({found['peak_ratio']:.2f}x)"
-        )
     file = options.out / "gradient.json"
-    if file.is_file():
-        kept = [
-            r for r in json.loads(file.read_text())["rows"] if r["method"] not in options.methods
-        ]
-        rows = sorted([*kept, *rows], key=lambda r: METHODS.index(r["method"]))
+    held = json.loads(file.read_text())["rows"] if file.is_file() else []
+    rows = {found["method"]: found for found in held}
+    for method in options.methods:
+        found = rows.setdefault(method, {})
+        if "time" in options.parts:
+            found.update(timed(method, options))
+            print(
+                f"{method}: {found['seconds']:.2f} s, passes alone {found['passes_seconds']:.2f} s "
+                f"({found['over_passes']:.3f}x), plain loop {found['reference_seconds']:.2f} s"
+            )
+        if "memory" in options.parts:
+            found.update(weighed(method, options))
+            print(
+                f"{method}: peak {found['peak_bytes'] / 2**20:.0f} MiB, plain loop "
+                f"{found['reference_peak_bytes'] / 2**20:.0f} MiB ({found['peak_ratio']:.2f}x)"
+            )
     path = write_results(
-        "gradient", rows, threads=options.threads, seeds=[SEED], folder=options.out
+        "gradient",
+        [rows[m] for m in METHODS if m in rows],
+        threads=options.threads,
+        seeds=[SEED],
+        folder=options.out,
     )
     print(f"wrote {path}")
 

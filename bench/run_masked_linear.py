@@ -37,6 +37,7 @@ from torch.nn import functional as F
 
 import paikern as pk
 from bench import masked_linear_report, options
+from bench.masked_linear_steps import memory
 from bench.masked_linear_steps import step as training_step
 from bench.timing import RESULTS, Row, use_threads, write_results
 from paikern.backends import masked_cost
@@ -47,6 +48,7 @@ SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
 LAYERS = ("64x256", "512x2048", "2048x1024", "2304x768", "3072x768", "768x3072")
 STEPS = ("forward", "backward", "step")
 SEED = 0
+MEMORY_SIZE = 2048  # quantile() takes 16 million values at most
 
 
 class Part(NamedTuple):
@@ -331,7 +333,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if given.update:
             rows = updated(json.loads(path.read_text())["rows"], rows)
-        print(write_results(path.stem, rows, threads=given.threads, seeds=[SEED], folder=given.out))
+        held = {"memory": [memory(MEMORY_SIZE, sparsity) for sparsity in (0.9, 0.95, 0.99)]}
+        print(
+            write_results(
+                path.stem, rows, threads=given.threads, seeds=[SEED], folder=given.out, more=held
+            )
+        )
     page, plot = path.with_suffix(".md"), path.with_suffix(".png")
     if given.out.resolve() == RESULTS.resolve():
         page, plot = ROOT / "bench/masked_linear.md", ROOT / "docs/images/masked_linear.png"

@@ -5,7 +5,8 @@
 
 SmolLM2-135M by its perplexity, all-MiniLM-L6-v2 by how its embeddings move and how often the
 first half of a passage still finds its second half. No training before or after, no mask search:
-scores are computed once for a model and cut off at three sparsities.
+scores are computed once for a model and cut off at three sparsities. Rows are written as they come
+and kept: a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -17,12 +18,11 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -39,10 +39,10 @@ PAGE = Path(__file__).parent / "transformers.md"
 #: name in the tables -> (method, scope)
 WAYS = {
     "magnitude, local": ("magnitude", "local"),
-    "magnitude, row": ("magnitude", "row"),
+    "Wanda, row": ("wanda", "row"),
     "SNIP, global": ("snip", "global"),
     "SNIP, local": ("snip", "local"),
-    "Wanda, row": ("wanda", "row"),
+    "magnitude, row": ("magnitude", "row"),
 }
 #: tokens: how many windows of which length, to calibrate with and to measure on
 CALIBRATE, MEASURE = (8, 256), (8, 256)
@@ -104,18 +104,31 @@ def measure_of(name: str, given: Pretrained) -> Callable[[nn.Module], Row]:
     return moved
 
 
-def rows_of(name: str, sparsities: Sequence[float], say: Callable[[str], None]) -> list[Row]:
-    """Every way and sparsity for one model, which is as before afterwards."""
+Key = tuple[str, str, float]
+
+
+def key_of(row: Row) -> Key:
+    return row["model"], row["method"], row["sparsity"]
+
+
+def rows_of(name: str, sparsities: Sequence[float], have: set[Key]) -> Iterator[Row]:
+    """Every way and sparsity for one model, but those in `have`."""
+    ways = {
+        way: missing
+        for way in WAYS
+        if (missing := [s for s in sparsities if (name, way, s) not in have])
+    }
+    if not ways and (name, "dense", 0.0) in have:
+        return
     given = load(name)
     measure, data = measure_of(name, given), calibration(name, given)
     none: Row = {"reference_seconds": None, "ratio": None, "model": name}
-    rows: list[Row] = [
-        {**none, "method": "dense", "sparsity": 0.0, "seconds": 0.0, **measure(given.model)}
-    ]
-    say(f"{name} dense: {rows[0]}")
+    if (name, "dense", 0.0) not in have:
+        yield {**none, "method": "dense", "sparsity": 0.0, "seconds": 0.0, **measure(given.model)}
     original = {n: p.detach().clone() for n, p in given.model.named_parameters()}
     scores: dict[str, tuple[pk.scores.Scores, float]] = {}
-    for way, (method, scope) in WAYS.items():
+    for way, missing in ways.items():
+        method, scope = WAYS[way]
         if method not in scores:
             start = time.process_time()
             options = {k: v for k, v in data.items() if k != "loss_fn" or method == "snip"}
@@ -124,7 +137,7 @@ def rows_of(name: str, sparsities: Sequence[float], say: Callable[[str], None]) 
                 found = pk.score(given.model, method, **(options if method != "magnitude" else {}))
             scores[method] = found, time.process_time() - start
         found, seconds = scores[method]
-        for sparsity in sparsities:
+        for sparsity in missing:
             start = time.process_time()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a layer that keeps nothing is a column
@@ -132,18 +145,14 @@ def rows_of(name: str, sparsities: Sequence[float], say: Callable[[str], None]) 
             seconds_in_all = seconds + time.process_time() - start
             masks.apply(given.model)
             empty = sum(kept == 0 for kept in masks.kept_by_layer.values())
-            rows.append(
-                {
-                    **none, "method": way, "sparsity": sparsity, "seconds": seconds_in_all,
-                    "achieved_sparsity": masks.sparsity, "empty_layers": empty,
-                    **measure(given.model),
-                }
-            )  # fmt: skip
-            say(f"{name} {way} {sparsity:g}: {rows[-1]}")
+            yield {
+                **none, "method": way, "sparsity": sparsity, "seconds": seconds_in_all,
+                "achieved_sparsity": masks.sparsity, "empty_layers": empty,
+                **measure(given.model),
+            }  # fmt: skip
             with torch.no_grad():
                 for n, p in given.model.named_parameters():
                     p.copy_(original[n])
-    return rows
 
 
 METHOD = """\
@@ -187,23 +196,28 @@ def page_text(results: dict[str, Any]) -> str:
         lines += [f"## {title}", "", f"Dense: {_values(dense, keys)}.", ""]
         body = []
         for way in dict.fromkeys(method for method, s in held if s):
-            cells = [_values(held[way, s], keys) for s in sparsities]
-            empty = max(held[way, s]["empty_layers"] for s in sparsities)
-            seconds = f"{held[way, sparsities[0]]['seconds']:.1f} s"
+            of_way = {s: row for (method, s), row in held.items() if method == way}
+            cells = [_values(of_way[s], keys) if s in of_way else "" for s in sparsities]
+            empty = max(row["empty_layers"] for row in of_way.values())
+            seconds = f"{max(row['seconds'] for row in of_way.values()):.1f} s"
             body.append([way, *cells, str(empty), seconds])
         header = ["way", *(f"{100 * s:g} %" for s in sparsities), "empty layers", "time"]
         lines += table(header, body)
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
-def _others(path: Path, models: Sequence[str], known: dict[str, str]) -> list[Row]:
-    """Rows of an earlier run for the models that this one leaves out, of the same versions."""
+def earlier(path: Path, known: dict[str, str]) -> list[Row]:
+    """The rows of a run that was stopped, if it was of the same versions and machine."""
     if not path.exists():
         return []
     held = json.loads(path.read_text())
-    if held["versions"] != known or held["machine"] != machine():
-        return []
-    return [row for row in held["rows"] if row["model"] not in models]
+    same = held["versions"] == known and held["machine"] == machine()
+    return list(held["rows"]) if same else []
+
+
+def _place(row: Row) -> tuple[int, int, float]:
+    ways = ["dense", *WAYS]
+    return list(PACKAGES).index(row["model"]), ways.index(row["method"]), row["sparsity"]
 
 
 def _values(row: Row, keys: Sequence[str]) -> str:
@@ -223,27 +237,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sparsity", nargs="+", type=fraction, default=list(SPARSITIES))
     parser.add_argument("--threads", type=int, default=THREADS)
     parser.add_argument("--no-write", action="store_true", help="leave results and page alone")
+    parser.add_argument("--fresh", action="store_true", help="forget the rows of an earlier run")
     parser.add_argument("--report-only", action="store_true", help="the page from the results")
     given = parser.parse_args(arguments)
+    path = RESULTS / "transformers.json"
     if not given.report_only:
         use_threads("bench.run_transformers", given.threads, arguments)
-        console = Console(stderr=True)
-        rows: list[Row] = []
-        for name in given.models:
-            rows += rows_of(name, given.sparsity, console.print)
-        if given.no_write:
-            return 0
         import transformers
 
         known = versions() | {"transformers": transformers.__version__}
-        rows = [*_others(RESULTS / "transformers.json", given.models, known), *rows]
-        rows.sort(key=lambda row: list(PACKAGES).index(row["model"]))
-        print(
-            write_results(
-                "transformers", rows, threads=given.threads, seeds=[0], more={"versions": known}
-            )
-        )
-    text = page_text(json.loads((RESULTS / "transformers.json").read_text()))
+        rows = [] if given.fresh or given.no_write else earlier(path, known)
+        for name in given.models:
+            for row in rows_of(name, given.sparsity, {key_of(row) for row in rows}):
+                print(" ".join(f"{key}={value}" for key, value in row.items() if value is not None))
+                rows.append(row)
+                if not given.no_write:
+                    rows.sort(key=_place)
+                    write_results(
+                        "transformers", rows, threads=given.threads, seeds=[0],
+                        more={"versions": known},
+                    )  # fmt: skip
+        if given.no_write:
+            return 0
+    text = page_text(json.loads(path.read_text()))
     temporary = PAGE.with_suffix(".md.tmp")
     temporary.write_text(text)
     os.replace(temporary, PAGE)

@@ -48,7 +48,7 @@ class AttachedMasks:
         self._values: list[Slot] = []
         self._device_masks: dict[tuple[str, torch.device], Tensor] = {}
         self._find()
-        _check_held(self._slots, self._optimizer)
+        _check_held(self._slots, self._values, self._model, self._optimizer)
         self._handles: list[Any] = []
         masks.apply(self._model)
         self.mask_optimizer_state()
@@ -146,8 +146,17 @@ def plain_optimizer(optimizer: Any, operation: str) -> Optimizer:
     return optimizer
 
 
-def _check_held(masked: dict[str, Slot], optimizer: Optimizer) -> None:
+def _check_held(
+    masked: dict[str, Slot], packed: list[Slot], model: nn.Module, optimizer: Optimizer
+) -> None:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    lost = [s.name for s in packed if s.tensor.requires_grad and id(s.tensor) not in held]
+    # An optimizer of some layers only is fine; one of tensors that the model no longer has is not.
+    if lost and not held <= {id(p) for p in model.parameters()}:
+        raise ValueError(
+            f"attach: the optimizer does not hold '{lost[0]}', which pk.sparsify made; make the "
+            "optimizer after it, or pass optimizer= to it"
+        )
     if masked and not any(id(slot.tensor) in held for slot in masked.values()):
         raise ValueError(
             "attach: the optimizer holds none of the masked parameters; make it from "

@@ -115,6 +115,11 @@ class MaskSet(Mapping[str, Tensor]):
         for name, entry in prunable_parameters(model, ignore, include, packed=True).items():
             shapes[name] = entry.shape
             if name in stored:
+                if stored[name].positions.is_meta:
+                    raise ValueError(
+                        f"from_model: '{name}' is on the meta device and holds no values; load the "
+                        "weights first"
+                    )
                 packed[name] = stored[name].packed_mask().cpu()
                 continue
             slot = by_name[name]

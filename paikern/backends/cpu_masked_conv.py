@@ -18,6 +18,14 @@ from paikern.backends.cpu_masked_linear import (
 )
 from paikern.backends.cpu_masked_linear import transpose_positions as transpose
 from paikern.backends.dense_masked_conv import format_of, operations, out_size
+from paikern.backends.masked_arguments import (
+    check_bias,
+    check_maps,
+    check_transposed,
+    check_values,
+    check_where,
+    refuse_dtype,
+)
 from paikern.backends.masked_conv_cost import conv_kernel
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -44,6 +52,9 @@ def masked_conv2d(
     groups: int,
 ) -> Tensor:
     conv = (kernel, stride, padding, dilation, groups)
+    check_values("masked_conv2d", values, positions, starts, rows, columns, panel, kept)
+    check_maps("masked_conv2d", {"x": x}, x.shape[2:], rows, columns, *conv)
+    check_bias("masked_conv2d", bias, rows)
     shape = _shape(rows, columns, x.shape[0], tuple(x.shape[2:]), *conv)
     if _is_linear(shape, x):
         back = (t_positions, t_starts, t_source)
@@ -87,6 +98,8 @@ def masked_conv2d_input(
     size: Sequence[int],
 ) -> Tensor:
     conv = (kernel, stride, padding, dilation, groups)
+    check_values("masked_conv2d_input", values, positions, starts, rows, columns, panel, kept)
+    check_maps("masked_conv2d_input", {"g": g}, size, rows, columns, *conv)
     shape = _shape(rows, columns, g.shape[0], tuple(size), *conv)
     if _is_linear(shape, g):
         back = (t_positions, t_starts, t_source)
@@ -98,6 +111,9 @@ def masked_conv2d_input(
     if t_positions is None or t_starts is None or t_source is None:
         positions = listed(positions, rows, columns, panel, kept)
         t_positions, t_starts, t_source = transpose(positions, starts, rows, columns, panel)
+    else:
+        back = (t_positions, t_starts, t_source)
+        check_transposed("masked_conv2d_input", back, rows, columns, panel, kept)
     maps, wide = g.contiguous(), values.float().contiguous()
     x = torch.empty((g.shape[0], shape[3], *size), dtype=torch.float32)
     weight = (
@@ -132,6 +148,8 @@ def masked_conv2d_kept(
     groups: int,
 ) -> Tensor:
     conv = (kernel, stride, padding, dilation, groups)
+    check_where("masked_conv2d_kept", positions, starts, rows, columns, panel, kept)
+    check_maps("masked_conv2d_kept", {"g": g, "x": x}, x.shape[2:], rows, columns, *conv)
     shape = _shape(rows, columns, x.shape[0], tuple(x.shape[2:]), *conv)
     if _is_linear(shape, g) and _is_linear(shape, x):
         back = (t_positions, t_starts, t_source)
@@ -202,4 +220,7 @@ def _as_maps(rows: Tensor, like: Tensor) -> Tensor:
 
 
 def _map(tensor: Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), _TYPES[tensor.dtype]
+    known = _TYPES.get(tensor.dtype)
+    if known is None:
+        refuse_dtype("masked_conv2d", tensor.dtype)
+    return tensor.data_ptr(), known

@@ -13,6 +13,16 @@ from torch import Tensor
 from paikern import _C
 from paikern.backends import cpu_masked_decode as decode
 from paikern.backends import masked_cost
+from paikern.backends.masked_arguments import (
+    check_bias,
+    check_matrix,
+    check_pair,
+    check_rows,
+    check_transposed,
+    check_values,
+    check_where,
+    refuse_dtype,
+)
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -55,6 +65,7 @@ def scatter_kept(
     panel: int,
     kept: int,
 ) -> Tensor:
+    check_values("scatter_kept", values, positions, starts, rows, columns, panel, kept)
     values, size = values.contiguous(), values.element_size()
     dense = values.new_empty(rows, columns)
     where = _where(values.data_ptr(), positions, starts, rows, columns, panel)
@@ -71,6 +82,8 @@ def gather_kept(
     panel: int,
     kept: int,
 ) -> Tensor:
+    check_matrix("gather_kept", dense, rows, columns)
+    check_where("gather_kept", positions, starts, rows, columns, panel, kept)
     dense, size = dense.contiguous(), dense.element_size()
     values = dense.new_empty(kept)
     where = _where(values.data_ptr(), positions, starts, rows, columns, panel)
@@ -92,7 +105,9 @@ def masked_linear(
     panel: int,
     kept: int,
 ) -> Tensor:
-    rows_of_x, add = _rows(x, columns), None if bias is None else _float(bias)
+    check_values("masked_linear", values, positions, starts, rows, columns, panel, kept)
+    check_bias("masked_linear", bias, rows)
+    rows_of_x, add = _rows(x, columns, "masked_linear", "x"), None if bias is None else _float(bias)
     batch = rows_of_x.shape[0]
     if _decodes(positions, rows, columns, kept, batch) and decode.finite(rows_of_x):
         wide = _float(values)
@@ -125,7 +140,8 @@ def masked_linear_input(
     panel: int,
     kept: int,
 ) -> Tensor:
-    rows_of_g = _rows(g, rows)
+    check_values("masked_linear_input", values, positions, starts, rows, columns, panel, kept)
+    rows_of_g = _rows(g, rows, "masked_linear_input", "g")
     batch = rows_of_g.shape[0]
     if _decodes(positions, rows, columns, kept, batch) and decode.finite(rows_of_g):
         wide = _float(values)
@@ -136,6 +152,9 @@ def masked_linear_input(
             positions = listed(positions, rows, columns, panel, kept)
             back = transpose_positions(positions, starts, rows, columns, panel)
             t_positions, t_starts, t_source = back
+        else:
+            back = (t_positions, t_starts, t_source)
+            check_transposed("masked_linear_input", back, rows, columns, panel, kept)
         values = values.contiguous()
         x = torch.empty((*g.shape[:-1], columns), dtype=torch.float32)
         _C.masked_linear(
@@ -161,6 +180,8 @@ def masked_linear_kept(
     panel: int,
     kept: int,
 ) -> Tensor:
+    check_where("masked_linear_kept", positions, starts, rows, columns, panel, kept)
+    check_pair("masked_linear_kept", g, x, rows, columns)
     rows_of_g, rows_of_x = _rows(g, rows), _rows(x, columns)
     batch = rows_of_x.shape[0]
     found = torch.empty(kept, dtype=torch.float32)
@@ -188,16 +209,20 @@ def _panels(columns: int, panel: int) -> int:
     return -(-columns // panel)
 
 
-def _rows(tensor: Tensor, width: int) -> Tensor:
+def _rows(tensor: Tensor, width: int, name: str = "masked_linear_kept", of: str = "g") -> Tensor:
     """`[batch, width]`, float32, contiguous."""
-    if tensor.dim() == 2 and tensor.dtype == torch.float32 and tensor.is_contiguous():
+    flat = tensor.dim() == 2 and tensor.dtype == torch.float32 and tensor.is_contiguous()
+    if flat and tensor.size(1) == width:
         return tensor
+    check_rows(name, of, tensor, width)
     batch = tensor.numel() // width if width else tensor.shape[:-1].numel()
     return tensor.reshape(batch, width).float().contiguous()
 
 
 def _float(tensor: Tensor) -> Tensor:
     plain = tensor.dtype == torch.float32 and tensor.is_contiguous()
+    if not plain:
+        _type(tensor)
     return tensor if plain else tensor.float().contiguous()
 
 
@@ -206,6 +231,11 @@ def listed(positions: Tensor, rows: int, columns: int, panel: int, kept: int) ->
     if positions.dtype == torch.int16:
         return positions
     return list_positions(positions, kept, rows, columns, panel)[0]
+
+
+def _type(values: Tensor) -> int:
+    known = _TYPES.get(values.dtype)
+    return refuse_dtype("masked_linear", values.dtype) if known is None else known
 
 
 def _where(
@@ -226,7 +256,7 @@ def _view(
 ) -> tuple[Any, ...]:
     return (
         values.data_ptr(),
-        _TYPES[values.dtype],
+        _type(values),
         source,
         positions.data_ptr(),
         starts.data_ptr(),

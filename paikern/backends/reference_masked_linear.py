@@ -5,6 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from paikern.backends.masked_arguments import (
+    check_bias,
+    check_matrix,
+    check_pair,
+    check_rows,
+    check_values,
+    check_where,
+)
+
 COLUMNS = 1 << 16
 
 
@@ -76,6 +85,7 @@ def scatter_kept(
     panel: int,
     kept: int,
 ) -> Tensor:
+    check_values("scatter_kept", values, positions, starts, rows, columns, panel, kept)
     at = entries(positions, starts, rows, columns, panel)
     return values.new_zeros(rows, columns).index_put(at, values)
 
@@ -89,6 +99,8 @@ def gather_kept(
     panel: int,
     kept: int,
 ) -> Tensor:
+    check_matrix("gather_kept", dense, rows, columns)
+    check_where("gather_kept", positions, starts, rows, columns, panel, kept)
     return dense[entries(positions, starts, rows, columns, panel)]
 
 
@@ -106,6 +118,9 @@ def masked_linear(
     panel: int,
     kept: int,
 ) -> Tensor:
+    check_values("masked_linear", values, positions, starts, rows, columns, panel, kept)
+    check_rows("masked_linear", "x", x, columns)
+    check_bias("masked_linear", bias, rows)
     weight = dense(values, positions, starts, rows, columns, panel)
     y = x.to(weight.dtype) @ weight.T
     return (y if bias is None else y + bias.to(weight.dtype)).to(x.dtype)
@@ -124,6 +139,8 @@ def masked_linear_input(
     panel: int,
     kept: int,
 ) -> Tensor:
+    check_values("masked_linear_input", values, positions, starts, rows, columns, panel, kept)
+    check_rows("masked_linear_input", "g", g, rows)
     weight = dense(values, positions, starts, rows, columns, panel)
     return (g.to(weight.dtype) @ weight).to(g.dtype)
 
@@ -141,6 +158,8 @@ def masked_linear_kept(
     panel: int,
     kept: int,
 ) -> Tensor:
+    check_where("masked_linear_kept", positions, starts, rows, columns, panel, kept)
+    check_pair("masked_linear_kept", g, x, rows, columns)
     row, column = entries(positions, starts, rows, columns, panel)
     sums = torch.promote_types(g.dtype, torch.float32)
     gradient = g.reshape(-1, rows).to(sums).T @ x.reshape(-1, columns).to(sums)

@@ -168,12 +168,12 @@ class Network:
         return self.complete(total.values)
 
     def hessian_product(
-        self, vectors: dict[str, Tensor], batches: Sequence[Batch], *, scale: float = 1.0
+        self, vectors: Mapping[str, Tensor], batches: Sequence[Batch], *, scale: float = 1.0
     ) -> dict[str, Tensor]:
         """`scale * sum_b H_b v`: derivatives of `z_b = sum_l <v_l, dL_b / dW_l>`, batch by batch.
 
-        `vectors` is empty afterwards: the last batch frees each v_l where it makes (H v)_l, so that
-        the two never exist together. Attention runs on the path that can be differentiated twice.
+        Attention runs on the path that can be differentiated twice. The peak of memory is in the
+        derivative of the first batch norms' backward pass: 6 maps beyond what the passes hold.
 
         Raises:
             PaikernError: an operation cannot be differentiated twice, named.
@@ -181,24 +181,20 @@ class Network:
         total = _Sum()
         with twice_differentiable():
             for number, (batch, share) in enumerate(weighted(batches)):
-                value = self.loss(batch, number) * (share * scale)
-                last = number == len(batches) - 1
-                z = self._along(value, vectors if last else dict(vectors))
-                del value
+                z = self._along(self.loss(batch, number) * (share * scale), vectors)
                 if z is not None:
                     refuse_once_differentiable(z)
                     self.backward(z, total)
         return self.complete(total.values, note=False)
 
-    def _along(self, value: Tensor, vectors: dict[str, Tensor]) -> Tensor | None:
+    def _along(self, value: Tensor, vectors: Mapping[str, Tensor]) -> Tensor | None:
         """What has the derivative of `sum_l <v_l, dvalue / dW_l>`; None if that is 0 everywhere.
 
         A hook replaces each dvalue / dW as soon as it is made, so that they never exist together.
-        `vectors` is emptied.
         """
         handles = []
         for name, leaf in self.weights.items():
-            handles.append(leaf.register_hook(_replaced(vectors.pop(name).to(leaf.dtype))))
+            handles.append(leaf.register_hook(_replaced(vectors[name].to(leaf.dtype))))
         try:
             with named_derivatives():
                 parts = torch.autograd.grad(
@@ -283,7 +279,7 @@ def _leaf(run: Run, name: str) -> Tensor:
 class _Along(torch.autograd.Function):
     """Stands for `<slope, v>` in a graph: the derivative by the slope is v itself, no copy of it.
 
-    The value, which nobody needs, is 0. v is let go in the backward pass.
+    The value, which nobody needs, is 0.
     """
 
     @staticmethod
@@ -293,14 +289,13 @@ class _Along(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        v, ctx.v = ctx.v, None
-        return v, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.v, None
 
 
 def _replaced(v: Tensor) -> Callable[[Tensor], Tensor]:
     def replace(slope: Tensor) -> Tensor:
-        return _Along.apply(slope, v).expand_as(slope)  # type: ignore[no-any-return]
+        return _Along.apply(slope, v).expand_as(slope)
 
     return replace
 

@@ -58,6 +58,7 @@ def nothing_intercepts() -> bool:
     """Whether no tracer, transform, mode or forward-mode derivative wants to see a call."""
     return (
         not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and forward_ad._current_level < 0

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from paikern.backends.dense_masked_conv import format_of, out_size
 from paikern.ops._library import autograd, define, fake
+from paikern.ops._packed import check_dtype, check_given, check_values
 from paikern.ops._path import conv_shape, run
 from paikern.ops._transforms import refuse_compiled, register
 
@@ -32,6 +33,7 @@ define(f"masked_conv2d_input(Tensor g, Tensor values, {_WHERE}, {_CONV}, SymInt[
 define(f"masked_conv2d_kept(Tensor g, Tensor x, {_WHERE}, {_CONV}) -> Tensor")
 
 Pair = int | Sequence[int]
+_INTEGERS = (int, torch.SymInt)
 
 
 @fake("masked_conv2d")
@@ -171,8 +173,8 @@ def masked_conv2d(
         weight: a `PackedWeight` of shape `[out, in / groups, kh, kw]`, or flattened to
             `[out, in / groups * kh * kw]`.
         bias: `[out]` or None, of the same dtype.
-        kernel, stride, padding, dilation: one integer or two, (rows, columns). Other padding than
-            zeros comes before, with `F.pad`.
+        kernel, stride, padding, dilation: one integer or two, (rows, columns). The kernel is that
+            of the weight, if it has four axes. Other padding than zeros comes before, with `F.pad`.
         groups: as for `F.conv2d`.
 
     Returns:
@@ -186,8 +188,9 @@ def masked_conv2d(
         that has them in its window, else only those with a weight kept for them.
 
     Raises:
-        ValueError: shapes that do not fit, tensors on different devices. TypeError: another dtype
-        than that of the weight, a weight that is not packed.
+        ValueError: shapes that do not fit, another kernel than that of a weight with four axes,
+        tensors on different devices. TypeError: another dtype than that of the weight, a weight
+        that is not packed, x or bias that is no dense tensor, numbers that are no integers.
 
     Example:
         >>> import torch, paikern as pk
@@ -196,12 +199,8 @@ def masked_conv2d(
         >>> masked_conv2d(torch.arange(6.0).reshape(1, 1, 2, 3), packed, kernel=2).tolist()
         [[[[-2.0, 0.0]]]]
     """
-    values = getattr(weight, "values", None)
-    if not isinstance(values, Tensor) or not hasattr(weight, "where"):
-        raise TypeError(
-            f"masked_conv2d: weight must be a PackedWeight, got {type(weight).__name__}; "
-            "make one with PackedWeight.from_dense(weight.flatten(1), mask)"
-        )
+    fix = "make one with PackedWeight.from_dense(weight, mask)"
+    values = check_given("masked_conv2d", x, weight, bias, fix)
     kind = values.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind) and values.dtype != torch.float64:
         wanted = torch.get_autocast_dtype(kind)
@@ -212,21 +211,41 @@ def masked_conv2d(
         _pair("stride", stride),
         _pair("padding", padding),
         _pair("dilation", dilation),
-        groups,
+        _integer("groups", groups),
     )
     _check(x, values, weight, bias, *conv)
     where = weight.where(transposed=torch.is_grad_enabled() and x.requires_grad)
+    check_values("masked_conv2d", values, where)
     batched = x if x.dim() == 4 else x[None]
     y = run("masked_conv2d", batched, values, bias, *where, *conv, differentiable=True)
     return y if x.dim() == 4 else y[0]
 
 
 def _pair(name: str, value: Pair) -> list[int]:
-    if isinstance(value, int):
+    if isinstance(value, _INTEGERS):
         return [value, value]
-    if len(value) == 2:
-        return list(value)
-    raise ValueError(f"masked_conv2d: {name} must be one integer or two, got {tuple(value)}")
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        pair = list(value)
+        if len(pair) == 2 and all(isinstance(entry, _INTEGERS) for entry in pair):
+            return pair
+        kind: type[Exception] = ValueError
+    else:
+        kind = TypeError
+    raise kind(
+        f"masked_conv2d: {name} must be one integer or two, got {value!r}{_fix(name, value)}"
+    )
+
+
+def _integer(name: str, value: int) -> int:
+    if isinstance(value, _INTEGERS):
+        return value
+    raise TypeError(f"masked_conv2d: {name} must be one integer, got {value!r}")
+
+
+def _fix(name: str, value: Any) -> str:
+    if name != "padding" or not isinstance(value, str):
+        return ""
+    return '; "valid" is 0, "same" is dilation * (kernel - 1) // 2 for an odd kernel and stride 1'
 
 
 def _check(
@@ -242,6 +261,17 @@ def _check(
 ) -> None:
     rows, columns = weight.rows, weight.columns
     taps = kernel[0] * kernel[1]
+    if len(weight.shape) not in (2, 4):
+        raise ValueError(
+            "masked_conv2d: weight must be [out, in / groups, kh, kw] or [out, in / groups * kh * "
+            f"kw], got {tuple(weight.shape)}; pack it in one of these shapes"
+        )
+    if len(weight.shape) == 4 and tuple(kernel) != tuple(weight.shape[2:]):
+        raise ValueError(
+            f"masked_conv2d: kernel must be {tuple(weight.shape[2:])} for a weight of shape "
+            f"{tuple(weight.shape)}, got {tuple(kernel)}"
+        )
+    check_dtype("masked_conv2d", values)
     if min(kernel) < 1 or columns % taps:
         raise ValueError(
             f"masked_conv2d: kernel must divide the {columns} columns of the weight, "

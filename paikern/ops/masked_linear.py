@@ -16,6 +16,7 @@ from torch import Tensor
 
 from paikern.backends import registry
 from paikern.ops._library import autograd, define, fake
+from paikern.ops._packed import check_dtype, check_given, check_values
 from paikern.ops._path import nothing_intercepts, run
 from paikern.ops._transforms import refuse_compiled, register
 
@@ -162,8 +163,9 @@ def masked_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -
         where the weight is made dense, as a whole or in tiles, for the length of the call.
 
     Raises:
-        ValueError: shapes that do not fit, tensors on different devices. TypeError: another dtype
-        than that of the weight, a weight that is not packed.
+        ValueError: shapes that do not fit, a weight of a convolution, tensors on different devices.
+        TypeError: another dtype than that of the weight, a weight that is not packed, x or bias
+        that is no dense tensor.
 
     Example:
         >>> import torch, paikern as pk
@@ -173,12 +175,8 @@ def masked_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -
         >>> masked_linear(torch.ones(3), packed, torch.tensor([0.0, 1.0])).tolist()
         [1.5, 4.0]
     """
-    values = getattr(weight, "values", None)
-    if not isinstance(values, Tensor) or not hasattr(weight, "where"):
-        raise TypeError(
-            f"masked_linear: weight must be a PackedWeight, got {type(weight).__name__}; "
-            "make one with PackedWeight.from_dense(weight, mask)"
-        )
+    fix = "make one with PackedWeight.from_dense(weight, mask)"
+    values = check_given("masked_linear", x, weight, bias, fix)
     kind = "cpu" if values.is_cpu else values.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind) and values.dtype != torch.float64:
         wanted = torch.get_autocast_dtype(kind)
@@ -193,6 +191,8 @@ def masked_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -
             x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
         )
         return _Eager.apply(x, values, bias, where) if recorded else _eager(x, values, bias, where)
+    check_dtype("masked_linear", values)
+    check_values("masked_linear", values, where)
     y: Tensor = run("masked_linear", x, values, bias, *where, differentiable=True)
     return y
 
@@ -225,6 +225,11 @@ class _Eager(torch.autograd.Function):
 
 def _check(x: Tensor, values: Tensor, weight: PackedWeight, bias: Tensor | None) -> None:
     rows, columns = weight.rows, weight.columns
+    if len(weight.shape) != 2:
+        raise ValueError(
+            f"masked_linear: weight must be [out, in], got {tuple(weight.shape)}; use "
+            "masked_conv2d, or pack weight.flatten(1)"
+        )
     if x.dim() == 0 or x.shape[-1] != columns:
         raise ValueError(
             f"masked_linear: x must be [..., {columns}] for a weight of shape "

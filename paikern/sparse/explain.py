@@ -15,7 +15,7 @@ from paikern.report import tables
 from paikern.sparse import choice, layers
 from paikern.sparse.layers import Place
 from paikern.sparse.masked_module import MaskedModule
-from paikern.sparse.observed import DEFAULT_BATCH, check_batch, input_shapes
+from paikern.sparse.observed import DEFAULT_BATCH, check_batch, check_flags, input_shapes
 
 _COPIES = 4  # a weight, its gradient and both moments of Adam
 
@@ -166,6 +166,7 @@ def explain(
         True
     """
     check_batch("explain", batch)
+    check_flags("explain", training=training)
     layers.check_model("explain", model)
     mode = model.training if training is None else training
     every = _weights(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from paikern._names import walk
 from paikern.sparse.packed_weight import PackedWeight, dense_key
@@ -30,7 +30,7 @@ def pack_keys(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]
         What the dense weight holds elsewhere is dropped.
 
     Raises:
-        ValueError: a dense weight of another shape.
+        ValueError: a dense weight of another shape, or positions without content (meta device).
 
     Example:
         >>> import torch
@@ -47,6 +47,13 @@ def pack_keys(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]
         if not isinstance(module, PackedWeight) or key not in found:
             continue
         dense = found.pop(key)
+        if not isinstance(dense, Tensor):
+            raise ValueError(f"pack_keys: {key} must be a tensor, got {type(dense).__name__}")
+        if module.positions.is_meta:
+            raise ValueError(
+                f"pack_keys: the positions of {key} are on the meta device and have no content; "
+                f"load {key}.values and {key}.mask"
+            )
         if dense.shape != module.shape:
             raise ValueError(
                 f"pack_keys: {key} has shape {tuple(dense.shape)} in the state dict, "

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paikern.ops._packed import check_dtype, check_given, check_values
 from paikern.ops._path import nothing_intercepts, run
 from paikern.ops.masked_linear import masked_linear
 from paikern.sparse.masked_module import (
@@ -114,7 +115,10 @@ class MaskedConv1D(MaskedModule):
     def forward(self, x: Tensor) -> Tensor:
         """`[..., nx]` -> `[..., nf]`."""
         weight = self.weight
-        x, values, bias = cast_for_autocast(x, weight.values, self.bias)
+        fix = "make one with PackedWeight.from_dense(weight, mask)"
+        values = check_given("MaskedConv1D", x, weight, self.bias, fix)
+        x, values, bias = cast_for_autocast(x, values, self.bias)
+        check_dtype("MaskedConv1D", values)
         if x.dim() == 0 or x.shape[-1] != self.nx:
             raise ValueError(
                 f"MaskedConv1D: x must be [..., {self.nx}] for a weight of shape "
@@ -130,7 +134,9 @@ class MaskedConv1D(MaskedModule):
                 f"MaskedConv1D: x is on {x.device} and the weight on {values.device}; move them "
                 "to one device"
             )
-        y = _product(x, values, weight.where(transposed=True))
+        where = weight.where(transposed=True)
+        check_values("MaskedConv1D", values, where)
+        y = _product(x, values, where)
         return y if bias is None else y + bias
 
     def extra_repr(self) -> str:

@@ -131,7 +131,10 @@ class MaskedModule(nn.Module):
             dense = state_dict.pop(key)
             try:
                 packed = pack_keys(self.weight, {"weight": dense})
-            except ValueError:
+            except ValueError as error:
+                if self.weight.positions.is_meta or not isinstance(dense, Tensor):
+                    error_msgs.append(f"{key}: {error}")
+                    return
                 own = tuple(self.weight.shape)
                 error_msgs.append(f"{key}: {tuple(dense.shape)} in the state dict, {own} here")
                 packed = self.weight.state_dict()
@@ -162,12 +165,25 @@ def pack_weight_of(
     layer: nn.Module, mask: Tensor | None, weight: PackedWeight | None
 ) -> PackedWeight:
     """`weight` if it is given, else that of `layer`, packed by `mask`."""
+    dense = getattr(layer, "weight", None)
+    if not isinstance(dense, Tensor) or dense.dim() < 2:
+        raise TypeError(
+            f"layer must be a dense layer with a weight, got {type(layer).__name__}; pass the "
+            "nn.Linear, Conv1D or nn.Conv2d to pack"
+        )
     if weight is not None:
+        if not isinstance(weight, PackedWeight) or tuple(weight.shape) != tuple(dense.shape):
+            found = tuple(weight.shape) if isinstance(weight, PackedWeight) else type(weight)
+            raise ValueError(
+                f"{type(layer).__name__} needs a weight of shape {tuple(dense.shape)}, got {found}"
+            )
         return weight
     if mask is None:
         raise ValueError(f"{type(layer).__name__}: give a mask, or the weight packed already")
-    dense = layer.weight
-    assert isinstance(dense, Tensor)
+    if not isinstance(mask, Tensor):
+        raise ValueError(
+            f"mask must be a tensor of shape {tuple(dense.shape)}, got {type(mask).__name__}"
+        )
     return PackedWeight.from_dense(dense, mask.to(dense.device))
 
 

@@ -19,6 +19,12 @@ def check_batch(operation: str, batch: Any) -> None:
         raise ValueError(f"{operation}: batch must be an int of at least 1, got {batch!r}")
 
 
+def check_flags(operation: str, **given: Any) -> None:
+    for name, value in given.items():
+        if value is not None and not isinstance(value, bool):
+            raise TypeError(f"{operation}: {name} must be True or False, got {value!r}")
+
+
 def input_shapes(
     operation: str, model: nn.Module, layers: Sequence[nn.Module], example_inputs: Any
 ) -> dict[int, tuple[int, ...]]:
@@ -31,7 +37,7 @@ def input_shapes(
             arguments.
 
     Raises:
-        TypeError: example_inputs of another type. What the model raises goes through.
+        TypeError: example_inputs of another type. ValueError: the model does not run on them.
     """
     args, kwargs = _arguments(operation, example_inputs)
     found: dict[int, tuple[int, ...]] = {}
@@ -51,6 +57,11 @@ def input_shapes(
         inner.eval()
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             inner(*args, **kwargs)
+    except (RuntimeError, ValueError, TypeError) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{operation}: the model does not run on example_inputs: {said}"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()

@@ -112,8 +112,9 @@ class PackedWeight(nn.Module):
         _check_panel("PackedWeight", panel)
         if format not in FORMATS:
             raise ValueError(f"PackedWeight: format must be one of {FORMATS}, got {format!r}")
-        if len(shape) < 2 or min(shape) < 0:
-            raise ValueError(f"PackedWeight: shape must be (out, in, *kernel), got {tuple(shape)}")
+        whole = isinstance(shape, Sequence) and all(isinstance(n, int) for n in shape)
+        if not whole or len(shape) < 2 or min(shape) < 0:
+            raise ValueError(f"PackedWeight: shape must be (out, in, *kernel), got {shape!r}")
         _check_tensors("PackedWeight", values=values, mask=mask)
         if values.dtype not in DTYPES or values.dim() != 1:
             raise TypeError(
@@ -199,8 +200,8 @@ class PackedWeight(nn.Module):
 
     @property
     def nnz(self) -> int:
-        """How many weights are kept."""
-        return self.values.numel()
+        """How many weights are kept: what the positions say, whatever stands in `values`."""
+        return self._nnz
 
     @property
     def density(self) -> float:
@@ -263,6 +264,7 @@ class PackedWeight(nn.Module):
         Raises:
             ValueError: a tensor of another shape.
         """
+        _check_tensors("PackedWeight.gather", dense=dense)
         if dense.shape != self.shape:
             raise ValueError(
                 f"PackedWeight.gather: dense must have the shape {tuple(self.shape)}, got "
@@ -282,6 +284,8 @@ class PackedWeight(nn.Module):
 
     def _places(self) -> tuple[Tensor, Tensor, int, int, int, int]:
         """The positions as `scatter_kept` takes them."""
+        if self.positions.is_meta and not self.values.is_meta:
+            raise _without_content(self.device)
         return self.positions, self.starts, self.rows, self.columns, self.panel, self.nnz
 
     # --- for the operations ----------------------------------------------------------------------
@@ -296,10 +300,7 @@ class PackedWeight(nn.Module):
         if known is not None and (known[2] is None) == (self._transposed is None):
             return known
         if self.positions.device != self.values.device:
-            raise ValueError(
-                f"PackedWeight: the values are on {self.device} and the positions, without "
-                "content, on the meta device; load a state dict"
-            )
+            raise _without_content(self.device)
         back = self._transposed or (None, None, None)
         sizes = (self.rows, self.columns, self.panel, self.nnz)
         found = (self.positions, self.starts, *back, *sizes)
@@ -320,6 +321,7 @@ class PackedWeight(nn.Module):
         positions, starts = list_positions(bits, kept, rows, columns, self.panel)
         self.positions = bits if self.format == "bitmap" else positions
         self.starts = starts
+        self._nnz = kept
         self._where = None
         if self._transposed is not None:
             self._transpose()
@@ -378,6 +380,8 @@ class PackedWeight(nn.Module):
     ) -> None:
         """Takes `values` and `mask`; a mask of as many weights elsewhere moves the positions.
 
+        Without a mask, which is then missing, the values are taken to be those kept here.
+
         A dense weight is for the module around it to pack: its key does not begin with `prefix`.
         """
         found = {key: state_dict.get(prefix + key) for key in ("values", "mask")}
@@ -386,7 +390,11 @@ class PackedWeight(nn.Module):
             own = {prefix + key for key in found}
             unexpected_keys += [k for k in state_dict if k.startswith(prefix) and k not in own]
         values, mask = found["values"], found["mask"]
-        if values is None or mask is None:
+        if values is None:
+            return
+        if not isinstance(values, Tensor) or not isinstance(mask, (Tensor, type(None))):
+            kinds = f"{type(values).__name__} and {type(mask).__name__}"
+            error_msgs.append(f"{prefix}values and mask must be tensors, got {kinds}")
             return
         if values.shape != self.values.shape:
             error_msgs.append(
@@ -399,7 +407,12 @@ class PackedWeight(nn.Module):
         try:
             # A model that resumes has these positions already, and those transposed.
             known = self.positions.device == device and not self.positions.is_meta
-            if not known or not torch.equal(mask.to(device), self.packed_mask()):
+            # Values alone, of a checkpoint of parameters, are those of the positions that are here.
+            if mask is None and not known:
+                raise _without_content(device)
+            if mask is not None and not (
+                known and torch.equal(mask.to(device), self.packed_mask())
+            ):
                 self._place(mask.to(device))
         except (TypeError, ValueError) as error:
             error_msgs.append(f"{prefix}mask: {error}")
@@ -441,6 +454,13 @@ class PackedWeight(nn.Module):
         packed = cls(torch.zeros_like(values), mask, shape, format=format)
         packed.values.data = values  # as they were saved, NaN included
         return packed
+
+
+def _without_content(device: torch.device) -> ValueError:
+    return ValueError(
+        f"PackedWeight: the values are on {device} and the positions, without content, on the meta "
+        "device; load a state dict with values and mask"
+    )
 
 
 def dense_key(prefix: str) -> str:

@@ -19,7 +19,7 @@ from paikern.sparse.in_models import packed_weights
 from paikern.sparse.layers import Place
 from paikern.sparse.masked_linear import MaskedConv1D
 from paikern.sparse.masked_module import MaskedModule
-from paikern.sparse.observed import DEFAULT_BATCH, check_batch, input_shapes
+from paikern.sparse.observed import DEFAULT_BATCH, check_batch, check_flags, input_shapes
 from paikern.sparse.optimizer import Exchange
 from paikern.sparse.packed_weight import PackedWeight
 
@@ -87,6 +87,7 @@ def sparsify(
         MaskedLinear(...)
     """
     check_batch("sparsify", batch)
+    check_flags("sparsify", force=force, training=training)
     layers.check_model("sparsify", model)
     if not isinstance(masks, MaskSet):
         raise TypeError(f"sparsify: masks must be a MaskSet, got {type(masks).__name__}")
@@ -254,6 +255,13 @@ def _masked(place: Place, reason: str, bits: Tensor) -> Tensor | None:
         raise ValueError(
             f"sparsify: '{place.name}' was made in torch.inference_mode and cannot be masked; "
             "clone it outside"
+        )
+    if not bool(torch.isfinite(weight.sum())) and bool(
+        (torch.isnan(weight) & ops.unpack_mask(bits, tuple(weight.shape))).any()
+    ):
+        raise ValueError(
+            f"sparsify: '{place.name}' holds NaN in a kept weight; replace it, or leave the weight "
+            "out of the masks"
         )
     return None if weight.is_contiguous() else ops.apply_mask_(weight.contiguous(), bits)
 

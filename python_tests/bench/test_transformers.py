@@ -75,3 +75,9 @@ def test_page() -> None:
     assert "Dense: 10.0." in page
     assert "| Wanda, row | 20.5 | 2.0e+06 | 3 | 1.0 s |" in page
     assert "MiniLM-L6-v2: embeddings" not in page
+
+
+def test_a_complete_run_has_nothing_left_to_do() -> None:
+    have = {("smollm2", way, s) for way in bench.WAYS for s in (0.3, 0.5)}
+    have.add(("smollm2", "dense", 0.0))
+    assert list(bench.rows_of("smollm2", (0.3, 0.5), have)) == []

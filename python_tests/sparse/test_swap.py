@@ -134,7 +134,7 @@ def test_example_inputs_leave_the_model_as_it_is() -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
     with pytest.raises(TypeError, match=r"explain: example_inputs must be a tensor.* got int"):
         pk.explain(model, example_inputs=3)
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+    with pytest.raises(ValueError, match=r"explain: the model does not run .* multiplied"):
         pk.explain(model, example_inputs=torch.randn(3, 9))
     assert not any(module._forward_pre_hooks for module in model.modules())
 
