@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,21 @@ def carry_out(task: Task) -> list[Row]:
     return quality_rows(net, way, sparsity, seed, epochs)
 
 
+def attempt(task: Task) -> tuple[list[Row], str]:
+    """The rows of one run, or why there are none: a mistake in one must not end the others."""
+    try:
+        return carry_out(task), ""
+    except Exception:
+        return [], f"{task}: {traceback.format_exc()}"
+
+
+def tell(mistakes: Sequence[str]) -> int:
+    """Print what went wrong; the exit code."""
+    for text in mistakes:
+        print(f"bench.run_quality: {text}", file=sys.stderr)
+    return 1 if mistakes else 0
+
+
 def identity(row: Row) -> tuple[Any, ...]:
     if row.get("op") == "sweep":
         return ("sweep", row["size"], 0.0, 0)
@@ -137,13 +153,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     context = multiprocessing.get_context("spawn")
+    mistakes: list[str] = []
     try:
         with (
             context.Pool(given.jobs, maxtasksperchild=200) as pool,
             tqdm(total=len(missing), unit="run", disable=None) as bar,
         ):
-            for made in pool.imap_unordered(carry_out, missing):
+            for made, mistake in pool.imap_unordered(attempt, missing):
                 rows += made
+                mistakes += [mistake] if mistake else []
                 save()
                 bar.update()
     except KeyboardInterrupt:
@@ -153,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     pages = (ROOT / "bench", ROOT / "docs" / "images") if given.out is None else (folder, folder)
     quality_report.write(path, *pages)
     print(f"{path}, {pages[0] / 'quality.md'}")
-    return 0
+    return tell(mistakes)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

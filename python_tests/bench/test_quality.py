@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bench import quality_claims, quality_report
+from bench import quality_claims, quality_report, run_quality
 from bench.quality_runs import quality_rows
 from bench.quality_training import PARTS, Run, model_of, samples
 from bench.quality_ways import (
@@ -137,6 +137,22 @@ def test_rows_of_other_settings_are_made_anew(
     path.write_text(json.dumps(held | {"nets": nets | {"lenet300": {"epochs": 1}}}))
     assert earlier(path, None) == []
     assert earlier(tmp_path / "missing.json", None) == []
+
+
+def test_a_mistake_in_one_run_does_not_end_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wrong(*_: object) -> list[Row]:
+        raise KeyError("layers.1.weight")
+
+    monkeypatch.setattr(run_quality, "quality_rows", wrong)
+    rows, mistake = run_quality.attempt(("lenet300", "px", 0.9, 0, 1))
+    assert rows == []
+    assert "'px'" in mistake
+    assert "KeyError: 'layers.1.weight'" in mistake
+    assert run_quality.tell([mistake]) == 1
+    assert "KeyError" in capsys.readouterr().err
+    assert run_quality.tell([]) == 0
 
 
 def row_of(way: str, seed: int, accuracy: float, **more: Any) -> Row:
