@@ -112,7 +112,8 @@ def gate_decorators(net: nn.Module, batches: Batches) -> dict[str, Tensor]:
 def select(
     scores: Mapping[str, Tensor], nodes: Mapping[str, int], keep: int
 ) -> dict[str, list[bool]]:
-    """The channels of each group that stay: the best of each, then the best of all that fit.
+    """The channels of each group that stay: the best of each, then the best of all that make up
+    the number exactly, or the next lower one that can be made up.
 
     nodes: how many outputs one channel of a group stands for; `keep` counts outputs.
     """
@@ -128,8 +129,12 @@ def select(
         name = names[group]
         if not kept[name][channel]:
             rest.append((name, channel))
-    for name, channel in rest:
-        if nodes[name] <= left:
+    sums = [{0}]  # that the channels from each place on can make up
+    for name, _ in reversed(rest):
+        sums.append(sums[-1] | {s + nodes[name] for s in sums[-1]})
+    left = max((s for s in sums[-1] if s <= left), default=0)
+    for at, (name, channel) in enumerate(rest, 1):
+        if left - nodes[name] in sums[len(rest) - at]:
             kept[name][channel] = True
             left -= nodes[name]
     return kept
