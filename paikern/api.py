@@ -20,6 +20,7 @@ from paikern.backends import registry
 from paikern.batches import Batches
 from paikern.channel_rounds import channel_metadata
 from paikern.errors import NonFiniteScoreError, PaikernWarning, SparsityError
+from paikern.gradients import own_randomness
 from paikern.masks import MaskSet
 from paikern.pathgraph import trace
 from paikern.pattern import parse_pattern
@@ -454,7 +455,8 @@ def _run(
             "iterable of batches"
         )
     if scorer.needs_inputs and example_inputs is None and batches is not None:
-        example_inputs = batches.example()
+        with own_randomness(inner, int(seed)):
+            example_inputs = batches.example()
     run = Run(inner, state, layers, example_inputs, int(seed), variant, batches, loss_fn)
     if scorer.needs_inputs and example_inputs is None:
         raise ValueError(
