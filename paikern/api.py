@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from numbers import Integral
 from typing import Any, TypeVar
 
 import torch
@@ -17,13 +15,12 @@ from torch import Tensor, nn
 from paikern import budget
 from paikern.analysis import Topology, topology
 from paikern.backends import registry
-from paikern.batches import Batches
 from paikern.channel_rounds import channel_metadata
-from paikern.errors import NonFiniteScoreError, PaikernWarning, SparsityError
-from paikern.gradients import own_randomness
+from paikern.errors import PaikernWarning, SparsityError
 from paikern.masks import MaskSet
 from paikern.pathgraph import trace
 from paikern.pattern import parse_pattern
+from paikern.preparation import packed_of, prepare_run, state_of
 from paikern.progress import ProgressFunction
 from paikern.prunable import prunable_parameters, unwrap
 from paikern.rounds import Plan, check_single_weights, layer_counts, ranked, run_rounds
@@ -144,7 +141,7 @@ def prune(
     _check_choices(scorer, variant, selection, on_collapse, rounds)
     shape = parse_pattern(pattern)
     check_single_weights(scorer, shape)
-    run = _run(model, scorer, example_inputs, ignore, include, seed, variant, data, loss_fn)
+    run = prepare_run(model, scorer, example_inputs, ignore, include, seed, variant, data, loss_fn)
     fraction = target_sparsity(
         shape,
         sparsity=sparsity,
@@ -228,8 +225,8 @@ def score(
     sparsity = method_options.pop("sparsity", None)
     scorer = _scorer(method, method_options)
     _check_choices(scorer, variant, "exact", "warn", None)
-    run = _run(model, scorer, example_inputs, ignore, include, seed, variant, data, loss_fn)
-    run.masks = _packed(masks, run.model)
+    run = prepare_run(model, scorer, example_inputs, ignore, include, seed, variant, data, loss_fn)
+    run.masks = packed_of(masks, run.model)
     with registry.using(backend):
         if isinstance(scorer, TrainedScorer):
             if sparsity is None:
@@ -337,7 +334,7 @@ def analyze(
     inner = unwrap(model)
     layers = prunable_parameters(inner, ignore=ignore, include=include)
     return topology(
-        trace(inner, example_inputs), _state(inner), _packed(masks, inner),
+        trace(inner, example_inputs), state_of(inner), packed_of(masks, inner),
         {n: p.kind for n, p in layers.items()},
     )  # fmt: skip
 
@@ -413,79 +410,6 @@ def _check_choices(
         raise ValueError(f"on_collapse must be one of {ON_COLLAPSE}, got {on_collapse!r}")
     if rounds is not None and rounds < 1:
         raise ValueError(f"rounds must be >= 1, got {rounds}")
-
-
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    """Parameter and buffer names of the unwrapped model -> tensors."""
-    state = {name: p.detach() for name, p in model.named_parameters()}
-    state.update({name: b.detach() for name, b in model.named_buffers()})
-    return state
-
-
-def _packed(masks: MaskSet | None, model: nn.Module) -> dict[str, Tensor]:
-    """The bits by name; MaskFormatError where they were made for another model."""
-    if masks is None:
-        return {}
-    masks.slots(model)
-    return {name: masks.packed(name) for name in masks}
-
-
-def _run(
-    model: nn.Module,
-    scorer: Scorer,
-    example_inputs: Any,
-    ignore: Filter,
-    include: Filter,
-    seed: int,
-    variant: str,
-    data: Any = None,
-    loss_fn: Any = None,
-) -> Run:
-    if not isinstance(seed, Integral) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed must be an integer from -2**63 to 2**63 - 1, got {seed!r}")
-    inner = unwrap(model)
-    layers = prunable_parameters(inner, ignore=ignore or (), include=include)
-    state = _state(inner)
-    # A weight pruned by torch.nn.utils.prune is stored under another name than it is known by.
-    state.update({name: state[layer.source] for name, layer in layers.items()})
-    batches = None if data is None else Batches(data, getattr(scorer, "batch_size", 128))
-    if scorer.needs_data and batches is None:
-        raise ValueError(
-            f"data: method {scorer.name!r} reads samples; pass data=, a tensor [n, ...] or an "
-            "iterable of batches"
-        )
-    if scorer.needs_inputs and example_inputs is None and batches is not None:
-        with own_randomness(inner, int(seed)):
-            example_inputs = batches.example()
-    run = Run(inner, state, layers, example_inputs, int(seed), variant, batches, loss_fn)
-    if scorer.needs_inputs and example_inputs is None:
-        raise ValueError(
-            f"example_inputs: method {scorer.name!r} traces the model and needs one input, for "
-            "instance example_inputs=torch.ones(1, 3, 32, 32)"
-        )
-    if scorer.reads_weights:
-        _refuse_non_finite(run)
-    return run
-
-
-def _refuse_non_finite(run: Run) -> None:
-    for name in run.layers:
-        weight = run.weight(name)
-        if weight.is_meta:
-            raise ValueError(
-                f"{name} is on the meta device and holds no values; load the weights first"
-            )
-        if weight.numel() and not _is_finite(weight):
-            bad = int((~torch.isfinite(weight)).sum())
-            raise NonFiniteScoreError(
-                f"{name} holds {bad} NaN or infinite weights; repair the checkpoint, or leave the "
-                f"layer out with ignore=[{name!r}]"
-            )
-
-
-def _is_finite(weight: Tensor) -> bool:
-    """Without `torch.isfinite`, whose temporaries are larger than the weight."""
-    return all(math.isfinite(float(bound)) for bound in weight.aminmax())
 
 
 def _options(scorer: Scorer) -> dict[str, Any]:

@@ -41,9 +41,8 @@ class Batches:
             (inputs, labels) of either and a tensor; or anything that can be iterated, a
             `DataLoader` for instance, and gives batches of any of these forms. A list of two
             tensors is a pair where the second is integer or has fewer dimensions, as labels do.
-            What an iterator has given
-            is kept in memory, as it can be read only once; it may be endless where a method reads a
-            number of batches.
+            What an iterator has given is kept in memory, as it can be read only once; it may be
+            endless where a method reads a number of batches.
         size: tensors given whole are cut into batches of this many samples.
 
     Iterating gives (inputs, labels or None) of floating-point tensors, for methods that compute

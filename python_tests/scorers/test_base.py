@@ -10,6 +10,7 @@ from torch import nn
 
 import paikern as pk
 from paikern.errors import PaikernWarning
+from paikern.preparation import prepare_run
 from paikern.scorers import Dense, Run, Scorer, Scores, TrainedScorer, base
 
 
@@ -131,7 +132,7 @@ def test_notes_of_a_scorer_become_warnings_once(registry: None) -> None:
 
 def test_run_plans_each_flow_once() -> None:
     model = net()
-    run = pk.api._run(model, pk.scorers.SynFlow(), torch.ones(1, 4), (), None, 3, "paper")
+    run = prepare_run(model, pk.scorers.SynFlow(), torch.ones(1, 4), (), None, 3, "paper")
     semantics = pk.pathgraph.Semantics(1)
     assert run.graph is run.graph
     assert run.flow(semantics) is run.flow(semantics)

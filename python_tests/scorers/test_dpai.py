@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import paikern as pk
 from bench.references.dpai import DPaIReference
 from paikern import zoo
-from paikern.api import _run
 from paikern.errors import PaikernError, PaikernWarning, SparsityError
+from paikern.preparation import prepare_run
 from paikern.scorers import DPaI, DPaITrainer
 from python_tests.oracles import goldens
 from python_tests.scorers.helpers import agreement, counts
@@ -33,7 +33,7 @@ def trainer(
     model: nn.Module, x: Tensor, kept: list[int], variant: str = "paper", **options: Any
 ) -> DPaITrainer:
     settings = DPaI(**options).resolved(variant)
-    return DPaITrainer(_run(model, settings, x, (), None, 0, variant), settings, kept)
+    return DPaITrainer(prepare_run(model, settings, x, (), None, 0, variant), settings, kept)
 
 
 def unpacked(found: DPaITrainer) -> dict[str, Tensor]:
