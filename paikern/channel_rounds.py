@@ -53,7 +53,8 @@ def run_channel_rounds(
         for done, fraction in enumerate(fractions, 1):
             if fraction > 0:
                 scores = scorer.channel_scores(run, groups)
-                _refuse_dead(scorer, groups, scores, kept)
+                if not history:
+                    _refuse_dead(scorer, groups, scores, kept)
                 ranking = Ranking(groups, scores, kept, local=scope != "global", least=scorer.least)
                 kept = _selected(run, scorer, groups, ranking, scope, fraction)
                 rescued = ranking.rescued(kept) if scope == "global" else []

@@ -9,7 +9,7 @@ behind.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -97,17 +97,16 @@ class Ranking:
     def with_nodes(self, count: int) -> Kept:
         """The best channels with `count` outputs of weights.
 
-        Where the next channel stands for more outputs than are left, worse ones that stand for
-        fewer take its place, so that the count is met wherever some choice of them can.
+        Where the next channel stands for more outputs than are left, or would leave a number that
+        no others make up, worse ones take its place, so that the count is met wherever some choice
+        of them can; else the next lower one that can be met.
         """
         chosen = torch.zeros(len(self), dtype=torch.bool)
         chosen[: self.held] = True
         left = count - int(self.nodes[: self.held].sum())
-        sizes = self.nodes.tolist()
-        for at in range(self.held, len(sizes)):
-            if sizes[at] <= left:
-                chosen[at] = True
-                left -= sizes[at]
+        free = self.nodes[self.held :].tolist()
+        if left > 0 and free:
+            chosen[self.held + torch.tensor(best_with_sum(free, left), dtype=torch.long)] = True
         return self._kept(chosen)
 
     def with_fraction(self, sparsity: float) -> Kept:
@@ -141,6 +140,58 @@ class Ranking:
             kept[group.name] = torch.zeros(group.size, dtype=torch.bool)
             kept[group.name][self._channel[chosen & (self._owner == number)]] = True
         return kept
+
+
+def best_with_sum(sizes: Sequence[int], total: int) -> list[int]:
+    """Places in `sizes`, the earliest first, whose sizes add up to `total`.
+
+    Of all choices the one that is first in lexicographic order; where there is none, that of the
+    next lower sum. Whatever fits is taken as long as the rest can still be made up: only the last
+    few are weighed against each other, over ever more of them until the sum is met.
+
+    Example:
+        >>> best_with_sum([3, 3, 3, 2, 2], 7), best_with_sum([2, 2, 2], 5)
+        ([0, 3, 4], [0, 1])
+    """
+    total = min(total, sum(sizes))
+    total -= total % math.gcd(*sizes)
+    taken, left = [], total
+    for place, size in enumerate(sizes):
+        if size <= left:
+            taken.append(place)
+            left -= size
+    again = 0  # so many of the first choices are made anew
+    while left and again < len(taken):
+        again = min(len(taken), max(64, 4 * again))
+        first = taken[: len(taken) - again]
+        start = first[-1] + 1 if first else 0
+        room = total - sum(sizes[place] for place in first)
+        rest, met = _tail_with_sum(sizes, start, room)
+        if met or again == len(taken):
+            return first + rest
+    return taken
+
+
+def _tail_with_sum(sizes: Sequence[int], start: int, total: int) -> tuple[list[int], bool]:
+    """The earliest places from `start` on with the highest sum up to `total`; whether it is met."""
+    places: list[int] = []
+    room: dict[int, int] = {}  # of each size no more than fit are of use
+    for place in range(start, len(sizes)):
+        size = sizes[place]
+        if room.setdefault(size, total // size) > 0:
+            room[size] -= 1
+            places.append(place)
+    reach, limit = [1], (1 << (total + 1)) - 1  # bit s: a sum of s can be made from here on
+    for place in reversed(places):
+        reach.append((reach[-1] | reach[-1] << sizes[place]) & limit)
+    reach.reverse()
+    left = reach[0].bit_length() - 1
+    met, taken = left == total, []
+    for place, after in zip(places, reach[1:], strict=True):
+        if sizes[place] <= left and after >> (left - sizes[place]) & 1:
+            taken.append(place)
+            left -= sizes[place]
+    return taken, met
 
 
 def _check_finite(group: ChannelGroup, scores: Tensor) -> None:

@@ -69,6 +69,10 @@ def shrink(
         >>> small.layers[1].weight.shape, torch.allclose(small(x), net(x), atol=1e-6)
         (torch.Size([4, 8]), True)
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(masks, MaskSet):
+        raise TypeError(f"masks must be the MaskSet of pk.prune, got {type(masks).__name__}")
     if not masks.channels:
         raise ValueError(
             "masks: made of single weights, no channel can be taken out; use a structured method, "
@@ -210,6 +214,9 @@ def _cut_layer(
         if type(module).__name__ == "Conv1D":
             _cut_conv1d(module, mask, side)
             continue
+        if isinstance(module, nn.modules.conv._ConvTransposeNd) and not depthwise:
+            _cut_transposed(module, mask, side)
+            continue
         kind = next((word for cls, word in _KINDS if isinstance(module, cls)), None)
         if kind is None:
             raise PaikernError(
@@ -231,6 +238,21 @@ def _cut_conv1d(module: Any, kept: Tensor, side: str) -> None:
     else:
         module.weight = nn.Parameter(module.weight.detach()[kept])
         module.nx = module.weight.shape[0]
+
+
+def _cut_transposed(module: Any, kept: Tensor, side: str) -> None:
+    """A transposed convolution, `[in, out / groups, ...]`: with groups, Torch-Pruning looks for all
+    outputs in the second dimension, which holds those of one group."""
+    kept = kept.to(module.weight.device)
+    if side == "in":
+        module.weight = nn.Parameter(module.weight.detach()[kept])
+        module.in_channels = module.weight.shape[0]
+        return
+    within = kept[: len(kept) // module.groups]  # every group keeps the same places
+    module.weight = nn.Parameter(module.weight.detach()[:, within])
+    if module.bias is not None:
+        module.bias = nn.Parameter(module.bias.detach()[kept])
+    module.out_channels = module.weight.shape[1] * module.groups
 
 
 def _check_weights(

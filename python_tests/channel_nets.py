@@ -137,6 +137,21 @@ def upsampling() -> nn.Module:
     )  # fmt: skip
 
 
+class GroupedUp(nn.Module):
+    """Transposed convolutions: one with two groups, one that filters each channel by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = conv(3, 8)
+        self.up = nn.ConvTranspose2d(8, 6, 2, stride=2, groups=2)
+        self.each = nn.ConvTranspose2d(6, 6, 3, padding=1, groups=6)
+        self.last, self.out = conv(6, 5), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.each(torch.relu(self.up(self.stem(x))))
+        return self.out(self.last(x).amax((2, 3)))
+
+
 def normed_over_channels() -> nn.Module:
     return nn.Sequential(
         conv(3, 8), nn.Conv2d(8, 6, 3), nn.GroupNorm(2, 6), nn.ReLU(), conv(6, 5), head(5)
@@ -153,6 +168,7 @@ BUILDERS = {
     "gated": Gated,
     "attentive": Attentive,
     "upsampling": upsampling,
+    "grouped_up": GroupedUp,
     "groupnorm": normed_over_channels,
     "shuffled": Shuffled,
     "transformer": Transformer,
@@ -171,6 +187,7 @@ COUPLED = {
     "gated": [["stem.0", "excite"], ["squeeze"]],
     "attentive": [["stem.0"]],
     "upsampling": [["0.0"], ["1"], ["4.0"]],
+    "grouped_up": [["stem.0"], ["up", "each"], ["last.0"]],
     "groupnorm": [["0.0"], ["4.0"]],
     "shuffled": [["next.0"]],
     "transformer": [["up"]],

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import paikern as pk
+from paikern.channels import best_with_sum
 from paikern.errors import MaskFormatError, PaikernWarning, SparsityError
+from paikern.scorers.crop_s import CroPitS
 from python_tests.channel_nets import BUILDERS, COUPLED, build
 from python_tests.oracles.channels import nodes_kept
 
@@ -40,7 +44,7 @@ def test_exactly_k_outputs_are_kept(name: str, method: str, sparsity: float) -> 
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.8, 0.99])
 @pytest.mark.parametrize("method", DATA_FREE)
-@pytest.mark.parametrize("name", [name for name in COUPLED if name != "grouped"])
+@pytest.mark.parametrize("name", [name for name in COUPLED if "grouped" not in name])
 @pytest.mark.filterwarnings("ignore::paikern.PaikernWarning")
 def test_every_layer_loses_the_same_fraction(name: str, method: str, sparsity: float) -> None:
     net, x = build(name)
@@ -57,8 +61,10 @@ def test_a_removed_channel_has_no_row_and_no_column(name: str) -> None:
     masks = pk.prune(net, "random_s", sparsity=0.5, example_inputs=x)
     for parameter, kept in masks.channels.items():
         weight = dict(net.named_parameters())[parameter].detach()
-        transposed = isinstance(net.get_submodule(parameter[:-7]), nn.ConvTranspose2d)
-        rows = (weight.transpose(0, 1) if transposed else weight).flatten(1)
+        layer = net.get_submodule(parameter[:-7])
+        if isinstance(layer, nn.ConvTranspose2d):  # [in, out / groups, ...]
+            weight = weight.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)
+        rows = weight.flatten(1)
         assert not rows[~kept].any()
         assert bool(rows[kept].any(1).all())
     masks.verify(net)
@@ -274,3 +280,67 @@ def test_layers_that_stay_whole_are_listed() -> None:
         masks = pk.prune(net, "l1_filters", sparsity=0.5, example_inputs=x)
     assert "attention.in_proj_weight" in masks.metadata["kept_whole"]
     assert bool(masks["attention.in_proj_weight"].all())
+
+
+class TwosAndThrees(nn.Module):
+    """Channels of two outputs, a product, and channels of three, a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(4, 6)
+        self.c, self.d, self.e = (nn.Linear(6, 5) for _ in range(3))
+        self.out = nn.Linear(5, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.a(x).tanh() * self.b(x)
+        return self.out((self.c(x) + self.d(x) + self.e(x)).tanh())
+
+
+@pytest.mark.parametrize("kept", range(7, 26))
+@pytest.mark.filterwarnings("ignore::paikern.PaikernWarning")
+def test_channels_of_several_outputs_make_up_the_number(kept: int) -> None:
+    torch.manual_seed(0)
+    net, x = TwosAndThrees(), torch.ones(1, 4)
+    masks = pk.prune(
+        net, "l1_filters", amount=27 - kept, scope="global", example_inputs=x, apply=False
+    )
+    assert sum(int(mask.sum()) for mask in masks.channels.values()) == kept
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_best_choice_with_a_sum_is_that_of_all_choices(seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    sizes = (torch.randint(1, 4, (8,), generator=draw) * (1 + seed % 3)).tolist()
+    total = int(torch.randint(1, sum(sizes) + 3, (1,), generator=draw))
+    choices = [c for n in range(9) for c in itertools.combinations(range(8), n)]
+    fits = [c for c in choices if sum(sizes[place] for place in c) <= total]
+    first = max(fits, key=lambda c: (sum(sizes[p] for p in c), [place in c for place in range(8)]))
+    assert best_with_sum(sizes, total) == list(first)
+
+
+def test_three_outputs_a_channel_leave_none_over() -> None:
+    assert best_with_sum([3] * 100 + [2] * 100, 200) == [*range(66), 100]
+    assert best_with_sum([3] * 100 + [2] * 100, 298) == [*range(98), 100, 101]
+    assert best_with_sum([3] * 100 + [2] * 2, 299) == [*range(99), 100]
+    assert best_with_sum([3] * 100, 200) == list(range(66))
+
+
+@pytest.mark.filterwarnings("ignore::paikern.PaikernWarning")
+def test_a_layer_that_dies_between_rounds_does_not_end_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net, x = build("mlp")
+    scores = CroPitS.channel_scores
+    rounds = []
+
+    def dying(scorer: CroPitS, run: Any, groups: Any) -> dict[str, torch.Tensor]:
+        found = scores(scorer, run, groups)
+        rounds.append(run)
+        if len(rounds) == 1:
+            return found
+        return {name: (score + 1) * (name != "layers.1") for name, score in found.items()}
+
+    monkeypatch.setattr(CroPitS, "channel_scores", dying)
+    masks = pk.prune(net, "cropit_s", sparsity=0.7, data=(x, classes(net, x)))
+    assert len(rounds) == 7
+    assert sum(int(kept.sum()) for kept in masks.channels.values()) == nodes_kept(17, 0.7)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -176,3 +177,12 @@ def test_a_model_that_is_cut_wrongly_is_not_returned() -> None:
     masks = pk.prune(net, "l1_filters", sparsity=0.5, example_inputs=x)
     with pytest.raises(PaikernError, match="does not compute what the masked one does"):
         pk.shrink(net, masks, example_inputs=x)
+
+
+def test_neither_model_nor_masks() -> None:
+    net, x = build("mlp")
+    wrong: Any = {}
+    with pytest.raises(TypeError, match=r"masks must be the MaskSet of pk.prune, got dict"):
+        pk.shrink(net, wrong, example_inputs=x)
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got dict"):
+        pk.shrink(wrong, pk.MaskSet.from_model(net), example_inputs=x)

@@ -319,6 +319,8 @@ class _Builder(Units):
         place = step.where or "the model"
         reason = f"{step.op} in {place} moves its channels"
         dim = dims[0]
+        if isinstance(step, Replay) and len(dims) == 1 and len(shape) < labels.dim():
+            return self._reduced(step, labels, shape, dim)
         if len(dims) > 1 or len(shape) != labels.dim() or shape[dim] != labels.shape[dim]:
             return self._fixed(labels, shape, reason)
         others = [d for d in range(len(shape)) if d != dim]
@@ -331,6 +333,21 @@ class _Builder(Units):
             if not torch.equal(after.amax(others, keepdim=True), before):
                 return self._fixed(labels, shape, reason)
         return before.expand(shape)
+
+    def _reduced(self, step: Replay, labels: Tensor, shape: tuple[int, ...], dim: int) -> Tensor:
+        """A reduction that drops dimensions: allowed where it leaves one for the channels."""
+        place = step.where or "the model"
+        channels = labels.movedim(dim, 0).flatten(1)[:, 0]
+        try:
+            after = self._replayed(step, labels)
+        except NotImplementedError:
+            return self._fixed(labels, shape, f"{step.op} in {place} mixes its channels")
+        for d, size in enumerate(shape):
+            if size == len(channels):
+                placed = channels.view([-1 if at == d else 1 for at in range(len(shape))])
+                if torch.equal(after, placed.expand(shape)):
+                    return placed.expand(shape)
+        return self._fixed(labels, shape, f"{step.op} in {place} moves its channels")
 
     # --- joining ---------------------------------------------------------------------------------
 

@@ -61,7 +61,7 @@ class GateDecorators(GatedScorer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.minimal_ratio <= 1:
+        if not isinstance(self.minimal_ratio, (int, float)) or not 0 <= self.minimal_ratio <= 1:
             raise ValueError(f"minimal_ratio must be in [0, 1], got {self.minimal_ratio}")
 
     @property

@@ -45,6 +45,10 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def check(state: Mapping[str, Any], pruner: str, settings: Mapping[str, Any]) -> None:
     """Refuse a state that is none, or one of another method or of other options."""
+    if not isinstance(state, Mapping):
+        raise TypeError(
+            f"state must be what pruner.state_dict() returned, got {type(state).__name__}"
+        )
     missing = [key for key in _KEYS if key not in state]
     if missing or state["format"] != FORMAT or state["version"] != VERSION:
         raise ValueError(

@@ -78,7 +78,8 @@ class ASNI(Pruner):
             if not 0 < self._alpha < 100:
                 raise ValueError(f"alpha must be in (0, 100), percent; got {self.alpha}")
         else:
-            self._alpha = 100 * self.sparsity / self._rise(self._last)
+            rise = self._rise(self._last)
+            self._alpha = 100 * self.sparsity / rise if rise else math.inf
             if self._alpha >= 100:
                 raise SparsityError(
                     f"sparsity={self.sparsity} would need alpha={self._alpha:.4g}, which must be "
@@ -125,4 +126,5 @@ class ASNI(Pruner):
         )
 
     def _rise(self, epoch: int) -> float:
-        return 1 / (1 + math.exp(-(epoch - self.beta * self.settings.epochs) / self._gamma))
+        power = (self.beta * self.settings.epochs - epoch) / self._gamma
+        return 1 / (1 + math.exp(power)) if power < 700 else 0.0  # exp overflows above 709

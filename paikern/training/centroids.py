@@ -110,7 +110,7 @@ class Centroids:
                 weight = slot.tensor
                 signs = self.positive[name].to(weight.device)
                 kept = self.masks[name].to(weight.device)
-                weight.copy_(torch.where(signs, above, torch.where(kept, below, 0.0)))
+                weight.zero_().masked_fill_(kept, below).masked_fill_(signs, above)
             for module in inner.modules():
                 _reset(module)
 
@@ -149,7 +149,7 @@ def _reset(module: nn.Module) -> None:
     for key, parameter in module._parameters.items():
         if parameter is None:
             continue
-        if key == "bias" or key.endswith("_bias"):
+        if key.startswith("bias") or key.endswith("_bias"):
             parameter.zero_()
         elif is_norm:
             parameter.fill_(1)

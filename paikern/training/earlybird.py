@@ -71,11 +71,7 @@ class EarlyBird(PrunesOnce):
         self._channels = sum(scale.numel() for scale in scales.values())
         self._marks: list[Tensor] = []
         self._hooks: list[Any] = []
-        if self.penalty:
-            self._hooks = [
-                optimizer.register_step_pre_hook(self._add_penalty)
-                for optimizer in self.settings.optimizers
-            ]
+        self._hold()
 
     def epoch_end(self, model: nn.Module, epoch: int, data: Any) -> Event:
         if self.pruned_at is not None:
@@ -112,8 +108,9 @@ class EarlyBird(PrunesOnce):
         super().restore(progress, tensors)
         count = sum(key.startswith("mark/") for key in tensors)
         self._marks = [tensors[f"mark/{index}"].cpu() for index in range(count)]
-        if self.pruned_at is not None:
-            self._let_go()
+        self._let_go()
+        if self.pruned_at is None:
+            self._hold()
 
     def _mark(self, scales: Mapping[str, Tensor]) -> Tensor:
         """The channels that would stay, packed."""
@@ -126,6 +123,13 @@ class EarlyBird(PrunesOnce):
         for scale in batch_norm_scales(self.model).values():
             if scale.grad is not None and id(scale) in held:
                 scale.grad.add_(torch.sign(scale.detach()), alpha=self.penalty)
+
+    def _hold(self) -> None:
+        if self.penalty:
+            self._hooks = [
+                optimizer.register_step_pre_hook(self._add_penalty)
+                for optimizer in self.settings.optimizers
+            ]
 
     def _let_go(self) -> None:
         for hook in self._hooks:

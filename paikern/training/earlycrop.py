@@ -102,8 +102,10 @@ class EarlyCroPU(PrunesOnce):
         super().restore(progress, tensors)
         self.distances = list(progress["distances"])
         self._reference_norm = float(progress["norm"])
-        marked = {key for key in tensors if key.startswith("reference/")}
-        self._reference = {key.removeprefix("reference/"): tensors[key] for key in marked}
+        watched = self._watched(self.model)  # a file has them in another order; sums depend on it
+        self._reference = {
+            name: tensors[f"reference/{name}"] for name in watched if f"reference/{name}" in tensors
+        }
 
     def _look(self, model: nn.Module, epoch: int, data: Any) -> Event:
         weights = self._watched(model)

@@ -83,9 +83,8 @@ class IMP(Pruner):
         self._counter: Any = None
         if self.rewind == 0:
             self._rewind_state = _snapshot(self.model)
-        elif self.unit == "step":
-            first = self.settings.optimizers[0]
-            self._counter = first.register_step_post_hook(self._count_step)
+        else:
+            self._start_counting()
 
     def kept_at(self, level: int) -> int:
         """How many weights are kept while `level` is trained."""
@@ -165,8 +164,9 @@ class IMP(Pruner):
         self._rewind_state = found
         self.level, self._in_level = int(progress["level"]), int(progress["in_level"])
         self._steps = int(progress["steps"])
-        if self.level > 0:
-            self._stop_counting()
+        self._stop_counting()
+        if self.level == 0:
+            self._start_counting()
 
     @property
     def _finished(self) -> bool:
@@ -179,6 +179,11 @@ class IMP(Pruner):
             density = (1 - self.sparsity) ** (level / self.levels)
             survivors = keep_count(self.total, 1 - density)
         return min(kept, max(survivors, self.final_count))
+
+    def _start_counting(self) -> None:
+        if self.rewind and self.unit == "step":
+            first = self.settings.optimizers[0]
+            self._counter = first.register_step_post_hook(self._count_step)
 
     def _stop_counting(self) -> None:
         if self._counter is not None:

@@ -129,3 +129,11 @@ class _Loader:
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._trainer.train_dataloader)
+
+    @property
+    def generator(self) -> Any:
+        return getattr(self._trainer.train_dataloader, "generator", None)
+
+    @property
+    def sampler(self) -> Any:
+        return getattr(self._trainer.train_dataloader, "sampler", None)

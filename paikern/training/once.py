@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,8 +59,7 @@ class PrunesOnce(Pruner):
         """Prune with `method`, once and for all; `why` goes into the event."""
         settings = self.settings
         check_finite(self.weights(model), f"epoch {epoch}")
-        with torch.random.fork_rng():  # a loader that shuffles draws from torch's generator
-            torch.manual_seed(settings.seed)
+        with _seeded(data, settings.seed):
             found = prune(
                 model,
                 self.method,
@@ -88,6 +88,25 @@ class PrunesOnce(Pruner):
 
     def restore(self, progress: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
         self.pruned_at = progress["pruned_at"]
+
+
+@contextlib.contextmanager
+def _seeded(data: Any, seed: int) -> Iterator[None]:
+    """A loader that shuffles draws from torch's generator, or from one of its own: both start from
+    `seed` and go on afterwards as if nothing had been drawn."""
+    samplers = [getattr(data, "sampler", None), getattr(data, "batch_sampler", None)]
+    samplers.append(getattr(samplers[1], "sampler", None))
+    own = [getattr(holder, "generator", None) for holder in (data, *samplers)]
+    held = [(g, g.get_state()) for g in own if isinstance(g, torch.Generator)]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for generator, _ in held:
+            generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            for generator, state in held:
+                generator.set_state(state)
 
 
 @register_pruner("one_shot")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Callable, Mapping
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -50,6 +50,8 @@ def pruner_names() -> list[str]:
 
 def pruner_class(name: str) -> type[Pruner]:
     """The pruner registered under `name`; ValueError suggests the nearest."""
+    if not isinstance(name, str):
+        raise TypeError(f"pruner: give the name of a method, such as 'asni'; got {name!r}")
     key = name.lower().replace("-", "_")
     if key in _PRUNERS:
         return _PRUNERS[key]
@@ -141,6 +143,8 @@ def pruner(
         (48, 192)
     """
     cls = pruner_class(name)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     _check_options(cls, options)
     if isinstance(epochs, bool) or not isinstance(epochs, Integral) or epochs < 1:
         raise ValueError(f"epochs must be an integer >= 1, got {epochs!r}")
@@ -190,3 +194,25 @@ def _check_options(cls: type[Pruner], options: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"{option}: pruner {cls.name!r} has no such option; {hint}its options: {listed}"
             )
+    for field in dataclasses.fields(cls):
+        if field.name in options:
+            _check_type(field.name, str(field.type), options[field.name])
+
+
+_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "int": ((Integral,), "an integer"),
+    "float": ((Real,), "a number"),
+    "str": ((str,), "a string"),
+    "Mapping[str, Any]": ((Mapping,), "a dict of options"),
+}
+
+
+def _check_type(name: str, annotation: str, value: Any) -> None:
+    """Refuse what the annotation of an option does not allow; others than these allow anything."""
+    plain = annotation.removesuffix(" | None")
+    if plain not in _TYPES or (value is None and plain != annotation):
+        return
+    types, what = _TYPES[plain]
+    if isinstance(value, bool) or not isinstance(value, types):
+        either = " or None" if plain != annotation else ""
+        raise TypeError(f"{name} must be {what}{either}, got {value!r}")

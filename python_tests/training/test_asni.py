@@ -260,3 +260,26 @@ def test_a_broken_epoch_changes_nothing(value: float) -> None:
     model.load_state_dict(good)
     assert pruner.on_epoch_end(model).epoch == 2
     assert pruner.masks.kept < kept.kept
+
+
+def test_a_steep_sigmoid_does_not_overflow() -> None:
+    pruner = asni(nets.make("mlp"), epochs=100, alpha=90.0, gamma=0.05)
+    assert (pruner.percent(1), pruner.percent(100)) == (0.0, 90.0)
+    with pytest.raises(pk.SparsityError, match=r"use a smaller gamma than 0.05"):
+        asni(nets.make("mlp"), epochs=100, sparsity=0.5, gamma=0.05, last_update=1)
+
+
+def test_centroids_keep_the_precision_of_the_model() -> None:
+    net = nn.Linear(5, 4).double()
+    found = Centroids.of(net, pk.MaskSet.from_model(net))
+    found.reinitialise(net)
+    above, below = found.values["weight"]
+    assert set(net.weight.flatten().tolist()) == {above, below}
+
+
+def test_reinitialised_biases_of_a_recurrent_layer_are_zero() -> None:
+    net = nn.ModuleDict({"rnn": nn.LSTM(3, 4), "out": nn.Linear(4, 2)})
+    Centroids.of(net, pk.MaskSet.from_model(net)).reinitialise(net)
+    biases = [p for name, p in net.named_parameters() if "bias" in name]
+    assert len(biases) == 3
+    assert not any(bool(bias.any()) for bias in biases)

@@ -175,3 +175,19 @@ def test_nan_names_the_epoch() -> None:
     with pytest.raises(pk.NonFiniteScoreError, match="epoch 1: norm1 holds 1 NaN"):
         pruner.on_epoch_end(model)
     assert pruner._marks == []
+
+
+def test_an_earlier_state_brings_the_penalty_back() -> None:
+    model = nets.make("residual")
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    pruner = started(model, penalty=1e-2, optimizer=opt)
+    early = pruner.state_dict()
+    while not pruner.on_epoch_end(model).pruned:
+        pass
+    pruner.load_state_dict(early)
+    for scale in scales(model):
+        torch.nn.init.ones_(scale)
+        scale.grad = torch.zeros_like(scale)
+    opt.step()
+    for scale in scales(model):
+        assert torch.allclose(scale.detach(), torch.full((8,), 1 - 0.1 * 1e-2), rtol=1e-6)

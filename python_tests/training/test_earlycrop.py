@@ -224,3 +224,14 @@ def test_zero_weights_have_no_distance() -> None:
             p.zero_()
     with pytest.raises(ValueError, match="the initial weights are all 0 or NaN"):
         pk.pruner("earlycrop_u", model, sparsity=0.5, epochs=3, method="magnitude")
+
+
+def test_a_restored_reference_is_summed_in_the_same_order() -> None:
+    model = nets.make("residual")
+    pruner = pk.pruner("earlycrop_u", model, sparsity=0.5, epochs=9, data=nets.samples("residual"))
+    names = list(pruner._reference)
+    assert names != sorted(names)
+    state = pruner.state_dict()
+    state["tensors"] = {key: state["tensors"][key] for key in sorted(state["tensors"])}
+    pruner.load_state_dict(state)
+    assert list(pruner._reference) == names

@@ -188,3 +188,19 @@ def test_another_model_at_the_rewind_is_refused() -> None:
 def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pk.pruner("imp", nets.mlp(), sparsity=0.5, epochs=3, **options)
+
+
+def test_an_earlier_state_counts_steps_again() -> None:
+    model = nets.make("mlp")
+    opt = nets.sgd(model)
+    pruner = pk.pruner("ltr", model, sparsity=0.5, epochs=1, optimizer=opt, rewind=2)
+    early, start = pruner.state_dict(), nets.copy_of(model)
+    nets.train_epoch(model, opt, "mlp")
+    first = pruner.on_epoch_end(model)
+    assert first.rewound
+    rewound = nets.copy_of(model)
+    pruner.load_state_dict(early)
+    model.load_state_dict(start)
+    nets.train_epoch(model, opt, "mlp")
+    assert pruner.on_epoch_end(model) == first
+    assert nets.equal_states(nets.copy_of(model), rewound)

@@ -300,3 +300,35 @@ def test_the_table_names_every_method() -> None:
     for name in RUNS:
         assert rows[name]["summary"]
         assert rows[name]["source"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("asni", {"gamma": "x"}, "gamma must be a number or None, got 'x'"),
+        ("asni", {"last_update": 1.5}, "last_update must be an integer or None, got 1.5"),
+        ("asni", {"beta": None}, "beta must be a number, got None"),
+        ("imp", {"rewind": 1.5}, "rewind must be an integer, got 1.5"),
+        ("imp", {"levels": 2.5}, "levels must be an integer or None, got 2.5"),
+        ("imp", {"fraction": True}, "fraction must be a number, got True"),
+        ("imp", {"unit": 3}, "unit must be a string, got 3"),
+        ("one_shot", {"at": "2"}, "at must be an integer, got '2'"),
+        ("one_shot", {"method_options": "x"}, "method_options must be a dict of options, got 'x'"),
+        ("earlycrop_u", {"latest": 2.5, "data": 1}, "latest must be an integer or None, got 2.5"),
+        ("earlybird_ticket", {"window": 2.5}, "window must be an integer, got 2.5"),
+        (None, {}, "give the name of a method, such as 'asni'; got None"),
+    ],
+)
+def test_options_of_another_type(name: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        pk.pruner(name, nets.make("residual"), sparsity=0.5, epochs=3, **options)
+
+
+def test_neither_model_nor_state() -> None:
+    given: Any = "net"
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got str"):
+        pk.pruner("asni", given, sparsity=0.5, epochs=3)
+    pruner = pk.pruner("asni", nets.make("mlp"), sparsity=0.5, epochs=3)
+    nothing: Any = None
+    with pytest.raises(TypeError, match=r"state must be what .* returned, got NoneType"):
+        pruner.load_state_dict(nothing)

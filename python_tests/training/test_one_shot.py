@@ -77,3 +77,18 @@ def test_broken_weights_name_the_epoch() -> None:
 def test_at_must_be_an_epoch() -> None:
     with pytest.raises(ValueError, match=r"at must be in \[1, 3\], got 4"):
         pk.pruner("one_shot", nets.mlp(), sparsity=0.5, epochs=3, at=4)
+
+
+def test_a_loader_with_a_generator_of_its_own() -> None:
+    data = torch.utils.data.TensorDataset(*nets.samples("mlp"))
+    masks = []
+    for start in (1, 2):
+        own = torch.Generator().manual_seed(start)
+        loader = torch.utils.data.DataLoader(data, batch_size=4, shuffle=True, generator=own)
+        before = own.get_state()
+        options = {"method": "snip", "method_options": {"batches": 1}, "data": loader, "seed": 5}
+        pruner = pk.pruner("one_shot", nets.make("mlp"), sparsity=0.8, epochs=1, **options)
+        pruner.on_epoch_end()
+        assert torch.equal(own.get_state(), before)
+        masks.append(pruner.masks)
+    assert masks[0] == masks[1]
