@@ -51,17 +51,30 @@ class InputEnergy(TorchDispatchMode):
             self._by_storage.setdefault(w.untyped_storage().data_ptr(), []).append(name)
         self._blocks: dict[str, dict[_Block, Tensor]] = {}
         self._taps: dict[str, Tensor] = {}  # of transposed convolutions, `[in, 1, *kernel]`
+        # Copies in another dtype, as autocast makes them: the last of each part of a weight, held
+        # so that nothing else takes their memory. By storage: the name, and where in the weight.
+        self._copies: dict[tuple[str, int], Tensor] = {}
+        self._copied: dict[int, tuple[str, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))  # first, so that it is PyTorch who refuses shapes
         rule = _RULES.get(func)
         if rule is not None:
             rule(self, *args)
-        return func(*args, **(kwargs or {}))
+        elif func is aten._to_copy.default and isinstance(result, Tensor):
+            self._copy(args[0], result)
+        return result
 
     @property
     def seen(self) -> set[str]:
         """The weights that were used."""
         return set(self._blocks) | set(self._taps)
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether all inputs were 0."""
+        sums = [energy for blocks in self._blocks.values() for energy in blocks.values()]
+        return not any(bool(energy.any()) for energy in [*sums, *self._taps.values()])
 
     def vector(self, name: str) -> tuple[Tensor, bool] | None:
         """The sums as one vector over the columns of the weight `[shape[0], everything else]`, or
@@ -89,15 +102,33 @@ class InputEnergy(TorchDispatchMode):
 
     # --- what the operations do ------------------------------------------------------------
 
-    def _name(self, operand: Any) -> str | None:
+    def _place(self, operand: Any) -> tuple[str, int] | None:
+        """The weight that `operand` is a view of, and where in it the view starts."""
         if not isinstance(operand, Tensor) or operand.is_meta:
             return None
-        at = int(operand.storage_offset())
-        for name in self._by_storage.get(operand.untyped_storage().data_ptr(), ()):
+        at, storage = int(operand.storage_offset()), operand.untyped_storage().data_ptr()
+        if storage in self._copied:
+            name, start = self._copied[storage]
+            return name, start + at
+        for name in self._by_storage.get(storage, ()):
             first = int(self._weights[name].storage_offset())
             if first <= at < first + self._weights[name].numel():
-                return name
+                return name, at - first
         return None
+
+    def _name(self, operand: Any) -> str | None:
+        place = self._place(operand)
+        return None if place is None else place[0]
+
+    def _copy(self, operand: Tensor, copy: Tensor) -> None:
+        """A copy counts as the weight where its values lie in the same order."""
+        place = self._place(operand)
+        if place is None or operand.stride() != copy.stride() or not operand.numel():
+            return
+        if place in self._copies:
+            self._copied.pop(self._copies[place].untyped_storage().data_ptr(), None)
+        self._copies[place] = copy
+        self._copied[copy.untyped_storage().data_ptr()] = place
 
     def _product(self, a: Tensor, b: Tensor) -> None:
         """`a [..., n, k] @ b [..., k, m]`, or vectors in the place of either."""
@@ -116,7 +147,9 @@ class InputEnergy(TorchDispatchMode):
         columns = weight.numel() // weight.shape[0]
         if not weight.is_contiguous():
             return
-        row, column = divmod(int(operand.storage_offset() - weight.storage_offset()), columns)
+        place = self._place(operand)
+        assert place is not None
+        row, column = divmod(place[1], columns)
         k, m = sizes[along], sizes[1 - along]
         by_columns = strides[along] == 1 or (k == 1 and strides[1 - along] == columns)
         if by_columns and (strides[1 - along] == columns or m == 1):

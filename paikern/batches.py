@@ -37,12 +37,12 @@ class Batches:
     """`data=` of `pk.prune` as batches, in any number of passes.
 
     Args:
-        data: a tensor `[n, ...]`; a pair (inputs, labels) of tensors; a mapping of keyword inputs,
-            as a tokenizer returns it; or anything that can be iterated, a `DataLoader` for
-            instance, and gives batches of any of these forms. A list of two tensors is a pair where
-            the second is integer or has fewer dimensions, as labels do. What an iterator has given
-            is kept in memory, as it can be read only once; it may be endless where a method reads a
-            number of batches.
+        data: a tensor `[n, ...]`; a mapping of keyword inputs, as a tokenizer returns it; a pair
+            (inputs, labels) of either and a tensor; or anything that can be iterated, a
+            `DataLoader` for instance, and gives batches of any of these forms. A list of two
+            tensors is a pair where the second is integer or has fewer dimensions, as labels do.
+            What an iterator has given is kept in memory, as it can be read only once; it may be
+            endless where a method reads a number of batches.
         size: tensors given whole are cut into batches of this many samples.
 
     Iterating gives (inputs, labels or None) of floating-point tensors, for methods that compute
@@ -128,7 +128,7 @@ class Batches:
             if batch is None:
                 raise ValueError(
                     "data: a batch must be a tensor [n, ...], an (inputs, labels) pair or a "
-                    f"mapping of keyword inputs, got {type(item).__name__}"
+                    f"mapping of keyword inputs, got {_kind(item)}"
                 )
             yield batch
 
@@ -149,6 +149,15 @@ class _Remembered(Iterable[Any]):
                     return
             yield self._read[at]
             at += 1
+
+
+def _kind(item: Any) -> str:
+    """What was given, in words; a way out where it is NumPy's."""
+    found, kinds = type(item).__name__, [type(item).__name__]
+    if isinstance(item, (tuple, list)) and item:
+        kinds = [type(part).__name__ for part in item[:4]]
+        found = f"a {found} of {', '.join(kinds)}"
+    return f"{found}; convert with torch.from_numpy" if "ndarray" in kinds else found
 
 
 def _moved(value: Any, device: torch.device) -> Any:
@@ -197,6 +206,8 @@ def _whole(data: Any) -> Batch | None:
     if not isinstance(data, (tuple, list)) or len(data) != 2:
         return None
     x, y = data
+    if isinstance(x, Mapping) and _is_rows(y):
+        return _labelled(x, y)
     if not _is_rows(x) or not _is_rows(y):
         return None
     surely = not y.is_floating_point() or y.dim() < x.dim()
@@ -204,6 +215,16 @@ def _whole(data: Any) -> Batch | None:
         raise ValueError(f"data: {len(x)} inputs and {len(y)} labels; give one label a sample")
     labels = isinstance(data, tuple) or surely
     return Batch(x, y) if labels and len(x) == len(y) else None
+
+
+def _labelled(inputs: Mapping[Any, Any], labels: Tensor) -> Batch | None:
+    """Keyword inputs and their labels, given whole."""
+    found = _keywords(inputs)
+    if found is not None and found.size != len(labels):
+        raise ValueError(
+            f"data: {found.size} inputs and {len(labels)} labels; give one label a sample"
+        )
+    return None if found is None else Batch(found.inputs, labels)
 
 
 def _batch(item: Any) -> Batch | None:

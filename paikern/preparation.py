@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from paikern.batches import Batches
 from paikern.errors import NonFiniteScoreError
+from paikern.gradients import own_randomness
 from paikern.masks import MaskSet
 from paikern.prunable import Filter, prunable_parameters, unwrap
 from paikern.scorers import Run, Scorer
@@ -62,7 +63,8 @@ def prepare_run(
             "iterable of batches"
         )
     if scorer.needs_inputs and example_inputs is None and batches is not None:
-        example_inputs = batches.example()
+        with own_randomness(inner, int(seed)):
+            example_inputs = batches.example()
     run = Run(inner, state, layers, example_inputs, int(seed), variant, batches, loss_fn)
     if scorer.needs_inputs and example_inputs is None:
         raise ValueError(

@@ -102,3 +102,14 @@ def test_what_is_not_data(data: object, message: str) -> None:
 def test_batch_size_is_positive() -> None:
     with pytest.raises(ValueError, match="batch_size must be >= 1, got 0"):
         Batches(X, 0)
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_keyword_inputs_beside_their_labels(kind: type) -> None:
+    tokens = {"input_ids": torch.arange(10).reshape(5, 2), "attention_mask": torch.ones(5, 2)}
+    batches = list(Batches(kind((tokens, Y)), 2).samples())
+    assert [batch.size for batch in batches] == [2, 2, 1]
+    assert [batch.targets.tolist() for batch in batches] == [[0, 1], [2, 3], [4]]
+    assert batches[1].inputs["input_ids"].tolist() == [[4, 5], [6, 7]]
+    with pytest.raises(ValueError, match="5 inputs and 4 labels; give one label a sample"):
+        Batches((tokens, Y[:4]))

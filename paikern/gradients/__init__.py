@@ -2,6 +2,6 @@
 
 from paikern.gradients.loss import Loss, make_loss
 from paikern.gradients.network import Network
-from paikern.gradients.untouched import untouched
+from paikern.gradients.untouched import own_randomness, untouched
 
-__all__ = ["Loss", "Network", "make_loss", "untouched"]
+__all__ = ["Loss", "Network", "make_loss", "own_randomness", "untouched"]

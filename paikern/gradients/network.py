@@ -47,7 +47,7 @@ class Network:
     gradients are taken of, w * m in the weight's dtype.
 
     Raises:
-        ValueError: a prunable weight is frozen.
+        ValueError: a prunable weight is frozen, or a parameter was made in inference mode.
     """
 
     def __init__(
@@ -59,6 +59,12 @@ class Network:
             raise ValueError(
                 f"{frozen[0]} is frozen (requires_grad=False), so the method cannot tell what it "
                 f"is worth; unfreeze it, or leave it out with ignore=[{frozen[0]!r}]"
+            )
+        made = next((n for n, p in run.model.named_parameters() if p.is_inference()), None)
+        if made is not None:
+            raise ValueError(
+                f"{made} was made in torch.inference_mode(), so nothing can be differentiated by "
+                "it; build or load the model outside of it"
             )
         self.run, self.loss_function, self.mode = run, loss, mode
         self.device = next(iter(self._parameters.values())).device

@@ -45,11 +45,8 @@ def untouched(model: nn.Module, mode: str, seed: int) -> Iterator[None]:
     training = [module.training for module in modules]
     buffers = [dict(module._buffers) for module in modules]
     attributes = [_tensors(module) for module in modules]
-    gpus = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(devices=gpus), torch.inference_mode(False):
-            _seed(seed, gpus)
+        with own_randomness(model, seed), torch.inference_mode(False):
             _copy_buffers(modules)
             model.train(mode == "train")
             yield
@@ -63,6 +60,30 @@ def untouched(model: nn.Module, mode: str, seed: int) -> Iterator[None]:
             for key in _tensors(module).keys() - kept.keys():  # they would keep a graph alive
                 del vars(module)[key]
             vars(module).update(kept)
+
+
+@contextlib.contextmanager
+def own_randomness(model: nn.Module, seed: int) -> Iterator[None]:
+    """Random numbers from `seed` inside, a loader's that shuffles among them; afterwards as before.
+
+    Seeded and put back are the random states of PyTorch (CPU and the model's GPUs), NumPy and
+    Python.
+
+    Example:
+        >>> layer = torch.nn.Linear(1, 1)
+        >>> state = torch.get_rng_state()
+        >>> with own_randomness(layer, seed=0):
+        ...     _ = torch.rand(5)
+        >>> torch.equal(torch.get_rng_state(), state)
+        True
+    """
+    gpus = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=gpus):
+            _seed(seed, gpus)
+            yield
+    finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -47,9 +48,13 @@ class GradientScorer(DataScorer):
         network = self.network(run)
         with network.running():
             found = network.gradients(self.read(run), mean=mean)
+        self.note_zeros(run, found)
+        return found
+
+    def note_zeros(self, run: Run, found: Mapping[str, Tensor]) -> None:
+        """Say so where all gradients are 0."""
         if not any(bool(gradient.any()) for gradient in found.values()):
             run.notes.append(
                 f"{self.name}: scores carry no information: every gradient is 0, so weights are "
                 "kept by their position; look at the data and the loss"
             )
-        return found

@@ -25,7 +25,7 @@ from torch import Tensor
 from paikern import ops
 from paikern.batches import Batch
 from paikern.errors import NonFiniteScoreError
-from paikern.gradients import Network, untouched
+from paikern.gradients import Network, own_randomness, untouched
 from paikern.gradients.holding import holding
 from paikern.gradients.network import twice_differentiable
 from paikern.gradients.refusals import named_derivatives, refuse_once_differentiable
@@ -87,9 +87,11 @@ class ProsPr(GradientScorer):
 
     def score(self, run: Run) -> Scores:
         network = self.network(run)
-        read = self.read(run, self.batches or self.steps + 1, added=False)
+        with own_randomness(run.model, run.seed):
+            read = self.read(run, self.batches or self.steps + 1, added=False)
         batches = [read[t % len(read)] for t in range(self.steps + 1)]
         found = self._derivative(network, batches, run.variant == "published")
+        self.note_zeros(run, found)
         return Scores(
             {n: Product(run.weight(n), found[n], run.masks.get(n)) for n in run.layers}, run.shapes
         )

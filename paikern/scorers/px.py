@@ -20,6 +20,7 @@ from torch import Tensor
 
 from paikern import ops
 from paikern.errors import PaikernError
+from paikern.gradients import own_randomness
 from paikern.pathgraph import Flow, PathGraph, Program, Semantics
 from paikern.pathgraph.flow import Cotangent
 from paikern.pathgraph.gated import GatedModel
@@ -122,19 +123,22 @@ class PX(PathScorer):
         networks = None
         expected = next(iter(run.graph.inputs.values()))[1:]
         totals: list[_Total] = []
-        for x, _ in run.data:
-            if x.shape[1:] != torch.Size(expected):
-                raise ValueError(
-                    f"data: samples of shape {tuple(x.shape[1:])} where example_inputs has "
-                    f"{tuple(expected)}; pass samples that the model accepts"
+        with own_randomness(run.model, run.seed):
+            for x, _ in run.data:
+                if x.shape[1:] != torch.Size(expected):
+                    raise ValueError(
+                        f"data: samples of shape {tuple(x.shape[1:])} where example_inputs has "
+                        f"{tuple(expected)}; pass samples that the model accepts"
+                    )
+                x = x[:samples].to(run.weight(next(iter(run.layers))))
+                if networks is None:
+                    networks = _networks(run, self.pool_gate, x)
+                found = networks.totals(x)
+                totals = (
+                    [_sum(*pair) for pair in zip(totals, found, strict=True)] if totals else found
                 )
-            x = x[:samples].to(run.weight(next(iter(run.layers))))
-            if networks is None:
-                networks = _networks(run, self.pool_gate, x)
-            found = networks.totals(x)
-            totals = [_sum(*pair) for pair in zip(totals, found, strict=True)] if totals else found
-            if samples is not None:
-                break
+                if samples is not None:
+                    break
         return [_normalised(*total) for total in totals]
 
 

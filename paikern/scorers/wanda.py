@@ -65,6 +65,11 @@ class Wanda(DataScorer):
                 f"no matrix product or convolution on data uses {', '.join(missing)}; their scores "
                 "are 0 (use ignore= to leave them dense)"
             )
+        if seen.seen and seen.is_zero:
+            run.notes.append(
+                "wanda: scores carry no information: every input is 0, so weights are kept by "
+                "their position; look at the data"
+            )
         return Scores({name: _score(run, name, seen) for name in run.layers}, run.shapes)
 
     def _watched(self, run: Run, weights: Mapping[str, Tensor]) -> InputEnergy:
