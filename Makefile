@@ -81,7 +81,7 @@ bench-kernels: setup-dev  ## paths, selection, patterns and torch_prune; results
 	$(BIN)/python -m bench.run_patterns
 	$(BIN)/python -m bench.run_torch_prune
 
-quality: setup-dev  ## what the masks of every method are worth; about an hour, goes on where it was
+quality: setup-dev  ## what the masks of every method are worth; about an hour and a half, goes on where it was
 	$(BIN)/python -m bench.run_quality
 
 train-demo: prune setup-dev  ## train pruned networks on 5,000 MNIST images: four methods, then packed against dense
