@@ -69,11 +69,7 @@ class GateDecorators(GatedScorer):
         return self.minimal_ratio
 
     def groups(self, run: Run) -> ChannelGroups:
-        if "normed_groups" not in run.cache:
-            run.cache["normed_groups"] = normed(run, super().groups(run), self.name)
-            run.cache["channel_groups"] = run.cache["normed_groups"]
-        found: ChannelGroups = run.cache["normed_groups"]
-        return found
+        return normed(run, super().groups(run), self.name)
 
     def channel_scores(self, run: Run, groups: ChannelGroups) -> dict[str, Tensor]:
         paths = list(dict.fromkeys(path for group in groups for path in norms_of(run, group)))

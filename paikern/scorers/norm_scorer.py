@@ -13,11 +13,14 @@ from paikern.scorers.base import Run
 
 
 def normed(run: Run, groups: ChannelGroups, method: str) -> ChannelGroups:
-    """The groups that a batch norm with weights reads; the others are kept whole.
+    """The groups that a batch norm with weights reads; the others are kept whole, in every round.
 
     Raises:
         ValueError: there is none.
     """
+    if "normed_groups" in run.cache:
+        known: ChannelGroups = run.cache["normed_groups"]
+        return known
     found, whole = [], dict(groups.kept_whole)
     for group in groups:
         if norms_of(run, group):
@@ -29,7 +32,9 @@ def normed(run: Run, groups: ChannelGroups, method: str) -> ChannelGroups:
             f"model: {type(run.model).__name__} has no batch norm with weights after a layer whose "
             f"channels could go, and {method} ranks channels by them; use l1_filters or snap"
         )
-    return ChannelGroups(tuple(found), whole)
+    # What the run's other parts know as its groups, too.
+    run.cache["normed_groups"] = run.cache["channel_groups"] = ChannelGroups(tuple(found), whole)
+    return run.cache["channel_groups"]
 
 
 def norms_of(run: Run, group: ChannelGroup) -> dict[str, Tensor]:
