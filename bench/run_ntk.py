@@ -3,10 +3,11 @@
     python -m bench.run_ntk                       ResNet-20, 100 samples, 2 threads
     python -m bench.run_ntk --rounds 2 --repeats 1 --no-write
 
-Both draw the same weights and inputs. The loop takes the statistics of batch norms from a pass of
-its own, as variant "published" does: in float64 whole runs of the two keep the same weights. In
-float32 a difference in the last digit decides near the threshold, later rounds rank what it left,
-and after 20 rounds most of the 2 % are others; the counts of the layers differ by about 1 %.
+Both draw the same weights and inputs. The loop takes the unbiased variance of a pass of its own for
+its batch norms, as variant "published" does: in float64 whole runs of that variant keep the weights
+that the loop keeps, those of variant "paper" (biased variance) others. In float32 a difference in
+the last digit decides near the threshold, later rounds rank what it left, and after 20 rounds most
+of the 2 % are others; the counts of the layers differ by about 1 %.
 """
 
 from __future__ import annotations
