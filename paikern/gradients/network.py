@@ -8,16 +8,17 @@ soon as the backward pass has made them, so that no second set of them ever exis
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from paikern import ops
 from paikern.batches import Batch
+from paikern.gradients.lean import lean_derivatives
 from paikern.gradients.loss import Loss
 from paikern.gradients.refusals import (
     named_derivatives,
@@ -178,14 +179,15 @@ class Network:
     ) -> dict[str, Tensor]:
         """`scale * sum_b H_b v`: derivatives of `z_b = sum_l <v_l, dL_b / dW_l>`, batch by batch.
 
-        Attention runs on the path that can be differentiated twice. The peak of memory is in the
-        derivative of the first batch norms' backward pass: 6 maps beyond what the passes hold.
+        Attention runs on the path that can be differentiated twice, batch norm and ReLU with second
+        derivatives of their own (`paikern.gradients.lean`). The passes hold four maps a layer:
+        what norm and convolution read, and the gradients of what both return.
 
         Raises:
             PaikernError: an operation cannot be differentiated twice, named.
         """
         total = _Sum()
-        with twice_differentiable():
+        with twice_differentiable(self.run.model, self.weights.values()):
             for number, (batch, share) in enumerate(weighted(batches)):
                 z = self._along(self.loss(batch, number) * (share * scale), vectors)
                 if z is not None:
@@ -196,25 +198,22 @@ class Network:
     def _along(self, value: Tensor, vectors: Mapping[str, Tensor]) -> Tensor | None:
         """What has the derivative of `sum_l <v_l, dvalue / dW_l>`; None if that is 0 everywhere.
 
-        A hook replaces each dvalue / dW as soon as it is made, so that they never exist together.
+        A hook takes each dvalue / dW as soon as it is made and leaves a 0 in its place, so that
+        they never exist together.
         """
+        parts: list[Tensor] = []
         handles = []
         for name, leaf in self.weights.items():
-            handles.append(leaf.register_hook(_replaced(vectors[name].to(leaf.dtype))))
+            handles.append(leaf.register_hook(_taken(vectors[name].to(leaf.dtype), parts)))
         try:
             with named_derivatives():
-                parts = torch.autograd.grad(
+                torch.autograd.grad(
                     value, list(self.weights.values()), create_graph=True, allow_unused=True
                 )
         finally:
             for handle in handles:
                 handle.remove()
-        z = None
-        for part in parts:
-            if part is not None and part.requires_grad:
-                first = part[(0,) * part.dim()] if part.numel() else part.sum()
-                z = first if z is None else z + first
-        return z
+        return sum(parts[1:], start=parts[0]) if parts else None
 
     def mask_(self, values: Mapping[str, Tensor]) -> None:
         """Zero the entries of pruned weights, in place."""
@@ -246,9 +245,10 @@ def weighted(batches: Sequence[Batch]) -> Iterator[tuple[Batch, float]]:
 
 
 @contextlib.contextmanager
-def twice_differentiable() -> Iterator[None]:
-    """Fused attention has a first derivative only; PyTorch's plain path has all of them."""
-    with sdpa_kernel(SDPBackend.MATH):
+def twice_differentiable(model: nn.Module, by: Iterable[Tensor] | None = None) -> Iterator[None]:
+    """Attention on PyTorch's plain path, as the fused ones have a first derivative only, and
+    second derivatives that take little memory: `lean_derivatives(model, by)`."""
+    with sdpa_kernel(SDPBackend.MATH), lean_derivatives(model, by):
         yield
 
 
@@ -299,11 +299,13 @@ class _Along(torch.autograd.Function):
         return ctx.v, None
 
 
-def _replaced(v: Tensor) -> Callable[[Tensor], Tensor]:
-    def replace(slope: Tensor) -> Tensor:
-        return _Along.apply(slope, v).expand_as(slope)
+def _taken(v: Tensor, parts: list[Tensor]) -> Callable[[Tensor], Tensor]:
+    def take(slope: Tensor) -> Tensor:
+        if slope.requires_grad:
+            parts.append(_Along.apply(slope, v))
+        return slope.new_zeros(()).expand_as(slope)
 
-    return replace
+    return take
 
 
 def _hand_over(name: str, consume: Consumer) -> Callable[[Tensor], None]:

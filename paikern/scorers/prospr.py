@@ -162,7 +162,7 @@ def _product(
     network: Network, batch: Batch, step: int, weights: Tensors, vectors: Tensors
 ) -> Tensors:
     """`H u` of one batch."""
-    with _at(network, step, weights) as leaves, twice_differentiable():
+    with _at(network, step, weights) as leaves, twice_differentiable(network.run.model):
         loss = network.loss(batch, step)
         first = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
         z = sum(
