@@ -84,10 +84,6 @@ def test_scores_under_masks_equal_the_oracle(method: str, name: str) -> None:
     assert_scores(found, expected, None if returns else masks, 1e-5)
 
 
-#: Relative error of a float32 backward pass (two of them for Hessian products).
-FLOAT32 = {"grasp": 2e-4, "crop": 2e-4}
-
-
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("method", METHODS)
 def test_float32_scores_and_one_shot_masks(method: str, name: str) -> None:
@@ -100,7 +96,7 @@ def test_float32_scores_and_one_shot_masks(method: str, name: str) -> None:
         if method in ("itersnip", "force", "grasp_it")
         else expected
     )
-    assert_scores(found, scaled, None, FLOAT32.get(method, 2e-5))
+    assert_scores(found, scaled, None, 1e-5)
     masks = pk.prune(model, method, sparsity=0.8, data=data, rounds=1, apply=False, **options)
     total = sum(value.numel() for value in expected.values())
     wanted = oracle.select(expected, total - int(0.8 * total))
