@@ -440,13 +440,15 @@ def erk_rounds(shapes: list[tuple[int, int]], density: float, rounds: int) -> li
 def test_the_largest_fraction_of_erk_moves_between_rounds() -> None:
     """Why budgets are made to fall: some layer is given more than it had, somewhere in ten rounds.
 
-    Counted by hand in the last two rounds of three: `[3, 5] -> [2, 4] -> [3, 1]` cannot take layer
-    0 down to 2 if 3 are kept in the end, so the other one gives a weight in its place.
+    By hand: `[3, 5] -> [2, 4] -> [3, 1]` cannot take the first layer down to 2 if 3 are kept in the
+    end, so the other one gives a weight in its place.
     """
     grown = 0
     for width in range(2, 14):
         budgets = erk_rounds([(width, 5), (3, width), (2, 3)], 0.1, 10)
-        grown += any(b > a for x, y in itertools.pairwise(budgets) for a, b in zip(x, y))
+        grown += any(
+            b > a for x, y in itertools.pairwise(budgets) for a, b in zip(x, y, strict=True)
+        )
     assert grown
     assert falling_budgets([[3, 5], [2, 4], [3, 1]]) == [[3, 5], [3, 3], [3, 1]]
 

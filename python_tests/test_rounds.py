@@ -1,4 +1,4 @@
-"""Rounds: exactly what the schedule says is kept after each, and nothing that was pruned returns."""
+"""Rounds: exactly what the schedule says is kept after each, and nothing pruned returns."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ def run(method: str, sizes: tuple[int, ...], zeros: float = 0.0, **options: Any)
     net = pk.zoo.create("mlp", sizes=sizes, seed=0)
     with torch.no_grad():
         for weight in net.parameters():
-            weight.mul_(torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) > zeros)
+            weight.mul_(
+                torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) > zeros
+            )
     generator = torch.Generator().manual_seed(2)
     data = (torch.randn(12, sizes[0], generator=generator), torch.arange(12) % sizes[-1])
     return pk.prune(net, method, data=data, apply=False, progress=False, **options)
