@@ -90,7 +90,7 @@ class GateDecorators(GatedScorer):
 
         with network.running():
             for number, (batch, share) in enumerate(weighted(self.read(run))):
-                network.backward(network.loss(batch, number) * share, add)
+                network.differentiate(batch, add, number, share)
         return norm_sums(run, groups, found)
 
 
