@@ -33,7 +33,6 @@ from paikern.prunable import prunable_parameters
 from paikern.report import Column, Table, layer_table, provenance_table, summarize
 from paikern.report.tables import log_text, percent
 from paikern.samples import load_samples
-from paikern.scorers import GradientScorer
 from paikern.scorers.base import Scorer, TrainedScorer, make_scorer, scorer_class
 from paikern.structured import deviations, kept_range, target_sparsity
 from paikern.training import pruner_rows
@@ -58,7 +57,7 @@ def prune(args: Arguments, console: Console) -> int:
             f"--data: method {scorer.name!r} "
             + ("reads samples; give --data FILE" if scorer.needs_data else "reads no samples")
         )
-    if args.loss is not None and not isinstance(scorer, GradientScorer):
+    if args.loss is not None and not scorer.takes_loss:
         raise ValueError(f"--loss: method {scorer.name!r} differentiates no loss")
     data = None if args.data is None else load_samples(args.data)
     model, inputs = load_model(args.model, args.checkpoint, input_shape=args.input, seed=args.seed)

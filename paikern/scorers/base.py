@@ -104,6 +104,7 @@ class Scorer:
     name: as given to `pk.prune`. summary, source: one line each for `pk.methods()`.
     needs_inputs: the method traces the model and needs `example_inputs`.
     needs_data, needs_labels: the method reads samples and needs `data`, with labels.
+    takes_loss: the method differentiates `loss_fn`; where one is given to any other it is refused.
     cost: what a round costs, for `pk.methods()`; F is a forward pass over the data that are read, a
     backward pass counts 2F.
     weakness: known ways to fail, one line for `pk.methods()`.
@@ -120,6 +121,7 @@ class Scorer:
     needs_inputs: ClassVar[bool] = False
     needs_data: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = False
+    takes_loss: ClassVar[bool] = False
     cost: ClassVar[str] = ""
     weakness: ClassVar[str] = ""
     default_rounds: ClassVar[int] = 1
@@ -234,6 +236,15 @@ def scorer_class(name: str) -> type[Scorer]:
     raise ValueError(
         f"method: unknown method {name!r}; {hint} Available: {', '.join(scorer_names())}"
     )
+
+
+def check_loss(kind: str, name: str, takes_loss: bool, loss_fn: Any) -> None:
+    """Refuse a loss where nothing would be made of it; `kind` is "method" or "pruner"."""
+    if loss_fn is not None and not takes_loss:
+        raise ValueError(
+            f"loss_fn: {kind} {name!r} differentiates no loss; leave loss_fn= out, or use a method "
+            "that does, such as 'snip' (pk.methods() lists them under 'takes_loss')"
+        )
 
 
 def make_scorer(name: str, options: Mapping[str, Any]) -> Scorer:
