@@ -165,9 +165,12 @@ def _logits(outputs: Any) -> Tensor:
 def _values(logits: Tensor, targets: Tensor) -> Tensor:
     """Float targets in the shape of the outputs."""
     if targets.numel() != logits.numel():
+        fix = "pass one number for each output, or loss_fn="
+        if targets.shape == logits.shape[:-1]:
+            fix = "class numbers have to be integers, labels.long()"
         raise ValueError(
             f"data: targets of shape {list(targets.shape)} do not fit the model's outputs of shape "
-            f"{list(logits.shape)}; pass one number for each output, or loss_fn="
+            f"{list(logits.shape)}; {fix}"
         )
     return targets.reshape(logits.shape).to(logits.dtype)
 
