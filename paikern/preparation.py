@@ -68,7 +68,9 @@ def prepare_run(
     if scorer.needs_inputs and example_inputs is None and batches is not None:
         with own_randomness(inner, int(seed)):
             example_inputs = batches.example()
-    run = Run(inner, state, layers, example_inputs, int(seed), variant, batches, loss_fn)
+    run = Run(
+        inner, state, layers, example_inputs, int(seed), variant, batches, loss_fn, scorer.name
+    )
     if scorer.needs_inputs and example_inputs is None:
         raise ValueError(
             f"example_inputs: method {scorer.name!r} traces the model and needs one input, for "

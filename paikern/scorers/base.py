@@ -35,7 +35,8 @@ class Run:
     """One pruning run: the model's tensors as they are, the layers, and the masks so far.
 
     `masks` maps parameter name to packed bits and is empty before the first round. Nothing here
-    writes to the model. `cache` is the scorer's, for what it keeps between rounds.
+    writes to the model. `method` is the scorer's name, for messages; `cache` is the scorer's, for
+    what it keeps between rounds.
     """
 
     model: nn.Module
@@ -46,6 +47,7 @@ class Run:
     variant: str = "paper"
     data: Batches | None = None
     loss_fn: Any = None
+    method: str = ""
     masks: dict[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     cache: dict[str, Any] = field(default_factory=dict)

@@ -100,7 +100,7 @@ class GateDecorators(GatedScorer):
 
         with network.running(), _areas(run, paths) as areas:
             for number, (batch, share) in enumerate(weighted(self.read(run))):
-                network.backward(network.loss(batch, number) * share, add)
+                network.differentiate(batch, add, number, share)
         run.cache["gate_areas"] = areas
         return norm_sums(run, groups, found)
 

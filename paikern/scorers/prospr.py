@@ -162,7 +162,7 @@ def _at(network: Network, step: int, weights: Tensors) -> Iterator[list[Tensor]]
         untouched(run.model, network.mode, run.seed + step),
         holding(run.model, named),
         torch.enable_grad(),
-        named_derivatives(),
+        named_derivatives(f" of batch {step} in method {run.method!r}"),
     ):
         yield list(weights.values())
 
@@ -170,7 +170,10 @@ def _at(network: Network, step: int, weights: Tensors) -> Iterator[list[Tensor]]
 def _gradient(network: Network, batch: Batch, step: int, weights: Tensors) -> Tensors:
     with _at(network, step, weights) as leaves:
         slopes = torch.autograd.grad(network.loss(batch, step), leaves, allow_unused=True)
-    return {n: g for n, g in zip(weights, slopes, strict=True) if g is not None}
+    found = {n: g for n, g in zip(weights, slopes, strict=True) if g is not None}
+    if not found:
+        raise network.independent(step)
+    return found
 
 
 def _product(
