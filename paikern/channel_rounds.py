@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from paikern.budget import keep_count
-from paikern.channels import Kept, Ranking, all_kept, channel_masks, encoded, kept_weights
+from paikern.channels import Kept, Ranking, channel_masks, encoded, kept_of, kept_weights
 from paikern.errors import SparsityError
 from paikern.pathgraph.channels import ChannelGroups
 from paikern.progress import Progress, ProgressFunction
@@ -38,14 +39,17 @@ def run_channel_rounds(
     scope: str,
     on_collapse: str,
     progress: bool | ProgressFunction | None,
+    channels: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     """The packed masks after removing each of `fractions`, and what each round kept.
 
-    Channels that are gone stay so. `run.cache["kept_channels"]` has those that are left.
+    Channels that are gone stay so, those that earlier masks removed too: their `MaskSet.channels`
+    are `channels`, and they are in `run.masks`. `run.cache["kept_channels"]` has those that are
+    left.
     """
     groups = scorer.groups(run)
     _note_whole(run, groups)
-    kept = all_kept(groups)
+    kept = kept_of(groups, channels or {})
     total = sum(torch.Size(shape).numel() for shape in run.shapes.values())
     history: list[dict[str, float]] = []
     rescued: list[str] = []
@@ -53,8 +57,9 @@ def run_channel_rounds(
         for done, fraction in enumerate(fractions, 1):
             if fraction > 0:
                 scores = scorer.channel_scores(run, groups)
-                if not history:
+                if not history and not channels:
                     _refuse_dead(scorer, groups, scores, kept)
+                scores = scorer.preferred(run, groups, scores)
                 ranking = Ranking(groups, scores, kept, local=scope != "global", least=scorer.least)
                 kept = _selected(run, scorer, groups, ranking, scope, fraction)
                 rescued = ranking.rescued(kept) if scope == "global" else []

@@ -62,7 +62,7 @@ class PrunesOnce(Pruner):
         """Prune with `method`, once and for all; `why` goes into the event."""
         settings = self.settings
         check_finite(self.weights(model), f"epoch {epoch}")
-        with _seeded(data, settings.seed):
+        with seeded_reading(data, settings.seed):
             found = prune(
                 model,
                 self.method,
@@ -94,7 +94,7 @@ class PrunesOnce(Pruner):
 
 
 @contextlib.contextmanager
-def _seeded(data: Any, seed: int) -> Iterator[None]:
+def seeded_reading(data: Any, seed: int) -> Iterator[None]:
     """A loader that shuffles draws from torch's generator, or from one of its own: both start from
     `seed` and go on afterwards as if nothing had been drawn."""
     samplers = [getattr(data, "sampler", None), getattr(data, "batch_sampler", None)]
