@@ -188,6 +188,7 @@ class TickTock(Pruner):
             given.on_collapse,
             None,
             channels=before.channels if self._done else None,
+            final=fractions[-1] == self.sparsity,
         )
         history = [{"tick": self._done + row.pop("round"), "epoch": epoch, **row} for row in rounds]
         metadata = {
