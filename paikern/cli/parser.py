@@ -113,8 +113,8 @@ def _add_prune(every: Any) -> None:
     sub.add_argument(
         "--data",
         metavar="FILE",
-        help="samples for methods that read some: .npy, .npz or safetensors with inputs [n, ...] "
-        "and, for methods that differentiate a loss, labels",
+        help="samples for methods that read some: .npy, .npz, safetensors or torch.save with "
+        "inputs [n, ...] and, for methods that differentiate a loss, labels",
     )
     sub.add_argument("--loss", choices=LOSSES, help="default: by the model and the labels")
     amount = sub.add_argument_group("how much to remove (give one)")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from paikern import budget
 from paikern.prunable import Filter
+from paikern.scorers.base import check_loss
 from paikern.selection import ON_COLLAPSE
 from paikern.training.base import Pruner, Settings, as_optimizers, as_schedulers
 
@@ -117,7 +118,7 @@ def pruner(
             `pruner.masks.attach`, or `pruner.masks.apply` after each step.
         scheduler: learning-rate schedules, for methods that rewind to start them again.
         data, loss_fn, example_inputs: as in `pk.prune`, read by methods with `needs_data` in the
-            epoch in which they prune.
+            epoch in which they prune. A loss_fn is refused where the method has no loss.
         ignore, include, seed, on_collapse: as in `pk.prune`.
         **options: options of the method.
 
@@ -126,7 +127,8 @@ def pruner(
         `.load_state_dict(state)`, `.save(path)`, `.load(path)`.
 
     Raises:
-        ValueError: unknown name or option, an option out of range, missing data, nothing to prune.
+        ValueError: unknown name or option, an option out of range, missing data, a loss_fn for a
+            method without a loss, nothing to prune.
         SparsityError: the sparsity is out of range or keeps nothing.
         The model is unchanged.
 
@@ -157,6 +159,7 @@ def pruner(
             f"data: pruner {cls.name!r} reads samples when it prunes; pass data=, the training "
             "loader for instance"
         )
+    check_loss("pruner", cls.name, cls.takes_loss, loss_fn)
     fraction = None
     given = (sparsity, density, compression)
     if cls.needs_sparsity or any(value is not None for value in given):
