@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from paikern import budget
 from paikern._lookup import by_name, check_options
 from paikern.prunable import Filter
-from paikern.scorers.base import check_loss
+from paikern.scorers.base import check_loss, scorer_class
 from paikern.selection import ON_COLLAPSE
 from paikern.training.base import Pruner, Settings, as_optimizers, as_schedulers
 
@@ -64,22 +64,29 @@ def pruner_class(name: str) -> type[Pruner]:
 
 
 def pruner_rows() -> list[dict[str, Any]]:
-    """The methods, one row each: name, summary, source, needs_data, options.
+    """The methods, one row each: name, summary, source, options (name -> default), and what they
+    need as in `pk.methods()`; those with an option `method` what that one needs by default.
 
     Example:
-        >>> [row["name"] for row in pruner_rows()][:1]
-        ['asni']
+        >>> [row["name"] for row in pruner_rows() if row["needs_labels"]]
+        ['earlycrop_s', 'earlycrop_u', 'gate_decorators']
     """
-    return [
-        {
-            "name": name,
-            "summary": cls.summary,
-            "source": cls.source,
-            "needs_data": cls.needs_data,
-            "options": {f.name: _default(f) for f in dataclasses.fields(cls)},
-        }
-        for name, cls in sorted(_PRUNERS.items())
-    ]
+    rows = []
+    for name, cls in sorted(_PRUNERS.items()):
+        options = {f.name: _default(f) for f in dataclasses.fields(cls)}
+        scorer = scorer_class(options["method"]) if "method" in options else None
+        rows.append(
+            {
+                "name": name,
+                "summary": cls.summary,
+                "source": cls.source,
+                "needs_inputs": scorer is not None and scorer.needs_inputs,
+                "needs_data": cls.needs_data if scorer is None else scorer.needs_data,
+                "needs_labels": cls.takes_loss if scorer is None else scorer.needs_labels,
+                "options": options,
+            }
+        )
+    return rows
 
 
 def pruner(
