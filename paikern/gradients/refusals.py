@@ -9,13 +9,14 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
+from paikern._inputs import fix_for
 from paikern.batches import Batch
 from paikern.errors import NonFiniteScoreError, PaikernError
 
 
 @contextlib.contextmanager
 def refused_by(model: nn.Module, batch: Batch) -> Iterator[None]:
-    """An error of a forward pass as one that names the layer and the shapes of the batch.
+    """An error of a forward pass as one that names the layer, the shapes of the batch, and a fix.
 
     Raises:
         ValueError: in place of an IndexError, RuntimeError, TypeError or ValueError of the model;
@@ -29,7 +30,7 @@ def refused_by(model: nn.Module, batch: Batch) -> Iterator[None]:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"data: the model does not take a batch of {_shapes(batch)}: "
-            f"{_layer(model, error.__traceback__)}: {first}"
+            f"{_layer(model, error.__traceback__)}: {first}{fix_for(model, batch.inputs)}"
         ) from error
 
 
