@@ -108,7 +108,7 @@ def prune(
         scope: "global", "local" (the same fraction of every layer), "row" (of every output),
             "erk" or "lamp"; default by method.
         rounds, schedule: how often to score and prune, and along which curve ("exponential",
-            "linear", "cubic", "expinv", "halving"); default by method.
+            "linear", "cubic", "expinv", "halving", "one-shot"); default by method.
         ignore, include: parameter or module names, "re:" patterns, module types.
         seed: of everything random.
         variant: "paper", or "published" for the behaviour of the authors' code.

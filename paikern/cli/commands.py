@@ -207,7 +207,7 @@ def methods(args: Arguments, console: Console) -> int:
     console.table(Table((Column("method"), Column("option (--set)"), Column("default")), options))
     console.line()
     during = [
-        (row["name"], "labels" if row["needs_data"] else "-", row["summary"], row["source"])
+        (row["name"], _needs(row) + _by_method(row), row["summary"], row["source"])
         for row in pruner_rows()
     ]
     titles = ("during training (pk.pruner)", "needs", "what it does", "source")
@@ -220,6 +220,12 @@ def _needs(row: Mapping[str, Any]) -> str:
     if row["needs_data"]:
         return "data, labels" if row["needs_labels"] else "data"
     return "inputs" if row["needs_inputs"] else "-"
+
+
+def _by_method(row: Mapping[str, Any]) -> str:
+    """The method whose needs these are, where another one may be chosen."""
+    method = row["options"].get("method")
+    return "" if method is None else f" ({method})"
 
 
 def backends(args: Arguments, console: Console) -> int:

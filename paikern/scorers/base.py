@@ -7,7 +7,6 @@ A scorer is a dataclass. Its fields are the method's options, so `pk.prune(..., 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import dataclass_transform
 
+from paikern._lookup import by_name, check_options
 from paikern.batches import Batches
 from paikern.pathgraph import Flow, PathGraph, Semantics, shift_invariant, trace
 from paikern.pattern import Layout
@@ -230,13 +230,8 @@ def scorer_names() -> list[str]:
 
 def scorer_class(name: str) -> type[Scorer]:
     """The scorer registered under `name`; ValueError suggests the nearest."""
-    key = name.lower().replace("-", "_")
-    if key in _SCORERS:
-        return _SCORERS[key]
-    near = difflib.get_close_matches(key, _SCORERS, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else "see pk.methods()"
-    raise ValueError(
-        f"method: unknown method {name!r}; {hint} Available: {', '.join(scorer_names())}"
+    return by_name(
+        _SCORERS, name, parameter="method", what="method", example="snip", fix="see pk.methods()"
     )
 
 
@@ -252,13 +247,5 @@ def check_loss(kind: str, name: str, takes_loss: bool, loss_fn: Any) -> None:
 def make_scorer(name: str, options: Mapping[str, Any]) -> Scorer:
     """Instantiate with options; ValueError names an option that the method does not have."""
     cls = scorer_class(name)
-    known = {f.name for f in dataclasses.fields(cls)}
-    for option in options:
-        if option not in known:
-            near = difflib.get_close_matches(option, known, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            listed = ", ".join(sorted(known)) or "none"
-            raise ValueError(
-                f"{option}: method {cls.name!r} has no such option; {hint}its options: {listed}"
-            )
+    check_options("method", cls.name, {f.name for f in dataclasses.fields(cls)}, options)
     return cls(**options)

@@ -4,8 +4,7 @@
     S = sum_b |gate * dL_b / dgate|  -  eta * (area of the map) * (live channels)
 
 with gate = beta' = 0 where gamma is 0. This is the scoring of a "tick", of which
-`pk.pruner("gate_decorators", ...)` makes several between the "tocks" that train the network. The
-gates are not trained in a tick.
+`pk.pruner("gate_decorators", ...)` makes several between the "tocks" that train the network.
 
 Source: You et al. 2019, "Gate Decorator" (arXiv:1909.08174), section 3.
 """
@@ -90,19 +89,32 @@ class GateDecorators(GatedScorer):
             made = {f"{path}.weight": gate for path, gate in gates.items()}
             return made | {f"{path}.bias": gate * shifts[path] for path, gate in gates.items()}
 
-        network = GateNetwork(run, make_loss(run.loss_fn), self.mode, gammas, values)
+        held = run.cache.get("gates", gammas)
+        network = GateNetwork(run, make_loss(run.loss_fn), self.mode, held, values)
+        gates = network.weights
         found = {
             path: torch.zeros_like(gamma, dtype=torch.float64) for path, gamma in gammas.items()
         }
+        slopes: dict[str, Tensor] = {}
 
         def add(path: str, slope: Tensor) -> None:
-            found[path] += (gammas[path].double() * slope.double()).abs()
+            found[path] += (gates[path].detach().double() * slope.double()).abs()
+            slopes[path] = slope
 
         with network.running(), _areas(run, paths) as areas:
             for number, (batch, share) in enumerate(weighted(self.read(run))):
                 network.differentiate(batch, add, number, share)
+                with torch.no_grad():
+                    self.train_gates(run, gates, slopes)
         run.cache["gate_areas"] = areas
+        run.cache["gates"] = {path: gate.detach() for path, gate in gates.items()}
+        run.cache["gate_shifts"] = shifts
         return norm_sums(run, groups, found)
+
+    def train_gates(
+        self, run: Run, gates: Mapping[str, Tensor], slopes: Mapping[str, Tensor]
+    ) -> None:
+        """What becomes of the gates after each batch, in place; they stay as they are here."""
 
     def preferred(
         self, run: Run, groups: ChannelGroups, scores: dict[str, Tensor]

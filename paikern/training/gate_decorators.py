@@ -1,21 +1,26 @@
 """Gate Decorators: ticks remove a few channels each, and the training between them is the tock.
 
 A tick adds up `|gate * dL_b / dgate|` over the batches of `data`, the gates being those of batch
-norm, with every weight as it is, and removes the channels with the lowest sums. At the end of every
-tock several ticks follow each other, each on the network that the one before has left. In the
-tocks every step adds `penalty * sign(gamma)` to the gradient of gamma.
+norm, with all other weights as they are, and removes the channels with the lowest sums. At the end
+of every tock several ticks follow each other, each on the network that the one before has left. In
+the tocks every step adds `penalty * sign(gamma)` to the gradient of gamma.
 
-Source: You et al. 2019, "Gate Decorator" (arXiv:1909.08174), section 3. There the gates are trained
-in a tick, here its weights stand still; and there a tock has a learning rate of its own, here it is
-the caller's loop.
+With `gate_lr` the gates are trained in a tick, by a step of plain SGD after each batch, and written
+back in the end: gamma = gate, beta = gate * beta'.
+
+Source: You et al. 2019, "Gate Decorator" (arXiv:1909.08174), section 3. A tock has a learning rate
+of its own there; here it is the caller's loop.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from paikern.channel_rounds import channel_metadata, run_channel_rounds
@@ -27,8 +32,23 @@ from paikern.scorers.gate_decorators import GateDecorators
 from paikern.training.base import Event, Pruner, check_finite
 from paikern.training.once import seeded_reading
 from paikern.training.penalty import NormPenalty, batch_norm_scales
-from paikern.training.ranks import agreed
+from paikern.training.ranks import agreed, agreed_tensors
 from paikern.training.registry import register_pruner
+
+
+@dataclass
+class _Tick(GateDecorators):
+    """The method, with gates that are trained while it scores; those of frozen norms are not."""
+
+    gate_lr: float = 0.0
+
+    def train_gates(
+        self, run: Run, gates: Mapping[str, Tensor], slopes: Mapping[str, Tensor]
+    ) -> None:
+        if self.gate_lr:
+            for path, slope in slopes.items():
+                if run.model.get_parameter(f"{path}.weight").requires_grad:
+                    gates[path].sub_(slope, alpha=self.gate_lr)
 
 
 @register_pruner("gate_decorators")
@@ -45,6 +65,7 @@ class TickTock(Pruner):
         last_update: no ticks after this epoch; None for half of the epochs, or the first tock.
         minimal_ratio, eta: as in the method `gate_decorators` of `pk.prune`.
         penalty: L1 subgradient on gamma in the tocks, until the last tick; 0 for none.
+        gate_lr: learning rate of the gates in a tick; with 0 a tick changes nothing but the masks.
         batches, batch_size, mode, target: as in the method.
 
     After t ticks exactly `n - floor((1 - (1 - fraction)**t) n)` of n outputs of layers are kept,
@@ -58,6 +79,7 @@ class TickTock(Pruner):
     minimal_ratio: float = 0.1
     eta: float = 0.0
     penalty: float = 1e-5
+    gate_lr: float = 0.0
     batches: int | None = None
     batch_size: int = 128
     mode: str = "train"
@@ -69,14 +91,17 @@ class TickTock(Pruner):
     takes_loss = True
 
     def begin(self) -> None:
-        self._scorer = GateDecorators(
+        self._scorer = _Tick(
             minimal_ratio=self.minimal_ratio,
             eta=self.eta,
             batches=self.batches,
             batch_size=self.batch_size,
             mode=self.mode,
             target=self.target,
+            gate_lr=self.gate_lr,
         )
+        if not 0 <= self.gate_lr < math.inf:
+            raise ValueError(f"gate_lr must be >= 0 and finite, got {self.gate_lr}")
         for name in ("tock", "ticks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
@@ -110,12 +135,14 @@ class TickTock(Pruner):
         fractions = self._fractions()
         with seeded_reading(data, self.settings.seed):
             masks, run = self._ticked(model, data, fractions, epoch)
-        masks = agreed(masks)
+        masks, trained = agreed(masks), agreed_tensors(run.cache["gates"] if self.gate_lr else {})
+        check_finite(trained, f"epoch {epoch}, gates trained with gate_lr={self.gate_lr}")
         for note in dict.fromkeys(run.notes):
             if note not in self._told:
                 warnings.warn(note, PaikernWarning, stacklevel=3)
         self._told |= set(run.notes)
         self.set_masks(model, masks)
+        _write_gates(run, trained)
         self._done += len(fractions)
         if self._over(epoch):
             self._penalty.let_go()
@@ -196,3 +223,13 @@ class TickTock(Pruner):
             **channel_metadata(run),
         }
         return MaskSet({name: packed[name] for name in self.shapes}, self.shapes, metadata), run
+
+
+@torch.no_grad()
+def _write_gates(run: Run, gates: Mapping[str, Tensor]) -> None:
+    for path, gate in gates.items():
+        weight = run.model.get_parameter(f"{path}.weight")
+        if weight.requires_grad:
+            shift: Tensor = run.cache["gate_shifts"][path]
+            weight.copy_(gate)
+            run.model.get_parameter(f"{path}.bias").copy_(gate.to(shift.device) * shift)

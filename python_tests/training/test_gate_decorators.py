@@ -107,6 +107,57 @@ def test_every_tick_is_that_of_gates_in_the_network(fraction: float | None) -> N
     pruner.masks.verify(net)
 
 
+@pytest.mark.filterwarnings(WHOLE, RESCUED)
+def test_gates_are_trained_in_ticks() -> None:
+    """Three batches of plain SGD on the gates alone, then their values are gamma and beta."""
+    net, data = build("residual")[0].double(), samples()
+    net.second[0][1].weight.requires_grad_(False)
+    gates, expected = copy.deepcopy(net), {}
+    before = nets.copy_of(net)
+    paths = [path for path, m in net.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    for path in paths:
+        parent, _, key = path.rpartition(".")
+        setattr(gates.get_submodule(parent), key, oracle.GatedNorm(gates.get_submodule(path)))
+    gates.train()
+    for x, y in data:
+        gates.zero_grad()
+        nn.functional.cross_entropy(gates(x), y).backward()
+        for path in paths:
+            gate = gates.get_submodule(path).gate
+            step = (gate.detach() * gate.grad).abs()
+            expected[path] = expected.get(path, 0) + step
+            if path != "second.0.1":  # frozen
+                gate.data -= 0.05 * gate.grad
+    pruner = started(net, data, gate_lr=0.05, sparsity=0.05, epochs=1, ticks=1)
+    event = pruner.on_epoch_end(net)
+    assert event.values["ticks"] == 1
+    for path in paths:
+        trained, norm = gates.get_submodule(path), net.get_submodule(path)
+        torch.testing.assert_close(norm.weight.detach(), trained.gate.detach())
+        if path != "second.0.1":
+            torch.testing.assert_close(norm.bias.detach(), (trained.gate * trained.shift).detach())
+            assert not torch.equal(norm.weight, before[f"{path}.weight"])
+    scores = {g: sum(expected[norm] for norm in norms) for g, (_, norms) in GROUPS.items()}
+    kept = oracle.select(scores, {g: len(layers) for g, (layers, _) in GROUPS.items()}, 34)
+    for group in GROUPS:
+        assert pruner.masks.channels[f"{group}.weight"].tolist() == kept[group], group
+    for name, value in net.state_dict().items():  # convolutions, the classifier, statistics
+        if name.rpartition(".")[0] not in paths or "running" in name:
+            mask = pruner.masks.get(name, 1)
+            assert torch.equal(value, before[name] * mask), name
+
+
+@pytest.mark.filterwarnings(WHOLE, RESCUED)
+def test_gates_that_blow_up_are_refused() -> None:
+    net, data = build("residual")[0].double(), samples()
+    before = nets.copy_of(net)
+    pruner = started(net, data, gate_lr=1e308)
+    with pytest.raises((ValueError, pk.NonFiniteScoreError), match=r"nan|inf|NaN"):
+        pruner.on_epoch_end(net)
+    assert nets.equal_states(nets.copy_of(net), before)
+    assert pruner.masks.sparsity == 0
+
+
 @pytest.mark.parametrize("fraction", [None, 0.05, 0.2])
 @pytest.mark.filterwarnings(WHOLE, RESCUED)
 def test_exactly_as_many_are_kept_after_every_tick(fraction: float | None) -> None:
@@ -185,7 +236,7 @@ def test_going_on_from_a_file(cut: int, tmp_path: Path) -> None:
     def fresh() -> tuple[nn.Module, Any, Any]:
         net = build("residual")[0].double()
         optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
-        options = {"penalty": 1e-2, "tock": 2, "epochs": 8, "sparsity": 0.6}
+        options = {"penalty": 1e-2, "gate_lr": 1e-2, "tock": 2, "epochs": 8, "sparsity": 0.6}
         return net, optimizer, started(net, data, optimizer=optimizer, **options)
 
     def epochs(run: tuple[nn.Module, Any, Any], count: int) -> list[str]:
@@ -267,6 +318,7 @@ def test_channels_can_be_removed_in_the_end() -> None:
         ({"eta": float("inf")}, "eta must be >= 0 and finite, got inf"),
         ({"penalty": -1.0}, "penalty must be >= 0, got -1.0"),
         ({"penalty": 1e-5}, "pass optimizer=, or penalty=0"),
+        ({"gate_lr": -1.0}, "gate_lr must be >= 0 and finite, got -1.0"),
         ({"target": "filters"}, "target must be one of"),
         ({"mode": "test"}, "mode must be"),
         ({"data": None}, "reads samples when it prunes; pass data="),
