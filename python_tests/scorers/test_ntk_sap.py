@@ -20,7 +20,7 @@ from python_tests.scorers.data_nets import (
     state_of,
     transformer,
 )
-from python_tests.scorers.helpers import agreement
+from python_tests.scorers.helpers import kept_agreement
 
 COLLAPSE = "ignore:layer collapse:paikern.errors.PaikernWarning"
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -89,7 +89,7 @@ def test_float32_against_one_graph(name: str, setting: str) -> None:
         pk.Scores({n: pk.Dense(s) for n, s in expected.items()}, masks.shapes), sparsity=0.8
     )
     assert masks.kept == best.kept
-    assert agreement(dict(masks), dict(best)) >= 0.999
+    assert kept_agreement(dict(masks), dict(best)) >= 0.999
 
 
 @pytest.mark.filterwarnings(COLLAPSE)
@@ -115,7 +115,7 @@ def test_ten_rounds(name: str) -> None:
         model.double(), "ntk_sap", sparsity=0.9, rounds=rounds, data=double(data), apply=False
     )
     assert [round(h["density"] * found.total) for h in found.metadata["history"]][-1] == kept
-    assert agreement(dict(found), masks) >= 0.999
+    assert kept_agreement(dict(found), masks) >= 0.999
 
 
 @pytest.mark.filterwarnings(COLLAPSE)
@@ -125,7 +125,7 @@ def test_whole_runs_equal_the_plain_loop() -> None:
     options: dict[str, Any] = {"sparsity": 0.9, "rounds": 6, "resamples": 2, "seed": 5}
     found = pk.prune(model, "ntk_sap", data=[x, x], variant="published", apply=False, **options)
     expected = reference(model, [x, x], selection="exact", **options)
-    assert agreement(dict(found), expected) == 1.0
+    assert kept_agreement(dict(found), expected) == 1.0
     loose = reference(model, [x, x], **options)
     assert sum(int(m.sum()) for m in loose.values()) <= found.kept
 
@@ -203,7 +203,7 @@ def test_attention_of_either_kind(attention: str) -> None:
     masks = pk.prune(model, "ntk_sap", sparsity=0.5, rounds=2, data=data, apply=False)
     other = transformer("llama", "eager")[0].double()
     same = pk.prune(other, "ntk_sap", sparsity=0.5, rounds=2, data=data, apply=False)
-    assert agreement(dict(masks), dict(same)) > 0.99
+    assert kept_agreement(dict(masks), dict(same)) > 0.99
 
 
 def test_outputs_of_every_form() -> None:
