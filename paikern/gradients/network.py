@@ -68,6 +68,7 @@ class Network:
                 "it; build or load the model outside of it"
             )
         self.run, self.loss_function, self.mode = run, loss, mode
+        self._method = f" in method {run.method!r}" if run.method else ""  # for messages
         self.device = next(iter(self._parameters.values())).device
         with torch.inference_mode(False):
             self.weights = {name: _leaf(run, name) for name in run.layers}
@@ -121,42 +122,65 @@ class Network:
         """The loss of a batch; `number` is for the message.
 
         Raises:
-            ValueError: the loss is NaN or infinite, or no number.
+            ValueError: the loss is NaN or infinite, or no number, or its function raises an error.
         """
         batch = batch.to(self.device)
-        value = self.loss_function(self.outputs(batch, weights), batch)
+        place = f" on batch {number}{self._method}"
+        value = self.loss_function(self.outputs(batch, weights), batch, place)
         if not bool(torch.isfinite(value)):
             raise ValueError(
-                f"loss_fn: the loss of batch {number} is {float(value.detach())}; look for inputs "
-                "that are not scaled, wrong labels, or an overflow in float16"
+                f"loss_fn: the loss of batch {number} is {float(value.detach())}{self._method}; "
+                "look for inputs that are not scaled, wrong labels, or an overflow in float16"
             )
         if not value.requires_grad:
-            raise ValueError(
-                f"loss_fn: the loss of batch {number} does not depend on the weights; return a "
-                "loss computed from the outputs, without .detach() or .item()"
-            )
+            raise self.independent(number)
         return value
 
-    def backward(self, value: Tensor, consume: Consumer, *, retain_graph: bool = False) -> None:
+    def differentiate(
+        self, batch: Batch, consume: Consumer, number: int = 0, scale: float = 1.0
+    ) -> None:
+        """`scale * dL / dW` of one batch, handed over as by `backward`.
+
+        Raises:
+            ValueError: as `loss` does, and where the loss depends on none of the weights.
+        """
+        if not self.backward(self.loss(batch, number) * scale, consume, number):
+            raise self.independent(number)
+
+    def independent(self, number: int) -> ValueError:
+        """The error of a loss that has no gradient."""
+        return ValueError(
+            f"loss_fn: the loss of batch {number} does not depend on the weights{self._method}; "
+            "return a loss computed from the outputs, without .detach() or .item()"
+        )
+
+    def backward(self, value: Tensor, consume: Consumer, number: int = 0) -> int:
         """Differentiate `value` by the weights, each gradient handed over as soon as it is made.
 
-        Weights that `value` does not depend on are left out.
+        Weights that `value` does not depend on are left out; the number of the others is returned.
 
         Raises:
             NonFiniteScoreError: a gradient holds NaN or infinity, named.
-            PaikernError: an operation has no derivative, named.
+            PaikernError: an operation has no derivative, named, or the backward pass fails.
         """
-        handles = []
+        handles, reached = [], 0
+
+        def count(name: str, gradient: Tensor) -> None:
+            nonlocal reached
+            reached += 1
+            consume(name, gradient)
+
         for name, leaf in self.weights.items():
-            handles.append(leaf.register_post_accumulate_grad_hook(_hand_over(name, consume)))
+            handles.append(leaf.register_post_accumulate_grad_hook(_hand_over(name, count)))
         try:
-            with named_derivatives():
-                value.backward(inputs=list(self.weights.values()), retain_graph=retain_graph)
+            with named_derivatives(f" of batch {number}{self._method}"):
+                value.backward(inputs=list(self.weights.values()))
         finally:
             for handle in handles:
                 handle.remove()
             for leaf in self.weights.values():
                 leaf.grad = None
+        return reached
 
     def gradients(
         self, batches: Sequence[Batch], *, mean: bool = False, scale: float = 1.0
@@ -171,7 +195,7 @@ class Network:
         if mean:
             scale /= sum(share for _, share in weighted(batches))
         for number, (batch, share) in enumerate(weighted(batches)):
-            self.backward(self.loss(batch, number) * (share * scale), total)
+            self.differentiate(batch, total, number, share * scale)
         return self.complete(total.values)
 
     def hessian_product(
@@ -189,13 +213,13 @@ class Network:
         total = _Sum()
         with twice_differentiable(self.run.model, self.weights.values()):
             for number, (batch, share) in enumerate(weighted(batches)):
-                z = self._along(self.loss(batch, number) * (share * scale), vectors)
+                z = self._along(self.loss(batch, number) * (share * scale), vectors, number)
                 if z is not None:
                     refuse_once_differentiable(z)
-                    self.backward(z, total)
+                    self.backward(z, total, number)
         return self.complete(total.values, note=False)
 
-    def _along(self, value: Tensor, vectors: Mapping[str, Tensor]) -> Tensor | None:
+    def _along(self, value: Tensor, vectors: Mapping[str, Tensor], number: int) -> Tensor | None:
         """What has the derivative of `sum_l <v_l, dvalue / dW_l>`; None if that is 0 everywhere.
 
         A hook takes each dvalue / dW as soon as it is made and leaves a 0 in its place, so that
@@ -206,7 +230,7 @@ class Network:
         for name, leaf in self.weights.items():
             handles.append(leaf.register_hook(_taken(vectors[name].to(leaf.dtype), parts)))
         try:
-            with named_derivatives():
+            with named_derivatives(f" of batch {number}{self._method}"):
                 torch.autograd.grad(
                     value, list(self.weights.values()), create_graph=True, allow_unused=True
                 )

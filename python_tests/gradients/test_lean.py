@@ -117,7 +117,7 @@ def test_any_shape_equals_autograd(
     shape[0] += 2
     x, g, v = (numbers(*shape, seed=seed + i) for i in range(3))
     weight, a, c = (numbers(shape[1], seed=seed + i) for i in range(3, 6))
-    along = tuple(t if used else None for t, used in zip((v, a, c), asked, strict=True))
+    along = (v if asked[0] else None, a if asked[1] else None, c if asked[2] else None)
     mine, theirs = (second(x, weight, g, along, lean) for lean in (True, False))
     for found, expected in zip(mine, theirs, strict=True):
         # Of few values with little spread r is large, and enters in its third power.
@@ -289,7 +289,8 @@ class Live(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.held: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak, self.names = 0, set()
+        self.names: set[str] = set()
+        self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
