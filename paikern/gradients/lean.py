@@ -187,10 +187,10 @@ class _Norm(torch.autograd.Function):
         y, mean, rstd = _norm(x, weight, bias, mean, var, training, momentum, eps)
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.eps = eps
-        return y  # type: ignore[no-any-return]
+        return y
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> Any:
         dx, dw, db = _NormBackward.apply(g, *ctx.saved_tensors, ctx.eps)
         by_weight, by_bias = ctx.needs_input_grad[3:5]
         return dx, None, None, dw if by_weight else None, db if by_bias else None, None, None, None
@@ -212,7 +212,7 @@ class _NormBackward(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, v: Tensor | None, a: Tensor | None, c: Tensor | None) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, v: Tensor | None, a: Tensor | None, c: Tensor | None) -> Any:
         g, x, weight, mean, rstd, dw, db = ctx.saved_tensors
         n, r = x.numel() // x.shape[1], rstd.double()
         alpha = beta = gamma = delta = torch.zeros_like(r)  # [channels], as all numbers here
@@ -245,10 +245,10 @@ class _FixedNorm(torch.autograd.Function):
         x, mean, var, weight, bias, training, momentum, eps = call
         scale = (var + eps).rsqrt_()
         ctx.save_for_backward(scale if weight is None else scale.mul_(weight))
-        return _norm(x, weight, bias, mean, var, training, momentum, eps)[0]  # type: ignore[no-any-return]
+        return _norm(x, weight, bias, mean, var, training, momentum, eps)[0]
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> Any:
         (scale,) = ctx.saved_tensors
         return g * _spread(scale, g), *[None] * 7
 
@@ -265,7 +265,7 @@ class _Relu(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         return _threshold_backward(g, ctx.saved_tensors[0].detach(), 0), None
 
 
