@@ -8,6 +8,8 @@
 // All end with scale, shift, branch, gate and the zeros beside the pixels while the sums are in registers.
 #pragma once
 
+#include <type_traits>
+
 #include "gated_kernels.h"
 #include "path_simd.h"
 
@@ -44,6 +46,9 @@ inline vm v_positive(vf a) { return a > v_zero(); }
 #endif
 
 constexpr int kUnit = 16, kParts = kUnit / kLanes;  // vectors a unit
+
+// The bits of one vector of gates.
+using GateBits = std::conditional_t<kLanes == 16, uint16_t, uint8_t>;
 
 // The accumulators of a block, row by row.
 template <int Columns, int Rows, int Step>
@@ -113,10 +118,14 @@ struct Sums {
       const int64_t place = channel * b.channel + v / kWidth * b.row + v % kWidth * kLanes;
       vf sum = at[v];
       if (b.add) sum = v_fma(v_load(b.add + place), v_set(b.add_scale), sum);
-      if (b.gate) sum = v_keep(v_positive(v_load(b.gate + place)), sum);
-      if (b.rectify) sum = v_keep(v_positive(sum), sum);
+      if (b.gate) sum = v_keep(v_mask(reinterpret_cast<const GateBits *>(b.gate)[place / kLanes]), sum);
       const bool unused = v % kWidth / kParts == Columns - 1 && b.beside;
       sum = v_keep(v_mask(unused ? 0 : b.valid[v / kWidth] >> (v % kParts * kLanes)), sum);
+      if (b.open) {
+        const vm positive = v_positive(sum);
+        reinterpret_cast<GateBits *>(b.open)[place / kLanes] = static_cast<GateBits>(v_bits(positive));
+        sum = v_keep(positive, sum);
+      }
       v_store(b.out + place, sum);
       top = v_max(top, sum);
     }
@@ -164,6 +173,7 @@ inline GatedBlock part_of(const GatedBlock &b, int64_t y, int64_t x) {
   part.base += y * b.base_row + x * Step * kUnit;
   part.out += at;
   if (b.add) part.add += at;
+  if (b.open) part.open += at / kLanes * static_cast<int64_t>(sizeof(GateBits));
   if (b.from == b.sums) part.from += held;
   part.sums += held;
   part.valid[0] = b.valid[y];
@@ -266,23 +276,22 @@ void gated_sum(const GatedBlock &b, const int32_t *offsets, int64_t count) {
   });
 }
 
-void gated_pool(const GatedPool &pool, const float *f, const float *g, float *f_out, float *g_out) {
+void gated_pool(const GatedPool &pool, const float *values, const float *by, float *out) {
   const vf none = v_set(-INFINITY);
 #pragma GCC unroll 4
   for (int p = 0; p < kParts; ++p) {
-    vf best = none, most = v_zero();
+    vf best = none, found = none;
     for (int64_t i = 0; i < pool.height; ++i) {
       const vm inside = v_mask(pool.inside[i] >> (p * kLanes));
       for (int64_t j = 0; j < pool.width; ++j) {
         const int64_t at = pool.rows[i] + j * pool.next + p * kLanes;
-        const vf value = v_select(inside, v_load(f + at), none), paths = v_keep(inside, v_load(g + at));
-        most = pool.gate ? v_select(v_above(value, best), paths, most) : v_max(paths, most);
-        best = v_select(v_above(value, best), value, best);
+        const vf candidate = v_select(inside, v_load(by + at), none);
+        const vm more = v_above(candidate, best);
+        found = v_select(more, v_load(values + at), found);
+        best = v_select(more, candidate, best);
       }
     }
-    const vm valid = v_mask(pool.valid >> (p * kLanes));
-    v_store(f_out + p * kLanes, v_keep(valid, best));
-    v_store(g_out + p * kLanes, v_keep(valid, most));
+    v_store(out + p * kLanes, v_keep(v_mask(pool.valid >> (p * kLanes)), found));
   }
 }
 
@@ -298,8 +307,10 @@ void gated_shift(const float *from, float *to, int64_t units, uint32_t bits) {
 
 template <int Step>
 constexpr paikern::GatedKernels make_gated_kernels() {
-  return {kMostColumns,     kMostRows,       gated_values<Step>, gated_pair<Step>, gated_paths<Step>,
-          gated_quad<Step>, gated_sum<Step>, gated_pool,         gated_shift};
+  return {kMostColumns,       kMostRows,        kParts * static_cast<int>(sizeof(GateBits)),
+          gated_values<Step>, gated_pair<Step>, gated_paths<Step>,
+          gated_quad<Step>,   gated_sum<Step>,  gated_pool,
+          gated_shift};
 }
 
 }  // namespace

@@ -336,6 +336,7 @@ void GatedLists::run_values(const GatedKernels &kernels, const GatedBlock &block
         b.from = index == 0 ? kGatedZeros : b.sums;
         b.out = block.out + list.row * b.channel;
         if (b.add) b.add = block.add + list.row * b.channel;
+        if (b.open) b.open = block.open + list.row * b.channel / kGatedUnit * kernels.gate_bytes;
         if (list.rows == 1) {
           kernels.values(b, offsets, values, list.counts[1], *scale, *shift);
         } else {
@@ -373,7 +374,7 @@ float GatedLists::run_paths(const GatedKernels &kernels, const GatedBlock &block
         b.all = item.pruned ? all : nullptr;
         b.out = block.out + item.row * b.channel;
         if (b.add) b.add = block.add + item.row * b.channel;
-        if (b.gate) b.gate = block.gate + item.row * b.channel;
+        if (b.gate) b.gate = block.gate + item.row * b.channel / kGatedUnit * kernels.gate_bytes;
         const float found = item.rows == 1
                                 ? kernels.paths(b, offsets, paths_.begin[list + 1] - paths_.begin[list], scale)
                                 : kernels.quad(b, offsets, paths_.classes.data() + paths_.first[list],
