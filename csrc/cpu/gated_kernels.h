@@ -19,6 +19,7 @@ struct GatedBlock {
   const float *all;   // g: the sums over all columns, from which pruned weights are taken, or null
   const float *from;  // what the sums start from: kGatedZeros, or `sums` after earlier columns
   float *sums;        // [channels of a call, rows, columns] units
+  float *shared;      // two more blocks of units, for a quad
   int64_t channel;    // floats from channel to channel of out and add; the bits lie in the same order
   int64_t row;        // floats from row to row of out and add
   int64_t base_row;   // the same of what rows of `out` read
@@ -32,7 +33,7 @@ struct GatedBlock {
 // One block of zeros: sums start with loads, since a branch would keep them in memory.
 alignas(64) constexpr float kGatedZeros[16 * 16] = {};
 
-// The columns of a quad that just the rows in `rows` (bits) list.
+// The columns of a quad that just the rows in `rows` (bits) list. Those of one row come last, in the order of the rows.
 struct GatedClass {
   uint32_t rows;
   int32_t count;

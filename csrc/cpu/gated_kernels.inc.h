@@ -68,6 +68,10 @@ struct Sums {
 #pragma GCC unroll 16
     for (int v = 0; v < kCount; ++v) v_store(to + v * kLanes, v_add(v_load(to + v * kLanes), at[v]));
   }
+  GATED_INLINE void add_from(const float *from) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kCount; ++v) at[v] = v_add(at[v], v_load(from + v * kLanes));
+  }
   // Calls take(accumulator, a float of the plane at `src` that it is of) for all.
   template <class Take>
   GATED_INLINE void each(const float *src, int64_t row, Take take) {
@@ -240,28 +244,46 @@ float gated_paths(const GatedBlock &b, const int32_t *offsets, int64_t count, fl
   return b.last ? highest(top) : 0.0f;
 }
 
+// The sums of a class go to two places at most: where the first two rows (the last two) both list it, to one that they
+// share. Classes of one row come last, and are added to what has come together for it.
 template <int Step>
 float gated_quad(const GatedBlock &b, const int32_t *offsets, const GatedClass *classes, int64_t count, float scale) {
   vf top = v_zero();
   shaped<kMostColumns, kMostRows, Step>(b, [&](auto &sums) {
     constexpr int64_t kFloats = int64_t{sizeof(sums.at)} / int64_t{sizeof(float)};
-    if (b.from != b.sums) {
-      sums.load(b.from);
-      for (int64_t r = 0; r < kGatedQuad; ++r) sums.store(b.sums + r * kFloats);
-    }
-    for (int64_t i = 0; i < count; ++i) {
+    unsigned written = b.from == b.sums ? (1u << kGatedQuad) - 1 : 0;  // the rows, then what two share
+    const auto place = [&](int64_t at) GATED_LAMBDA {
+      return at < kGatedQuad ? b.sums + at * kFloats : b.shared + (at - kGatedQuad) * kFloats;
+    };
+    const GatedClass *next = classes, *const end = classes + count;
+    for (; next != end && (next->rows & (next->rows - 1)) != 0; offsets += next++->count) {
       sums.load(paikern::kGatedZeros);
-      sums.add(b.base, b.base_row, offsets, classes[i].count);
-      offsets += classes[i].count;
-      for (int64_t r = 0; r < kGatedQuad; ++r) {
-        if (classes[i].rows >> r & 1) sums.add_to(b.sums + r * kFloats);
+      sums.add(b.base, b.base_row, offsets, next->count);
+      for (unsigned half = 0; half < 2; ++half) {
+        const unsigned rows = next->rows >> (2 * half) & 3;
+        if (rows == 0) continue;
+        const unsigned at = rows == 3 ? kGatedQuad + half : 2 * half + rows - 1;
+        if (written >> at & 1) {
+          sums.add_to(place(at));
+        } else {
+          sums.store(place(at));
+          written |= 1u << at;
+        }
       }
     }
-    if (!b.last) return;
-    for (int64_t r = 0; r < kGatedQuad; ++r) {
-      sums.load(b.sums + r * kFloats);
-      sums.count_paths(b, v_set(scale));
-      top = sums.finish(b, r, top);
+    for (unsigned r = 0; r < kGatedQuad; ++r) {
+      sums.load(written >> r & 1 ? place(r) : paikern::kGatedZeros);
+      if (written >> (kGatedQuad + r / 2) & 1) sums.add_from(place(kGatedQuad + r / 2));
+      if (next != end && next->rows == 1u << r) {
+        sums.add(b.base, b.base_row, offsets, next->count);
+        offsets += next++->count;
+      }
+      if (b.last) {
+        sums.count_paths(b, v_set(scale));
+        top = sums.finish(b, r, top);
+      } else {
+        sums.store(place(r));
+      }
     }
   });
   return b.last ? highest(top) : 0.0f;
