@@ -153,8 +153,13 @@ void GatedProgram::Impl::cut() {
 
 GatedProgram::~GatedProgram() = default;
 
-void GatedProgram::load(int64_t step, const float *theta, const uint8_t *mask, const float *scale, const float *shift) {
-  impl_->lists[static_cast<size_t>(step)].load(theta, mask, scale, shift);
+void GatedProgram::load(const std::vector<GatedWeight> &weights) {
+  const int64_t count = static_cast<int64_t>(weights.size());
+#pragma omp parallel for schedule(dynamic)
+  for (int64_t i = count - 1; i >= 0; --i) {  // mostly from large layers to small ones
+    const GatedWeight &w = weights[static_cast<size_t>(i)];
+    impl_->lists[static_cast<size_t>(w.step)].load(w.theta, w.mask, w.scale, w.shift);
+  }
 }
 
 GatedProgram::Impl::Worker &GatedProgram::Impl::worker(int thread) {
