@@ -156,8 +156,8 @@ GatedProgram::~GatedProgram() = default;
 void GatedProgram::load(const std::vector<GatedWeight> &weights) {
   const int64_t count = static_cast<int64_t>(weights.size());
 #pragma omp parallel for schedule(dynamic)
-  for (int64_t i = count - 1; i >= 0; --i) {  // mostly from large layers to small ones
-    const GatedWeight &w = weights[static_cast<size_t>(i)];
+  for (int64_t i = 0; i < count; ++i) {
+    const GatedWeight &w = weights[static_cast<size_t>(count - 1 - i)];  // the last layers are mostly the largest
     impl_->lists[static_cast<size_t>(w.step)].load(w.theta, w.mask, w.scale, w.shift);
   }
 }

@@ -11,23 +11,23 @@ constexpr int64_t kGatedQuad = 4;  // output channels whose path counts are summ
 // its first unit: out = valid * gate(sum * scale + shift + add * add_scale). The next unit of `out` reads one unit
 // on or two, as the table says.
 struct GatedBlock {
-  const float *base;  // input planes; kept weights are offsets from here
-  float *out;         // of the first of the output channels
-  const float *add;   // another map in the layout of `out`, or null
-  uint8_t *open;      // f: where the bits go that say what is positive, or null; what is not becomes 0
+  const float *base;    // input planes; kept weights are offsets from here
+  float *out;           // of the first of the output channels
+  const float *add;     // another map in the layout of `out`, or null
+  uint8_t *open;        // f: where the bits go that say what is positive, or null; what is not becomes 0
   const uint8_t *gate;  // g: keep what these bits say, or null
-  const float *all;   // g: the sums over all columns, from which pruned weights are taken, or null
-  const float *from;  // what the sums start from: kGatedZeros, or `sums` after earlier columns
-  float *sums;        // [channels of a call, rows, columns] units
-  float *shared;      // two more blocks of units, for a quad
-  int64_t channel;    // floats from channel to channel of out and add; the bits lie in the same order
-  int64_t row;        // floats from row to row of out and add
-  int64_t base_row;   // the same of what rows of `out` read
-  int columns, rows;  // as the table allows; columns a power of two
-  uint32_t valid[2];  // of each row: the floats of its units that are pixels
+  const float *all;     // g: the sums over all columns, from which pruned weights are taken, or null
+  const float *from;    // what the sums start from: kGatedZeros, or `sums` after earlier columns
+  float *sums;          // [channels of a call, rows, columns] units
+  float *shared;        // two more blocks of units, for a quad
+  int64_t channel;      // floats from channel to channel of out and add; the bits lie in the same order
+  int64_t row;          // floats from row to row of out and add
+  int64_t base_row;     // the same of what rows of `out` read
+  int columns, rows;    // as the table allows; columns a power of two
+  uint32_t valid[2];    // of each row: the floats of its units that are pixels
   float add_scale;
-  bool beside;   // the last of the columns of units lies beside the pixels
-  bool last;     // of the columns: what follows the sum is done, else the sum is kept in `sums`
+  bool beside;  // the last of the columns of units lies beside the pixels
+  bool last;    // of the columns: what follows the sum is done, else the sum is kept in `sums`
 };
 
 // One block of zeros: sums start with loads, since a branch would keep them in memory.

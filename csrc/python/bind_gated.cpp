@@ -45,7 +45,8 @@ void bind_gated(py::module_ &m) {
   py::class_<GatedProgram>(m, "GatedProgram")
       .def(py::init(&make_program))
       .def("load",
-           [](GatedProgram &p, const std::vector<std::tuple<int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>> &rows) {
+           [](GatedProgram &p,
+              const std::vector<std::tuple<int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>> &rows) {
              std::vector<GatedWeight> weights;
              for (const auto &[step, theta, mask, scale, shift] : rows) {
                weights.push_back({step, reinterpret_cast<const float *>(theta), reinterpret_cast<const uint8_t *>(mask),

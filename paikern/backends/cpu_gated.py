@@ -39,9 +39,8 @@ class GatedProgram:
 
         rows = []
         for step, theta, mask, scale, shift in weights:
-            floats = (None if t is None else t.float() for t in (theta, scale, shift))
-            at, *affine = map(address, floats)
-            rows.append((step, at, address(mask), *affine))
+            w, s, t = (None if x is None else x.float() for x in (theta, scale, shift))
+            rows.append((step, address(w), address(mask), address(s), address(t)))
         self._program.load(rows)
 
     def run(self, x: Tensor) -> tuple[Tensor, int, Tensor]:
