@@ -33,7 +33,9 @@ the other 1,000. Figures are means over the seeds, the accuracy with its standar
 *ln paths*, *nodes*, *kernels* and *on a path* are those of [docs/analyze.md](../docs/analyze.md):
 natural logarithm of the number of effective paths, output units, kernels and kept weights that lie
 on a path. *s* is the time of pruning in a process of one thread while another one worked; for
-methods that prune during training, what they took of it.
+methods that prune during training, what they took of it. The trainings are short, so that all of
+them end within two hours on two cores: they rank masks that are found before training, and give
+methods that prune late in a training less time to recover than their papers do.
 
 - **At initialisation**: masks are found at the initial weights of a seed, the network is trained
   from these weights with the mask held. Methods with data read {SAMPLES_PER_CLASS} images of each

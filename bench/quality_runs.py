@@ -149,7 +149,7 @@ def pruned(name: str, way: Way, sparsity: float, seed: int, **more: Any) -> tupl
     given: dict[str, Any] = {**way.options, **more}
     if reads[way.method]:
         # ProsPr takes a new batch for every step of its training.
-        given["data"] = samples(name, 4 if way.method == "prospr" else 1)
+        given["data"] = samples(name, 4 if way.method in ("prospr", "prospr_s") else 1)
     start = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,6 +1,7 @@
 """SNIP and GraSP on VGG-16 at 32x32 against their own passes, and against a plain loop.
 
-    python -m bench.run_gradient [--samples 100] [--repeats 5] [--out FOLDER]
+    python -m bench.run_gradient [--samples 100] [--repeats 7] [--out FOLDER]
+    python -m bench.run_gradient --report-only
 
 Times are taken in one process, the three contenders in turn:
     paikern   `pk.prune(..., apply=False)`, from the model to the masks
@@ -11,7 +12,8 @@ the samples and the libraries, which are loaded and have run one small batch bef
 allocator is told to give large blocks back at once, so that the peak is that of live tensors;
 otherwise it depends on how the heap happens to be cut up, by a tenth from run to run.
 
-What is not run, a method or a part, is kept from the results file.
+What is not run, a method or a part, is kept from the results file. The page is written anew from it
+where results go to their own folder.
 """
 
 from __future__ import annotations
@@ -41,6 +43,9 @@ METHODS = ("snip", "grasp")
 PARTS = ("time", "memory")
 TEMPERATURE = {"snip": 1.0, "grasp": 200.0}
 SEED = 0
+PAGE = Path(__file__).with_name("gradient.md")
+TIME, MEMORY = 1.1, 0.8
+"""Asked for: at most so much of the passes' time, and of the plain loop's memory."""
 
 Data = tuple[Tensor, Tensor]
 
@@ -146,17 +151,69 @@ def weighed(method: str, options: argparse.Namespace) -> Row:
     }
 
 
+def report(rows: Sequence[Row], threads: int) -> str:
+    """The page."""
+    lines = [
+        "# SNIP and GraSP, measured",
+        "",
+        "Written by `python -m bench.run_gradient` from [gradient.json](results/gradient.json),",
+        "which names machine and versions. What is timed and weighed stands at the head of the",
+        "program: `passes` are the forward and backward passes alone, `plain` a plain PyTorch",
+        "loop; peaks are beyond model, samples and libraries. VGG-16 with batch norm at 32x32,",
+        f"threads: {threads}.",
+        "Times are medians of runs in turn, their quotient the median of the quotients of each",
+        "turn.",
+    ]
+    shown = {
+        f"Time; asked for: at most {TIME:g}x of the passes": (
+            ("paikern", "passes", "paikern / passes", "plain"),
+            lambda r: (
+                f"{r['seconds']:.2f} s | {r['passes_seconds']:.2f} s | {r['over_passes']:.3f}x "
+                f"| {r['reference_seconds']:.2f} s | {_verdict(r['over_passes'], TIME)}"
+            ),
+            "over_passes",
+        ),
+        f"Peak memory; asked for: at most {MEMORY:g}x of the plain loop": (
+            ("paikern", "plain", "paikern / plain"),
+            lambda r: (
+                f"{r['peak_bytes'] / 1e6:.0f} MB | {r['reference_peak_bytes'] / 1e6:.0f} MB "
+                f"| {r['peak_ratio']:.2f}x | {_verdict(r['peak_ratio'], MEMORY)}"
+            ),
+            "peak_ratio",
+        ),
+    }
+    for title, (columns, cells, needed) in shown.items():
+        found = [row for row in rows if needed in row]
+        if found:
+            lines += ["", f"## {title}", "", f"| method | samples | {' | '.join(columns)} | |"]
+            lines += ["|---|---:|" + "---:|" * len(columns) + "---|"]
+            lines += [
+                f"| {row['method']} | {row['size'].partition('x')[0]} | {cells(row)} |"
+                for row in found
+            ]
+    return "\n".join(lines) + "\n"
+
+
+def _verdict(found: float, most: float) -> str:
+    return "met" if found <= most else "**missed**"
+
+
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.run_gradient", description=__doc__)
     parser.add_argument("--samples", type=count, default=100)
     parser.add_argument("--sparsity", type=fraction, default=0.9)
-    parser.add_argument("--repeats", type=count, default=5)
+    parser.add_argument("--repeats", type=count, default=7)
     parser.add_argument("--threads", type=count, default=2)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER")
+    parser.add_argument("--report-only", action="store_true", help="the page from the results")
     parser.add_argument("--peak", nargs=2, metavar=("METHOD", "CONTENDER"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.report_only:
+        held = json.loads((RESULTS / "gradient.json").read_text())
+        PAGE.write_text(report(held["rows"], held["threads"]))
+        return
     use_threads("bench.run_gradient", options.threads, arguments)
     if options.peak:
         print(json.dumps(measure_peak(*options.peak, options.samples, options.sparsity)))
@@ -178,14 +235,18 @@ def main(arguments: Sequence[str]) -> None:
                 f"{method}: peak {found['peak_bytes'] / 2**20:.0f} MiB, plain loop "
                 f"{found['reference_peak_bytes'] / 2**20:.0f} MiB ({found['peak_ratio']:.2f}x)"
             )
+    ordered = [rows[m] for m in METHODS if m in rows]
     path = write_results(
         "gradient",
-        [rows[m] for m in METHODS if m in rows],
+        ordered,
         threads=options.threads,
         seeds=[SEED],
         folder=options.out,
     )
     print(f"wrote {path}")
+    if options.out == RESULTS:
+        PAGE.write_text(report(ordered, options.threads))
+        print(f"wrote {PAGE}")
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ def _holds(row: Row) -> bool:
     """Whether a row is of what its method is now."""
     if "error" in row:
         return False
-    if row["method"] == DENSE or row.get("op") == "sweep":
+    if row.get("op") == "sweep" or row["method"] == DENSE:
         return True
     try:
         return bool(row.get("settings") == way_of(row["method"]).settings)

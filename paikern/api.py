@@ -99,14 +99,16 @@ def prune(
         data: samples for methods that read some: a tensor `[n, ...]`, an (inputs, labels) pair, a
             mapping of keyword inputs (a tokenizer's, with labels), or an iterable of batches of any
             of these forms, such as a `DataLoader`, which is read once a round. `example_inputs`
-            may be left out then.
+            may be left out then. Labels that a method does not need are left alone, and so are all
+            of the data by methods that read neither samples nor the shape of an input.
         loss_fn: what methods that differentiate a loss use: a function of the model's outputs and
             the labels, "cross_entropy", "nll_logits" or "mse". Default: the model's own loss where
             it returns one, cross-entropy for integer labels, the squared error for float ones.
+            Other methods refuse it (`pk.methods()`: "takes_loss").
         scope: "global", "local" (the same fraction of every layer), "row" (of every output),
             "erk" or "lamp"; default by method.
         rounds, schedule: how often to score and prune, and along which curve ("exponential",
-            "linear", "cubic", "expinv", "halving"); default by method.
+            "linear", "cubic", "expinv", "halving", "one-shot"); default by method.
         ignore, include: parameter or module names, "re:" patterns, module types.
         seed: of everything random.
         variant: "paper", or "published" for the behaviour of the authors' code.
@@ -124,7 +126,8 @@ def prune(
 
     Raises:
         SparsityError: the sparsity is out of range, or keeps nothing.
-        ValueError: unknown method or option, missing example_inputs or data, nothing to prune.
+        ValueError: unknown method or option, missing example_inputs or data, nothing to prune, a
+            loss_fn for a method without a loss or one that fails.
         NonFiniteScoreError: NaN or infinite weights or scores, named by parameter.
         PathRuleError: the model holds an operation without a path rule.
         The model is unchanged whenever an error is raised.
@@ -343,7 +346,8 @@ def methods() -> list[dict[str, Any]]:
     """The methods, one row each: what they compute, need and cost, and how they fail.
 
     "name", "summary", "source", "options" (name -> default), "rounds", "scope" and "variants";
-    "needs_inputs", "needs_data" and "needs_labels"; "structured" where whole channels go; "cost"
+    "needs_inputs", "needs_data" and "needs_labels"; "takes_loss" where `loss_fn` is used, which the
+    others refuse; "structured" where whole channels go; "cost"
     in forward passes F over the data, a backward pass being 2F; "weakness", known ways to fail.
     Methods that prune during training are in `pk.training.pruner_rows()`.
 
@@ -364,6 +368,7 @@ def methods() -> list[dict[str, Any]]:
                 "needs_data": cls.needs_data,
                 "structured": issubclass(cls, ChannelScorer),
                 "needs_labels": cls.needs_labels,
+                "takes_loss": cls.takes_loss,
                 "cost": cls.cost,
                 "weakness": cls.weakness,
                 "rounds": cls.default_rounds,

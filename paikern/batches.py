@@ -96,8 +96,9 @@ class Batches:
                     "tensor that the model computes with"
                 )
             if not x.is_floating_point():
+                way = "x.float() / 255 or as in training" if x.dtype == torch.uint8 else ".float()"
                 raise ValueError(
-                    f"data: inputs must be floating point, got {x.dtype}; convert with .float()"
+                    f"data: inputs must be floating point, got {x.dtype}; convert with {way}"
                 )
             yield x, batch.targets
 

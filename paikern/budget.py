@@ -21,6 +21,7 @@ __all__ = [
     "SCHEDULES",
     "SCOPES",
     "erk_densities",
+    "falling_budgets",
     "keep_count",
     "layer_budget",
     "resolve_sparsity",
@@ -391,6 +392,30 @@ def schedule_counts(n: int, sparsity: float, rounds: int, kind: str = "exponenti
         count = n - int((1.0 - density) * n)
         counts.append(max(last, min(count, counts[-1] if counts else n)))
     return [*counts, last]
+
+
+def falling_budgets(budgets: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Budgets of successive rounds, `[rounds][layers]`, in which no layer's ever grows.
+
+    The largest fractional part of ERK falls on another layer from round to round, so that a layer
+    could be given a weight more than it has left, and one that was pruned would return. From the
+    last round, which stays as it is, backwards: a layer that is below its next budget is raised to
+    it, and layers that have most above theirs make up for it, so that totals stay the same as long
+    as they fall.
+
+    >>> falling_budgets([[3, 5], [2, 4], [3, 1]])
+    [[3, 5], [3, 3], [3, 1]]
+    """
+    found = [list(counts) for counts in budgets]
+    for counts, after in zip(found[-2::-1], found[:0:-1], strict=True):
+        short = sum(max(0, least - count) for count, least in zip(counts, after, strict=True))
+        counts[:] = map(max, counts, after)
+        for _ in range(short):
+            most = max(range(len(counts)), key=lambda layer: counts[layer] - after[layer])
+            if counts[most] == after[most]:
+                break
+            counts[most] -= 1
+    return found
 
 
 def _unknown(what: str, value: str, known: Sequence[str]) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from paikern.budget import keep_count
-from paikern.channels import Kept, Ranking, all_kept, channel_masks, encoded, kept_weights
+from paikern.channels import Kept, Ranking, channel_masks, encoded, kept_of, kept_weights
 from paikern.errors import SparsityError
 from paikern.pathgraph.channels import ChannelGroups
 from paikern.progress import Progress, ProgressFunction
@@ -38,23 +39,33 @@ def run_channel_rounds(
     scope: str,
     on_collapse: str,
     progress: bool | ProgressFunction | None,
+    channels: Mapping[str, Tensor] | None = None,
+    final: bool = True,
 ) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     """The packed masks after removing each of `fractions`, and what each round kept.
 
-    Channels that are gone stay so. `run.cache["kept_channels"]` has those that are left.
+    Channels that are gone stay so, those that earlier masks removed too: their `MaskSet.channels`
+    are `channels`, and they are in `run.masks`. `run.cache["kept_channels"]` has those that are
+    left. `final` says that the last of `fractions` is what was asked for, so that a count that
+    could not be met is worth a note.
     """
     groups = scorer.groups(run)
     _note_whole(run, groups)
-    kept = all_kept(groups)
+    kept = kept_of(groups, channels or {})
     total = sum(torch.Size(shape).numel() for shape in run.shapes.values())
     history: list[dict[str, float]] = []
     rescued: list[str] = []
+    died: dict[str, int] = {}  # in which round
     with Progress(scorer.name, len(fractions), "round", progress) as bar:
         for done, fraction in enumerate(fractions, 1):
             if fraction > 0:
                 scores = scorer.channel_scores(run, groups)
-                if not history:
-                    _refuse_dead(scorer, groups, scores, kept)
+                dead = _dead(groups, scores, kept)
+                if dead and not history and not channels:
+                    raise _no_information(scorer, dead[0])
+                for name in dead:
+                    died.setdefault(name, done)
+                scores = scorer.preferred(run, groups, scores)
                 ranking = Ranking(groups, scores, kept, local=scope != "global", least=scorer.least)
                 kept = _selected(run, scorer, groups, ranking, scope, fraction)
                 rescued = ranking.rescued(kept) if scope == "global" else []
@@ -69,7 +80,10 @@ def run_channel_rounds(
             values = {"density": nodes / groups.nodes, "weight_density": weights / total}
             bar.update(**values)
             history.append({"round": done, **values})
-    _note_floor(run, groups, kept, scorer, fractions[-1], rescued, on_collapse)
+    _note_dead(run, scorer, died)
+    _note_rescued(run, rescued, on_collapse)
+    if final and fractions[-1] > 0:
+        _note_count(run, groups, kept, scorer, fractions[-1], scope)
     run.cache["kept_channels"] = kept
     return run.masks, history
 
@@ -99,16 +113,26 @@ def _selected(
     return ranking.with_fraction(fraction)
 
 
-def _refuse_dead(
-    scorer: ChannelScorer, groups: ChannelGroups, scores: dict[str, Tensor], kept: Kept
-) -> None:
-    for group in groups:
-        if not bool(scores[group.name][kept[group.name]].any()):
-            raise ValueError(
-                f"{group.name}: {scorer.name} scores all of its channels 0, so nothing tells them "
-                "apart (a norm after it whose weight is 0, or a dead activation?); train for a few "
-                f"steps first, or leave it out with ignore=[{group.name!r}]"
-            )
+def _dead(groups: ChannelGroups, scores: Mapping[str, Tensor], kept: Kept) -> list[str]:
+    """The groups that have a score of 0 for all that is left of them."""
+    return [g.name for g in groups if not bool(scores[g.name][kept[g.name]].any())]
+
+
+def _no_information(scorer: ChannelScorer, name: str) -> ValueError:
+    return ValueError(
+        f"{name}: {scorer.name} scores all of its channels 0, so nothing tells them apart (a norm "
+        "after it whose weight is 0, or a dead activation?); train for a few steps first, or leave "
+        f"it out with ignore=[{name!r}]"
+    )
+
+
+def _note_dead(run: Run, scorer: ChannelScorer, died: Mapping[str, int]) -> None:
+    if died:
+        shown = _listed([f"{name} (round {number})" for name, number in died.items()])
+        run.notes.append(
+            f"{shown}: {scorer.name} scores all of the channels that are left 0, so nothing tells "
+            "them apart any more; use fewer rounds or a lower sparsity"
+        )
 
 
 def _note_whole(run: Run, groups: ChannelGroups) -> None:
@@ -123,22 +147,23 @@ def _note_whole(run: Run, groups: ChannelGroups) -> None:
         run.notes.append(f"{len(held)} layers keep all of their channels ({shown}{more})")
 
 
-def _note_floor(
-    run: Run,
-    groups: ChannelGroups,
-    kept: Kept,
-    scorer: ChannelScorer,
-    fraction: float,
-    rescued: list[str],
-    on_collapse: str,
-) -> None:
+def _note_rescued(run: Run, rescued: list[str], on_collapse: str) -> None:
     if rescued and on_collapse == "warn":
         run.notes.append(
             f"{_listed(rescued)} would have lost all channels and "
             f"{'keeps its' if len(rescued) == 1 else 'keep their'} best one"
         )
-    if fraction == 0:
-        return
+
+
+def _note_count(
+    run: Run,
+    groups: ChannelGroups,
+    kept: Kept,
+    scorer: ChannelScorer,
+    fraction: float,
+    scope: str,
+) -> None:
+    """Say so where another number is kept than was asked for, and why."""
     if scorer.target == "weights":
         wanted = keep_count(sum(torch.Size(s).numel() for s in run.shapes.values()), fraction)
         found, what = kept_weights(groups, kept, run.layouts, run.shapes), "weights"
@@ -151,6 +176,11 @@ def _note_floor(
         run.notes.append(
             f"every layer is down to what it keeps in any case: {found} {what} where "
             f"sparsity={fraction} asks for {wanted}"
+        )
+    elif found != wanted and what == "nodes" and scope == "global":
+        run.notes.append(
+            f"{found} nodes are kept where sparsity={fraction} asks for {wanted}: coupled layers "
+            "lose channels of several nodes at once, and no choice of them makes up the number"
         )
 
 

@@ -31,6 +31,15 @@ def all_kept(groups: ChannelGroups) -> Kept:
     return {group.name: torch.ones(group.size, dtype=torch.bool) for group in groups}
 
 
+def kept_of(groups: ChannelGroups, channels: Mapping[str, Tensor]) -> Kept:
+    """What masks keep of each group, from their `MaskSet.channels`; all where they name none."""
+    kept = all_kept(groups)
+    for group in groups:
+        for name in group.rows.keys() & channels.keys():
+            kept[group.name][group.rows[name]] = channels[name]
+    return kept
+
+
 # --- ranking -------------------------------------------------------------------------------------
 
 

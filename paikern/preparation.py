@@ -15,6 +15,7 @@ from paikern.gradients import own_randomness
 from paikern.masks import MaskSet
 from paikern.prunable import Filter, prunable_parameters, unwrap
 from paikern.scorers import Run, Scorer
+from paikern.scorers.base import check_loss
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
@@ -46,9 +47,11 @@ def prepare_run(
     """The run of `pk.prune`, whose arguments these are; nothing is written to the model.
 
     Raises:
-        ValueError: a seed out of range, nothing to prune, missing data or example_inputs, weights
-            on the meta device. NonFiniteScoreError: NaN or infinite weights, named.
+        ValueError: a loss_fn that the method does not use, a seed out of range, nothing to prune,
+            missing data or example_inputs, weights on the meta device.
+        NonFiniteScoreError: NaN or infinite weights, named.
     """
+    check_loss("method", scorer.name, scorer.takes_loss, loss_fn)
     if not isinstance(seed, Integral) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed must be an integer from -2**63 to 2**63 - 1, got {seed!r}")
     inner = unwrap(model)
@@ -65,7 +68,9 @@ def prepare_run(
     if scorer.needs_inputs and example_inputs is None and batches is not None:
         with own_randomness(inner, int(seed)):
             example_inputs = batches.example()
-    run = Run(inner, state, layers, example_inputs, int(seed), variant, batches, loss_fn)
+    run = Run(
+        inner, state, layers, example_inputs, int(seed), variant, batches, loss_fn, scorer.name
+    )
     if scorer.needs_inputs and example_inputs is None:
         raise ValueError(
             f"example_inputs: method {scorer.name!r} traces the model and needs one input, for "

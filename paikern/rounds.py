@@ -116,6 +116,14 @@ def layer_counts(
     )
 
 
+def _round_counts(run: Run, plan: Plan, densities: list[float]) -> list[int | list[int]]:
+    """`layer_counts` of every round, by layers never growing; not for "lamp", which ranks."""
+    removed = [1.0 - density for density in densities[:-1]] + [plan.fraction]
+    counts = [layer_counts(run, fraction, plan.scope) for fraction in removed]
+    by_layer = [k for k in counts if not isinstance(k, int)]
+    return counts if len(by_layer) < len(counts) else [*budget.falling_budgets(by_layer)]
+
+
 def ranked(scores: Scores | None, scope: str) -> dict[str, Tensor] | None:
     """Dense scores for the one scope that ranks them to make budgets."""
     if scope != "lamp" or scores is None:
@@ -190,17 +198,22 @@ def _iterated(
     loop = scorer.loop(run) if plan.is_plain else None
     if loop is not None and (plan.scope == "global" or not loop.one_budget):
         return _looped(run, scorer, plan, loop, densities, progress)
+    planned = None if plan.scope == "lamp" else _round_counts(run, plan, densities)
     with Progress(scorer.name, len(densities), "round", progress) as bar:
         for done, density in enumerate(densities, 1):
             last = done == len(densities)
             scores = scorer.score(run).with_layouts(run.layouts)
             removed = plan.fraction if last else 1.0 - density
-            counts = layer_counts(run, removed, plan.scope, scores)
+            counts = (
+                layer_counts(run, removed, plan.scope, scores)
+                if planned is None
+                else planned[done - 1]
+            )
             pattern = plan.pattern
             if pattern is not None and not last:
                 pattern = pattern.at(density)
             run.masks = plan.select(scores, counts, pattern)
-            if pattern is not None:
+            if pattern is not None or plan.rule != "exact":
                 kept = MaskSet(run.masks, run.shapes).kept
             else:
                 kept = counts if isinstance(counts, int) else sum(counts)
@@ -221,9 +234,7 @@ def _looped(
     """The same rounds by a native loop: what each keeps is known before the first."""
     history: History = []
     total = sum(torch.Size(shape).numel() for shape in run.shapes.values())
-    removed = [1.0 - density for density in densities[:-1]] + [plan.fraction]
-    counts = [layer_counts(run, fraction, plan.scope) for fraction in removed]
-    given = [[k] if isinstance(k, int) else k for k in counts]
+    given = [[k] if isinstance(k, int) else k for k in _round_counts(run, plan, densities)]
     with Progress(scorer.name, len(densities), "round", progress) as bar:
         rounds = loop.rounds(given, stop_empty=plan.on_collapse == "raise")
         for done, (log_flow, kept) in enumerate(zip(rounds, given, strict=False), 1):

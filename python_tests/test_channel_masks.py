@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -341,6 +343,100 @@ def test_a_layer_that_dies_between_rounds_does_not_end_them(
         return {name: (score + 1) * (name != "layers.1") for name, score in found.items()}
 
     monkeypatch.setattr(CroPitS, "channel_scores", dying)
-    masks = pk.prune(net, "cropit_s", sparsity=0.7, data=(x, classes(net, x)))
+    with pytest.warns(PaikernWarning, match=r"^layers\.1 \(round 2\): cropit_s scores all of the"):
+        masks = pk.prune(net, "cropit_s", sparsity=0.7, data=(x, classes(net, x)))
     assert len(rounds) == 7
     assert sum(int(kept.sum()) for kept in masks.channels.values()) == nodes_kept(17, 0.7)
+
+
+class AllButAlwaysDead(pk.scorers.L1Filters):
+    """Scores that are 0 for the named groups in the rounds given for them, and none elsewhere."""
+
+    name = "all_but"
+
+    def channel_scores(self, run: Any, groups: Any) -> dict[str, torch.Tensor]:
+        now = run.cache["now"] = run.cache.get("now", 0) + 1
+        found = super().channel_scores(run, groups)
+        return {n: s * (now not in DEAD_IN.get(n, ())) for n, s in found.items()}
+
+
+DEAD_IN: dict[str, tuple[int, ...]] = {}
+
+
+@pytest.mark.parametrize(
+    ("dead", "named"),
+    [
+        ({}, None),
+        ({"layers.3": (3,)}, r"^layers\.3 \(round 3\): all_but scores all"),
+        ({"layers.3": (2, 3)}, r"^layers\.3 \(round 2\): all_but scores all"),
+        (
+            {"layers.1": (3,), "layers.3": (2,)},
+            r"^layers\.3 \(round 2\), layers\.1 \(round 3\): all_but",
+        ),
+    ],
+)
+@pytest.mark.parametrize("scope", ["global", "local"])
+def test_a_group_that_dies_is_named_though_it_is_above_its_floor(
+    dead: dict[str, tuple[int, ...]],
+    named: str | None,
+    scope: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(f"{__name__}.DEAD_IN", dead)
+    net, x = build("mlp")
+    options = {"sparsity": 0.3, "rounds": 3, "schedule": "linear", "scope": scope}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        masks = pk.prune(net, AllButAlwaysDead(), example_inputs=x, apply=False, **options)
+    found = [str(w.message) for w in told if "scores all" in str(w.message)]
+    assert len(found) == (named is not None)
+    assert named is None or re.search(named, found[0])
+    assert min(int(kept.sum()) for kept in masks.channels.values()) > 1
+
+
+def test_a_group_that_is_dead_from_the_start_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{__name__}.DEAD_IN", {"layers.3": (1,)})
+    net, x = build("mlp")
+    with pytest.raises(ValueError, match=r"^layers\.3: all_but scores all of its channels 0"):
+        pk.prune(net, AllButAlwaysDead(), sparsity=0.3, rounds=3, example_inputs=x)
+
+
+class Pairs(nn.Module):
+    """Two layers whose outputs are added: every channel stands for two nodes."""
+
+    def __init__(self, channels: int = 6) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, channels), nn.Linear(4, channels)
+        self.out = nn.Linear(channels, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out((self.a(x) + self.b(x)).tanh())
+
+
+@pytest.mark.parametrize("removed", range(1, 11))
+def test_a_number_that_cannot_be_made_up_is_told(removed: int) -> None:
+    net, x = Pairs(), torch.ones(1, 4)
+    given = {"amount": removed, "scope": "global", "example_inputs": x, "apply": False}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        masks = pk.prune(net, "l1_filters", **given)
+    asked = 12 - removed
+    kept = sum(int(mask.sum()) for mask in masks.channels.values())
+    assert kept == asked - asked % 2
+    found = [str(w.message) for w in told if "asks for" in str(w.message)]
+    assert len(found) == asked % 2
+    if found:
+        assert found[0].startswith(f"{kept} nodes are kept where sparsity=")
+        assert f" asks for {asked}: coupled layers" in found[0]
+        assert "\n" not in found[0]
+    assert masks.metadata["notes"] == [str(w.message) for w in told]
+
+
+def test_rounds_on_the_way_are_not_told() -> None:
+    net, x = Pairs(channels=5), torch.ones(1, 4)
+    options = {"rounds": 3, "schedule": "linear", "scope": "global", "example_inputs": x}
+    masks = pk.prune(net, "l1_filters", sparsity=0.6, apply=False, **options)  # 8, 6, 4 of 10
+    assert masks.metadata["notes"] == []
+    masks = pk.prune(net, "l1_filters", sparsity=0.4, apply=False, **options)  # 9 -> 8, 8, 6
+    assert [row["density"] for row in masks.metadata["history"]] == [0.8, 0.8, 0.6]
+    assert masks.metadata["notes"] == []

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from paikern.loading import ModelLoadError
-from paikern.samples import load_samples
+from paikern.samples import fit_samples, load_samples
 
 VALUES = torch.arange(24.0).reshape(4, 6)
 LABELS = torch.tensor([0, 2, 1, 0], dtype=torch.int32)
@@ -21,13 +22,73 @@ def test_inputs_alone(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", VALUES.double().numpy())
     save_file({"x": VALUES.half()}, tmp_path / "b.safetensors")
     save_file({"x": VALUES[:1].clone(), "data": VALUES}, tmp_path / "c.bin")
-    np.savez(tmp_path / "d.npz", VALUES.numpy().astype(np.uint8))
+    np.savez(tmp_path / "d.npz", VALUES.numpy().astype(np.float16))
     np.savez_compressed(tmp_path / "e.npz", inputs=VALUES.numpy())
     for name in ("a.npy", "b.safetensors", "c.bin", "d.npz", "e.npz"):
         found = load_samples(tmp_path / name)
         assert isinstance(found, Tensor)
         assert found.dtype == torch.float32
         assert torch.equal(found, VALUES)
+
+
+def test_integers_stay_and_bytes_are_refused(tmp_path: Path) -> None:
+    for kind in (np.int8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.bool_):
+        np.save(tmp_path / "a.npy", VALUES.numpy().astype(kind))
+        found = load_samples(tmp_path / "a.npy")
+        assert isinstance(found, Tensor)
+        assert found.dtype == torch.int64
+        assert torch.equal(found, VALUES.bool().long() if kind is np.bool_ else VALUES.long())
+        fitted = fit_samples(found, nn.Linear(2, 2), torch.ones(1, 6))
+        assert isinstance(fitted, Tensor)
+        assert torch.equal(fitted, VALUES.bool().float() if kind is np.bool_ else VALUES)
+    np.save(tmp_path / "b.npy", VALUES.numpy().astype(np.uint8))
+    with pytest.raises(ModelLoadError, match=r"b\.npy holds bytes \[4, 6\]; save the floats"):
+        load_samples(tmp_path / "b.npy")
+
+
+IDS = torch.arange(8).reshape(4, 2)
+TOKEN = torch.zeros(1, 2, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("given", "example", "expected"),
+    [
+        (IDS, None, IDS.float()),
+        (IDS, VALUES[:1], IDS.float()),
+        (IDS, TOKEN, IDS),
+        (IDS, (TOKEN,), IDS),
+        (IDS, {"ids": TOKEN}, {"ids": IDS}),
+        ((IDS, LABELS), {"ids": TOKEN}, {"ids": IDS, "labels": LABELS}),
+        ((IDS, LABELS), TOKEN, (IDS, LABELS)),
+        ({"input_ids": IDS}, TOKEN, IDS),
+        ({"input_ids": IDS, "labels": LABELS}, TOKEN, (IDS, LABELS)),
+        ({"input_ids": IDS, "mask": VALUES}, TOKEN, {"input_ids": IDS, "mask": VALUES.double()}),
+        ({"input_ids": IDS}, {"input_ids": TOKEN}, {"input_ids": IDS}),
+        ({"input_ids": IDS}, None, {"input_ids": IDS}),
+        ((VALUES, VALUES), None, (VALUES.double(), VALUES)),
+    ],
+)
+def test_samples_go_into_the_model_as_it_takes_them(
+    given: Any, example: Any, expected: Any
+) -> None:
+    found = fit_samples(given, nn.Linear(2, 2).double(), example)
+
+    def flat(value: Any) -> dict[Any, Tensor]:
+        if isinstance(value, dict):
+            return value
+        return dict(enumerate(value if isinstance(value, tuple) else (value,)))
+
+    assert type(found) is type(expected)
+    assert flat(found).keys() == flat(expected).keys()
+    for key, value in flat(expected).items():
+        wanted = value.double() if value.is_floating_point() and given is IDS else value
+        assert flat(found)[key].dtype == wanted.dtype
+        assert torch.equal(flat(found)[key], wanted)
+
+
+def test_floats_are_no_token_numbers() -> None:
+    with pytest.raises(ModelLoadError, match=r"takes token numbers, got torch.float32 \[4, 6\]"):
+        fit_samples(VALUES, nn.Linear(2, 2), {"input_ids": TOKEN})
 
 
 def test_inputs_and_labels(tmp_path: Path) -> None:

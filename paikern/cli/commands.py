@@ -32,8 +32,7 @@ from paikern.pattern import Layout, Pattern, parse_pattern
 from paikern.prunable import prunable_parameters
 from paikern.report import Column, Table, layer_table, provenance_table, summarize
 from paikern.report.tables import log_text, percent
-from paikern.samples import load_samples
-from paikern.scorers import GradientScorer
+from paikern.samples import fit_samples, load_samples
 from paikern.scorers.base import Scorer, TrainedScorer, make_scorer, scorer_class
 from paikern.structured import deviations, kept_range, target_sparsity
 from paikern.training import pruner_rows
@@ -58,12 +57,18 @@ def prune(args: Arguments, console: Console) -> int:
             f"--data: method {scorer.name!r} "
             + ("reads samples; give --data FILE" if scorer.needs_data else "reads no samples")
         )
-    if args.loss is not None and not isinstance(scorer, GradientScorer):
+    if args.loss is not None and not scorer.takes_loss:
         raise ValueError(f"--loss: method {scorer.name!r} differentiates no loss")
     data = None if args.data is None else load_samples(args.data)
+    if scorer.needs_labels and not _labelled(data):
+        raise ValueError(
+            f"data: the loss needs labels, which method {scorer.name!r} reads, and {args.data} "
+            "holds none; save them as 'labels'"
+        )
     model, inputs = load_model(args.model, args.checkpoint, input_shape=args.input, seed=args.seed)
-    if inputs is None and data is not None:
-        inputs = _example(data)
+    if data is not None:
+        data = fit_samples(data, model, inputs)
+        inputs = _example(data) if inputs is None else inputs
     if scorer.needs_inputs and inputs is None:
         raise ValueError(
             f"--input: method {scorer.name!r} traces the model and needs the shape of an input, "
@@ -202,7 +207,7 @@ def methods(args: Arguments, console: Console) -> int:
     console.table(Table((Column("method"), Column("option (--set)"), Column("default")), options))
     console.line()
     during = [
-        (row["name"], "labels" if row["needs_data"] else "-", row["summary"], row["source"])
+        (row["name"], _needs(row) + _by_method(row), row["summary"], row["source"])
         for row in pruner_rows()
     ]
     titles = ("during training (pk.pruner)", "needs", "what it does", "source")
@@ -215,6 +220,12 @@ def _needs(row: Mapping[str, Any]) -> str:
     if row["needs_data"]:
         return "data, labels" if row["needs_labels"] else "data"
     return "inputs" if row["needs_inputs"] else "-"
+
+
+def _by_method(row: Mapping[str, Any]) -> str:
+    """The method whose needs these are, where another one may be chosen."""
+    method = row["options"].get("method")
+    return "" if method is None else f" ({method})"
 
 
 def backends(args: Arguments, console: Console) -> int:
@@ -252,6 +263,10 @@ def bench(args: Arguments, console: Console) -> int:
 
 
 # --- parts ---------------------------------------------------------------------------------------
+
+
+def _labelled(data: Any) -> bool:
+    return isinstance(data, tuple) or (isinstance(data, dict) and "labels" in data)
 
 
 def _example(data: Any) -> Any:

@@ -24,6 +24,8 @@ _PRUNE_EXAMPLES = """examples:
       --sparsity 0.9 --ignore head --ignore 're:.*downsample.*' --out out
   paikern prune --model resnet20 --method dpai --sparsity 0.98 --set steps=100 --set alpha=0.5
   paikern prune --model resnet20 --method px --sparsity 0.9 --data samples.npy
+  paikern prune --model resnet20 --method snip --sparsity 0.9 --data samples.npz
+  paikern prune --model resnet20 --method l1_filters --sparsity 0.5
   paikern prune --model resnet20 --method magnitude --pattern 2:4
 """
 _VERIFY_EXAMPLES = """examples:
@@ -113,12 +115,21 @@ def _add_prune(every: Any) -> None:
     sub.add_argument(
         "--data",
         metavar="FILE",
-        help="samples for methods that read some: .npy, .npz or safetensors with inputs [n, ...] "
-        "and, for methods that differentiate a loss, labels",
+        help="samples for methods that read some: .npy, .npz, safetensors or torch.save with "
+        "inputs [n, ...] and, for methods that differentiate a loss, labels",
     )
-    sub.add_argument("--loss", choices=LOSSES, help="default: by the model and the labels")
+    sub.add_argument(
+        "--loss",
+        choices=LOSSES,
+        help="of methods that differentiate one; default: by the model and the labels",
+    )
     amount = sub.add_argument_group("how much to remove (give one)")
-    amount.add_argument("--sparsity", type=float, metavar="F", help="fraction removed, in [0, 1)")
+    amount.add_argument(
+        "--sparsity",
+        type=float,
+        metavar="F",
+        help="fraction removed, in [0, 1); of the outputs of layers where whole channels go",
+    )
     amount.add_argument("--density", type=float, metavar="F", help="fraction kept, in (0, 1]")
     amount.add_argument("--compression", type=float, metavar="X", help="10 keeps a tenth")
     how = sub.add_argument_group("how")
@@ -128,19 +139,27 @@ def _add_prune(every: Any) -> None:
         help="unstructured, n:m as 2:4 (implies the sparsity), block:RxC, row, column or kernel",
     )
     how.add_argument("--scope", choices=budget.SCOPES, help="default: by method")
-    how.add_argument("--rounds", type=int, metavar="N", help="of iterative methods")
+    how.add_argument("--rounds", type=int, metavar="N", help="default: by method")
     how.add_argument(
         "--schedule", choices=budget.SCHEDULES, help="curve over the rounds; default: by method"
     )
-    how.add_argument("--variant", choices=VARIANTS, default="paper")
     how.add_argument(
-        "--selection", choices=RULES, default="exact", help="exact count, or the published rule"
+        "--variant",
+        choices=VARIANTS,
+        default="paper",
+        help="the method as in its paper (default), or as in its published code",
+    )
+    how.add_argument(
+        "--selection",
+        choices=RULES,
+        default="exact",
+        help="exact count (default), or the published rule",
     )
     how.add_argument(
         "--on-collapse",
         choices=ON_COLLAPSE,
         default="warn",
-        help="when a layer would keep nothing: name it, stop, or keep its best weight",
+        help="when a layer would keep nothing: name it (default), stop, or keep its best weight",
     )
     how.add_argument(
         "--seed", type=int, default=0, help="of the method, and of initial values (default 0)"
@@ -148,7 +167,9 @@ def _add_prune(every: Any) -> None:
     how.add_argument(
         "--ignore", action="append", default=[], metavar="NAME", help="leave out; 're:...' works"
     )
-    how.add_argument("--include", action="append", metavar="NAME", help="take only these")
+    how.add_argument(
+        "--include", action="append", metavar="NAME", help="take only these; 're:...' works"
+    )
     how.add_argument(
         "--set",
         action="append",

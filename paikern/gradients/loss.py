@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from paikern.batches import Batch
+from paikern.errors import PaikernError
 
 LossFunction = Callable[[Any, Any], Tensor]
 LOSSES = ("cross_entropy", "nll_logits", "mse")
@@ -28,21 +30,36 @@ class Loss:
     function: LossFunction | None = None
     temperature: float = 1.0
 
-    def __call__(self, outputs: Any, batch: Batch) -> Tensor:
-        """The loss of one batch.
+    def __call__(self, outputs: Any, batch: Batch, place: str = "") -> Tensor:
+        """The loss of one batch, a scalar; `place` is for messages (" on batch 3 of 'snip'").
 
         Raises:
-            ValueError: no labels, labels out of range, outputs that no loss fits, or no scalar.
+            ValueError: no labels, labels out of range, outputs that no loss fits, a function that
+                raises an error (it is the cause) or returns anything but one floating-point number.
         """
-        loss = self._of(outputs, batch)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"loss_fn must return one number, got {shape}; add .mean()")
+        loss = self._of(outputs, batch, place)
+        if not isinstance(loss, Tensor):
+            kind = "None" if loss is None else type(loss).__name__
+            raise ValueError(
+                f"loss_fn must return one number, got {kind}{place}; return a tensor computed from "
+                "the outputs, without .item()"
+            )
+        if loss.numel() != 1:
+            raise ValueError(
+                f"loss_fn must return one number, got {list(loss.shape)}{place}; add .mean()"
+            )
+        if not loss.is_floating_point():
+            raise ValueError(
+                f"loss_fn must return one number of a floating-point dtype, got {loss.dtype}"
+                f"{place}; counts and accuracies have no gradient, return a loss of the outputs"
+            )
         return loss.reshape(())
 
-    def _of(self, outputs: Any, batch: Batch) -> Tensor:
+    def _of(self, outputs: Any, batch: Batch, place: str) -> Any:
         if self.function is not None:
-            return self.function(self._cooled(outputs), _targets(batch))
+            outputs = self._cooled(outputs)
+            with _named(place):
+                return self.function(outputs, _targets(batch))
         if self.name is None and _own_loss(outputs) is not None and self.temperature == 1.0:
             return _own_loss(outputs)
         logits, targets = _logits(outputs), batch.targets
@@ -104,6 +121,21 @@ def make_loss(loss_fn: str | LossFunction | None = None, temperature: float = 1.
     return Loss(loss_fn, None, temperature)
 
 
+@contextlib.contextmanager
+def _named(place: str) -> Iterator[None]:
+    """Whatever goes wrong in the caller's function, in one line that says where."""
+    try:
+        yield
+    except (PaikernError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        first = (str(error).strip() or "no message").splitlines()[0]
+        raise ValueError(
+            f"loss_fn: it raised {type(error).__name__}{place}: {first}; it is called as "
+            "loss_fn(outputs, labels)"
+        ) from error
+
+
 def _own_loss(outputs: Any) -> Any:
     return outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
 
@@ -133,9 +165,12 @@ def _logits(outputs: Any) -> Tensor:
 def _values(logits: Tensor, targets: Tensor) -> Tensor:
     """Float targets in the shape of the outputs."""
     if targets.numel() != logits.numel():
+        fix = "pass one number for each output, or loss_fn="
+        if targets.shape == logits.shape[:-1]:
+            fix = "class numbers have to be integers, labels.long()"
         raise ValueError(
             f"data: targets of shape {list(targets.shape)} do not fit the model's outputs of shape "
-            f"{list(logits.shape)}; pass one number for each output, or loss_fn="
+            f"{list(logits.shape)}; {fix}"
         )
     return targets.reshape(logits.shape).to(logits.dtype)
 

@@ -8,16 +8,17 @@ soon as the backward pass has made them, so that no second set of them ever exis
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from paikern import ops
 from paikern.batches import Batch
+from paikern.gradients.lean import lean_derivatives
 from paikern.gradients.loss import Loss
 from paikern.gradients.refusals import (
     named_derivatives,
@@ -67,6 +68,7 @@ class Network:
                 "it; build or load the model outside of it"
             )
         self.run, self.loss_function, self.mode = run, loss, mode
+        self._method = f" in method {run.method!r}" if run.method else ""  # for messages
         self.device = next(iter(self._parameters.values())).device
         with torch.inference_mode(False):
             self.weights = {name: _leaf(run, name) for name in run.layers}
@@ -120,42 +122,65 @@ class Network:
         """The loss of a batch; `number` is for the message.
 
         Raises:
-            ValueError: the loss is NaN or infinite, or no number.
+            ValueError: the loss is NaN or infinite, or no number, or its function raises an error.
         """
         batch = batch.to(self.device)
-        value = self.loss_function(self.outputs(batch, weights), batch)
+        place = f" on batch {number}{self._method}"
+        value = self.loss_function(self.outputs(batch, weights), batch, place)
         if not bool(torch.isfinite(value)):
             raise ValueError(
-                f"loss_fn: the loss of batch {number} is {float(value.detach())}; look for inputs "
-                "that are not scaled, wrong labels, or an overflow in float16"
+                f"loss_fn: the loss of batch {number} is {float(value.detach())}{self._method}; "
+                "look for inputs that are not scaled, wrong labels, or an overflow in float16"
             )
         if not value.requires_grad:
-            raise ValueError(
-                f"loss_fn: the loss of batch {number} does not depend on the weights; return a "
-                "loss computed from the outputs, without .detach() or .item()"
-            )
+            raise self.independent(number)
         return value
 
-    def backward(self, value: Tensor, consume: Consumer, *, retain_graph: bool = False) -> None:
+    def differentiate(
+        self, batch: Batch, consume: Consumer, number: int = 0, scale: float = 1.0
+    ) -> None:
+        """`scale * dL / dW` of one batch, handed over as by `backward`.
+
+        Raises:
+            ValueError: as `loss` does, and where the loss depends on none of the weights.
+        """
+        if not self.backward(self.loss(batch, number) * scale, consume, number):
+            raise self.independent(number)
+
+    def independent(self, number: int) -> ValueError:
+        """The error of a loss that has no gradient."""
+        return ValueError(
+            f"loss_fn: the loss of batch {number} does not depend on the weights{self._method}; "
+            "return a loss computed from the outputs, without .detach() or .item()"
+        )
+
+    def backward(self, value: Tensor, consume: Consumer, number: int = 0) -> int:
         """Differentiate `value` by the weights, each gradient handed over as soon as it is made.
 
-        Weights that `value` does not depend on are left out.
+        Weights that `value` does not depend on are left out; the number of the others is returned.
 
         Raises:
             NonFiniteScoreError: a gradient holds NaN or infinity, named.
-            PaikernError: an operation has no derivative, named.
+            PaikernError: an operation has no derivative, named, or the backward pass fails.
         """
-        handles = []
+        handles, reached = [], 0
+
+        def count(name: str, gradient: Tensor) -> None:
+            nonlocal reached
+            reached += 1
+            consume(name, gradient)
+
         for name, leaf in self.weights.items():
-            handles.append(leaf.register_post_accumulate_grad_hook(_hand_over(name, consume)))
+            handles.append(leaf.register_post_accumulate_grad_hook(_hand_over(name, count)))
         try:
-            with named_derivatives():
-                value.backward(inputs=list(self.weights.values()), retain_graph=retain_graph)
+            with named_derivatives(f" of batch {number}{self._method}"):
+                value.backward(inputs=list(self.weights.values()))
         finally:
             for handle in handles:
                 handle.remove()
             for leaf in self.weights.values():
                 leaf.grad = None
+        return reached
 
     def gradients(
         self, batches: Sequence[Batch], *, mean: bool = False, scale: float = 1.0
@@ -170,7 +195,7 @@ class Network:
         if mean:
             scale /= sum(share for _, share in weighted(batches))
         for number, (batch, share) in enumerate(weighted(batches)):
-            self.backward(self.loss(batch, number) * (share * scale), total)
+            self.differentiate(batch, total, number, share * scale)
         return self.complete(total.values)
 
     def hessian_product(
@@ -178,43 +203,41 @@ class Network:
     ) -> dict[str, Tensor]:
         """`scale * sum_b H_b v`: derivatives of `z_b = sum_l <v_l, dL_b / dW_l>`, batch by batch.
 
-        Attention runs on the path that can be differentiated twice. The peak of memory is in the
-        derivative of the first batch norms' backward pass: 6 maps beyond what the passes hold.
+        Attention runs on the path that can be differentiated twice, batch norm and ReLU with second
+        derivatives of their own (`paikern.gradients.lean`). The passes hold four maps a layer:
+        what norm and convolution read, and the gradients of what both return.
 
         Raises:
             PaikernError: an operation cannot be differentiated twice, named.
         """
         total = _Sum()
-        with twice_differentiable():
+        with twice_differentiable(self.run.model, self.weights.values()):
             for number, (batch, share) in enumerate(weighted(batches)):
-                z = self._along(self.loss(batch, number) * (share * scale), vectors)
+                z = self._along(self.loss(batch, number) * (share * scale), vectors, number)
                 if z is not None:
                     refuse_once_differentiable(z)
-                    self.backward(z, total)
+                    self.backward(z, total, number)
         return self.complete(total.values, note=False)
 
-    def _along(self, value: Tensor, vectors: Mapping[str, Tensor]) -> Tensor | None:
+    def _along(self, value: Tensor, vectors: Mapping[str, Tensor], number: int) -> Tensor | None:
         """What has the derivative of `sum_l <v_l, dvalue / dW_l>`; None if that is 0 everywhere.
 
-        A hook replaces each dvalue / dW as soon as it is made, so that they never exist together.
+        A hook takes each dvalue / dW as soon as it is made and leaves a 0 in its place, so that
+        they never exist together.
         """
+        parts: list[Tensor] = []
         handles = []
         for name, leaf in self.weights.items():
-            handles.append(leaf.register_hook(_replaced(vectors[name].to(leaf.dtype))))
+            handles.append(leaf.register_hook(_taken(vectors[name].to(leaf.dtype), parts)))
         try:
-            with named_derivatives():
-                parts = torch.autograd.grad(
+            with named_derivatives(f" of batch {number}{self._method}"):
+                torch.autograd.grad(
                     value, list(self.weights.values()), create_graph=True, allow_unused=True
                 )
         finally:
             for handle in handles:
                 handle.remove()
-        z = None
-        for part in parts:
-            if part is not None and part.requires_grad:
-                first = part[(0,) * part.dim()] if part.numel() else part.sum()
-                z = first if z is None else z + first
-        return z
+        return sum(parts[1:], start=parts[0]) if parts else None
 
     def mask_(self, values: Mapping[str, Tensor]) -> None:
         """Zero the entries of pruned weights, in place."""
@@ -246,9 +269,10 @@ def weighted(batches: Sequence[Batch]) -> Iterator[tuple[Batch, float]]:
 
 
 @contextlib.contextmanager
-def twice_differentiable() -> Iterator[None]:
-    """Fused attention has a first derivative only; PyTorch's plain path has all of them."""
-    with sdpa_kernel(SDPBackend.MATH):
+def twice_differentiable(model: nn.Module, by: Iterable[Tensor] | None = None) -> Iterator[None]:
+    """Attention on PyTorch's plain path, as the fused ones have a first derivative only, and
+    second derivatives that take little memory: `lean_derivatives(model, by)`."""
+    with sdpa_kernel(SDPBackend.MATH), lean_derivatives(model, by):
         yield
 
 
@@ -299,11 +323,13 @@ class _Along(torch.autograd.Function):
         return ctx.v, None
 
 
-def _replaced(v: Tensor) -> Callable[[Tensor], Tensor]:
-    def replace(slope: Tensor) -> Tensor:
-        return _Along.apply(slope, v).expand_as(slope)
+def _taken(v: Tensor, parts: list[Tensor]) -> Callable[[Tensor], Tensor]:
+    def take(slope: Tensor) -> Tensor:
+        if slope.requires_grad:
+            parts.append(_Along.apply(slope, v))
+        return slope.new_zeros(()).expand_as(slope)
 
-    return replace
+    return take
 
 
 def _hand_over(name: str, consume: Consumer) -> Callable[[Tensor], None]:

@@ -9,13 +9,14 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
+from paikern._inputs import fix_for
 from paikern.batches import Batch
 from paikern.errors import NonFiniteScoreError, PaikernError
 
 
 @contextlib.contextmanager
 def refused_by(model: nn.Module, batch: Batch) -> Iterator[None]:
-    """An error of a forward pass as one that names the layer and the shapes of the batch.
+    """An error of a forward pass as one that names the layer, the shapes of the batch, and a fix.
 
     Raises:
         ValueError: in place of an IndexError, RuntimeError, TypeError or ValueError of the model;
@@ -29,24 +30,33 @@ def refused_by(model: nn.Module, batch: Batch) -> Iterator[None]:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"data: the model does not take a batch of {_shapes(batch)}: "
-            f"{_layer(model, error.__traceback__)}: {first}"
+            f"{_layer(model, error.__traceback__)}: {first}{fix_for(model, batch.inputs)}"
         ) from error
 
 
 @contextlib.contextmanager
-def named_derivatives() -> Iterator[None]:
+def named_derivatives(place: str = "") -> Iterator[None]:
     """A missing derivative as an error that names the operation and a way out.
 
+    `place` says in which backward pass (" of batch 3 in method 'snip'").
+
     Raises:
-        PaikernError: in place of the RuntimeError that PyTorch raises then.
+        PaikernError: in place of the RuntimeError that PyTorch raises then; lack of memory passes
+            unchanged.
     """
     try:
         yield
-    except (RuntimeError, NotImplementedError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # NotImplementedError is one
         text = str(error)
-        if "derivative" not in text and "double backward" not in text:
-            raise
-        raise _underivable(text) from error
+        if "derivative" in text or "double backward" in text:
+            raise _underivable(text) from error
+        first = (text.strip() or type(error).__name__).splitlines()[0]
+        raise PaikernError(
+            f"the backward pass{place} failed: {first}; look at loss_fn and the model for tensors "
+            "of an earlier batch or changes in place"
+        ) from error
 
 
 def refuse_once_differentiable(value: Tensor) -> None:

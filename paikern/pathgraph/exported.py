@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -55,7 +56,17 @@ def read(exported: Any, skeleton: nn.Module, tracer: Tracer) -> list[Any]:
 
 def program(skeleton: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """The exported program of `skeleton` on these inputs."""
-    return torch.export.export(skeleton, tuple(args), dict(kwargs), strict=False)
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    log.addFilter(_is_no_failure)
+    try:
+        return torch.export.export(skeleton, tuple(args), dict(kwargs), strict=False)
+    finally:
+        log.removeFilter(_is_no_failure)
+
+
+def _is_no_failure(record: logging.LogRecord) -> bool:
+    """A page of traceback goes to stderr before the error that says the same is raised."""
+    return "failed while attempting to run meta" not in str(record.msg)
 
 
 def _canonical_names(skeleton: nn.Module) -> dict[str, str]:

@@ -16,11 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from paikern._inputs import fix_for
 from paikern.errors import PathRuleError
 from paikern.pathgraph import capture, exported
 from paikern.pathgraph.graph import PathGraph, PathValue
 from paikern.pathgraph.tracer import Tracer
 from paikern.sparse.in_models import packed_weights
+
+_ANY_FIX = "; pass inputs that model(*example_inputs) accepts"
 
 
 def trace(model: nn.Module, example_inputs: Any) -> PathGraph:
@@ -61,7 +64,7 @@ def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     skeleton = _skeleton(model, capture.parameter)
     with torch.random.fork_rng(devices=[]):
         outputs = capture.run(skeleton, *_copies(args, kwargs), tracer)
-    return _graph(tracer, outputs, model)
+    return _graph(tracer, outputs, model, (args, kwargs))
 
 
 def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PathGraph:
@@ -74,19 +77,19 @@ def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             reason = str(error).strip().splitlines()
             raise ValueError(
                 f"example_inputs: {type(model).__name__} could not be traced with inputs "
-                f"{_describe(args, kwargs)}: {reason[0] if reason else type(error).__name__}; "
-                "pass inputs that model(*example_inputs) accepts"
+                f"{_describe(args, kwargs)}: {reason[0] if reason else type(error).__name__}"
+                f"{fix_for(model, (args, kwargs)) or _ANY_FIX}"
             ) from error
         outputs = exported.read(program, skeleton, tracer)
-    return _graph(tracer, outputs, model)
+    return _graph(tracer, outputs, model, (args, kwargs))
 
 
-def _graph(tracer: Tracer, outputs: list[Any], model: nn.Module) -> PathGraph:
+def _graph(tracer: Tracer, outputs: list[Any], model: nn.Module, inputs: Any) -> PathGraph:
     found = [value for value in outputs if isinstance(value, PathValue)]
     if not found:
         raise ValueError(
             f"{type(model).__name__}: no floating output depends on the input, "
-            "so there are no paths to count"
+            f"so there are no paths to count{fix_for(model, inputs)}"
         )
     return PathGraph(
         steps=tuple(_alive(tracer, [v.id for v in found])),

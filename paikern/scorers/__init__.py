@@ -28,6 +28,7 @@ from paikern.scorers.npb import NPB
 from paikern.scorers.ntk_sap import NTKSAP
 from paikern.scorers.phew import PHEW
 from paikern.scorers.prospr import ProsPr
+from paikern.scorers.prospr_s import ProsPrS
 from paikern.scorers.px import PX
 from paikern.scorers.random import Random
 from paikern.scorers.random_s import RandomS
@@ -61,6 +62,7 @@ __all__ = [
     "Magnitude",
     "MaskBuilder",
     "ProsPr",
+    "ProsPrS",
     "NPB",
     "NTKSAP",
     "PHEW",

@@ -7,7 +7,6 @@ A scorer is a dataclass. Its fields are the method's options, so `pk.prune(..., 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import dataclass_transform
 
+from paikern._lookup import by_name, check_options
 from paikern.batches import Batches
 from paikern.pathgraph import Flow, PathGraph, Semantics, shift_invariant, trace
 from paikern.pattern import Layout
@@ -35,7 +35,8 @@ class Run:
     """One pruning run: the model's tensors as they are, the layers, and the masks so far.
 
     `masks` maps parameter name to packed bits and is empty before the first round. Nothing here
-    writes to the model. `cache` is the scorer's, for what it keeps between rounds.
+    writes to the model. `method` is the scorer's name, for messages; `cache` is the scorer's, for
+    what it keeps between rounds.
     """
 
     model: nn.Module
@@ -46,6 +47,7 @@ class Run:
     variant: str = "paper"
     data: Batches | None = None
     loss_fn: Any = None
+    method: str = ""
     masks: dict[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     cache: dict[str, Any] = field(default_factory=dict)
@@ -104,6 +106,7 @@ class Scorer:
     name: as given to `pk.prune`. summary, source: one line each for `pk.methods()`.
     needs_inputs: the method traces the model and needs `example_inputs`.
     needs_data, needs_labels: the method reads samples and needs `data`, with labels.
+    takes_loss: the method differentiates `loss_fn`; where one is given to any other it is refused.
     cost: what a round costs, for `pk.methods()`; F is a forward pass over the data that are read, a
     backward pass counts 2F.
     weakness: known ways to fail, one line for `pk.methods()`.
@@ -120,6 +123,7 @@ class Scorer:
     needs_inputs: ClassVar[bool] = False
     needs_data: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = False
+    takes_loss: ClassVar[bool] = False
     cost: ClassVar[str] = ""
     weakness: ClassVar[str] = ""
     default_rounds: ClassVar[int] = 1
@@ -226,26 +230,22 @@ def scorer_names() -> list[str]:
 
 def scorer_class(name: str) -> type[Scorer]:
     """The scorer registered under `name`; ValueError suggests the nearest."""
-    key = name.lower().replace("-", "_")
-    if key in _SCORERS:
-        return _SCORERS[key]
-    near = difflib.get_close_matches(key, _SCORERS, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else "see pk.methods()"
-    raise ValueError(
-        f"method: unknown method {name!r}; {hint} Available: {', '.join(scorer_names())}"
+    return by_name(
+        _SCORERS, name, parameter="method", what="method", example="snip", fix="see pk.methods()"
     )
+
+
+def check_loss(kind: str, name: str, takes_loss: bool, loss_fn: Any) -> None:
+    """Refuse a loss where nothing would be made of it; `kind` is "method" or "pruner"."""
+    if loss_fn is not None and not takes_loss:
+        raise ValueError(
+            f"loss_fn: {kind} {name!r} differentiates no loss; leave loss_fn= out, or use a method "
+            "that does, such as 'snip' (pk.methods() lists them under 'takes_loss')"
+        )
 
 
 def make_scorer(name: str, options: Mapping[str, Any]) -> Scorer:
     """Instantiate with options; ValueError names an option that the method does not have."""
     cls = scorer_class(name)
-    known = {f.name for f in dataclasses.fields(cls)}
-    for option in options:
-        if option not in known:
-            near = difflib.get_close_matches(option, known, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            listed = ", ".join(sorted(known)) or "none"
-            raise ValueError(
-                f"{option}: method {cls.name!r} has no such option; {hint}its options: {listed}"
-            )
+    check_options("method", cls.name, {f.name for f in dataclasses.fields(cls)}, options)
     return cls(**options)

@@ -55,11 +55,17 @@ class ChannelScorer(Scorer):
         """Group name -> `[size]` under `run.masks`; higher is kept."""
         raise TypeError(f"{type(self).__name__} must implement channel_scores()")
 
+    def preferred(
+        self, run: Run, groups: ChannelGroups, scores: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What is ranked: `channel_scores`, and what else speaks for or against a channel."""
+        return scores
+
     def score(self, run: Run) -> Scores:
         """One number for each output of a layer: `[out]`, the same for all that go together."""
         found = {}
         groups = self.groups(run)
-        scores = self.channel_scores(run, groups)
+        scores = self.preferred(run, groups, self.channel_scores(run, groups))
         for group in groups:
             for name, rows in group.rows.items():
                 found[name] = Dense(scores[group.name][rows])

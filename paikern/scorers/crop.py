@@ -44,7 +44,7 @@ class CroPU(GradientScorer):
 
     summary = "gradient flow preservation |w * (Hessian @ gradient)|"
     source = "Rachwan et al. 2022, section 4"
-    cost = "about 9F a round"
+    cost = "about 9F"
     weakness = "needs a second derivative; all scores are 0 where the loss has no curvature"
     published_rule = "above_kept"
 
@@ -76,5 +76,6 @@ class CroPitU(CroPU):
     """
 
     summary = "CroP-U in seven rounds that halve the distance to the sparsity"
+    cost = "about 9F a round"
     default_rounds: ClassVar[int] = 7
     default_schedule: ClassVar[str] = "halving"

@@ -59,7 +59,7 @@ class CroPS(GatedScorer):
 
     summary: ClassVar[str] = "gradient flow through channels |d<g, dL/dW> / dgate|; structured"
     source: ClassVar[str] = "Rachwan et al. 2022, section 4"
-    cost: ClassVar[str] = "about 9F a round"
+    cost: ClassVar[str] = "about 9F"
     weakness: ClassVar[str] = (
         "needs a second derivative; as little as one channel is left of a layer"
     )
@@ -130,5 +130,6 @@ class CroPitS(CroPS):
     """
 
     summary: ClassVar[str] = "CroP-S in seven rounds that halve the distance to the sparsity"
+    cost: ClassVar[str] = "about 9F a round"
     default_rounds: ClassVar[int] = 7
     default_schedule: ClassVar[str] = "halving"

@@ -28,6 +28,7 @@ class GradientScorer(DataScorer):
     mode: str = "train"
 
     needs_labels: ClassVar[bool] = True
+    takes_loss: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

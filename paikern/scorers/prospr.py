@@ -86,23 +86,29 @@ class ProsPr(GradientScorer):
             raise ValueError(f"order must be 'full' or 'first', got {self.order!r}")
 
     def score(self, run: Run) -> Scores:
-        network = self.network(run)
-        with own_randomness(run.model, run.seed):
-            read = self.read(run, self.batches or self.steps + 1, added=False)
-        batches = [read[t % len(read)] for t in range(self.steps + 1)]
-        found = self._derivative(network, batches, run.variant == "published")
+        found = self.through_steps(run, self.network(run))
         self.note_zeros(run, found)
         return Scores(
             {n: Product(run.weight(n), found[n], run.masks.get(n)) for n in run.layers}, run.shapes
         )
 
+    def through_steps(self, run: Run, network: Network) -> Tensors:
+        """`dL_M / dw_0` of everything in `network.weights`, on the batches of this round."""
+        with own_randomness(run.model, run.seed):
+            read = self.read(run, self.batches or self.steps + 1, added=False)
+        batches = [read[t % len(read)] for t in range(self.steps + 1)]
+        return self._derivative(network, batches, run.variant == "published")
+
     def _derivative(self, network: Network, batches: Sequence[Batch], detached: bool) -> Tensors:
         """`dL_M / dw_0` of every parameter; with `detached` b_0 counts as a constant."""
         path = [_start(network)]  # w_0 ... w_M
+        fixed = _frozen(network)
         buffer: Tensors = {}
         for t in range(self.steps):
             slopes = _gradient(network, batches[t], t, path[t])
             for name, slope in slopes.items():
+                if name in fixed:
+                    continue
                 buffer[name] = slope + self.momentum * buffer[name] if name in buffer else slope
             path.append(_moved(network.run, path[t], buffer, self.lr))
         v = _gradient(network, batches[-1], self.steps, path.pop())
@@ -117,6 +123,8 @@ class ProsPr(GradientScorer):
         last = 1 if detached and self.momentum else 0
         for t in reversed(range(last if self.order == "full" else self.steps, self.steps)):
             for name, slope in v.items():
+                if name in fixed:
+                    continue
                 held = _held(network.run, name, slope) * -self.lr
                 u[name] = held + self.momentum * u[name] if name in u else held
             for name, bend in _product(network, batches[t], t, path.pop(), u).items():
@@ -138,6 +146,13 @@ def _start(network: Network) -> Tensors:
     return found
 
 
+def _frozen(network: Network) -> set[str]:
+    """What is differentiated though no step moves it: frozen biases, of the channels' gates."""
+    parameters = dict(network.run.model.named_parameters())
+    others = network.weights.keys() - network.run.layers.keys()
+    return {name for name in others if not parameters[name].requires_grad}
+
+
 @contextlib.contextmanager
 def _at(network: Network, step: int, weights: Tensors) -> Iterator[list[Tensor]]:
     """The model at a step. Dropout drops the same values whenever the step is run again."""
@@ -147,7 +162,7 @@ def _at(network: Network, step: int, weights: Tensors) -> Iterator[list[Tensor]]
         untouched(run.model, network.mode, run.seed + step),
         holding(run.model, named),
         torch.enable_grad(),
-        named_derivatives(),
+        named_derivatives(f" of batch {step} in method {run.method!r}"),
     ):
         yield list(weights.values())
 
@@ -155,14 +170,17 @@ def _at(network: Network, step: int, weights: Tensors) -> Iterator[list[Tensor]]
 def _gradient(network: Network, batch: Batch, step: int, weights: Tensors) -> Tensors:
     with _at(network, step, weights) as leaves:
         slopes = torch.autograd.grad(network.loss(batch, step), leaves, allow_unused=True)
-    return {n: g for n, g in zip(weights, slopes, strict=True) if g is not None}
+    found = {n: g for n, g in zip(weights, slopes, strict=True) if g is not None}
+    if not found:
+        raise network.independent(step)
+    return found
 
 
 def _product(
     network: Network, batch: Batch, step: int, weights: Tensors, vectors: Tensors
 ) -> Tensors:
     """`H u` of one batch."""
-    with _at(network, step, weights) as leaves, twice_differentiable():
+    with _at(network, step, weights) as leaves, twice_differentiable(network.run.model):
         loss = network.loss(batch, step)
         first = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
         z = sum(

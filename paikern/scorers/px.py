@@ -18,6 +18,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from paikern import ops
 from paikern.errors import PaikernError
@@ -31,6 +32,7 @@ from paikern.scorers.base import Run, register_scorer
 from paikern.scorers.device_loop import DeviceLoop
 from paikern.scorers.path_loop import PathLoop, path_loop
 from paikern.scorers.synflow import PathScorer, note_closed_norms
+from paikern.scores import Scores
 
 _Total = tuple[Tensor, int]
 _TRIED = 4  # samples on which the native f and g are compared with the model
@@ -70,7 +72,12 @@ class PX(PathScorer):
     def powers(self) -> tuple[int, int]:
         return 2, 2
 
+    def score(self, run: Run) -> Scores:
+        _refuse_integers(run)
+        return super().score(run)
+
     def loop(self, run: Run) -> PathLoop | DeviceLoop | None:
+        _refuse_integers(run)
         if not self.monotone:
             return None
         if self.norm == "scale":
@@ -145,6 +152,20 @@ class PX(PathScorer):
                 if samples is not None:
                     break
         return [_normalised(*total) for total in totals]
+
+
+def _refuse_integers(run: Run) -> None:
+    """Before the model is traced, which would find other words for it."""
+    for x in pytree.tree_leaves(run.example_inputs):
+        if isinstance(x, Tensor) and not x.is_floating_point():
+            raise ValueError(
+                f"data: px squares its inputs, so they have to be floats, got {x.dtype}; "
+                + (
+                    "convert bytes as in training, for instance x.float() / 255"
+                    if x.dtype == torch.uint8
+                    else "token numbers have no squares: use ntk_sap or wanda"
+                )
+            )
 
 
 def _networks(run: Run, pool_gate: bool, x: Tensor) -> GatedModel | GatedGraph:

@@ -56,7 +56,7 @@ class SNAP(GatedScorer):
 
         with gates.network.running():
             for number, (batch, share) in enumerate(weighted(self.read(run))):
-                gates.network.backward(gates.network.loss(batch, number) * share, add)
+                gates.network.differentiate(batch, add, number, share)
         return {
             group.name: summed(group, {n: slopes[n].abs() for n in group.rows}) for group in groups
         }

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from paikern._names import walk
-from paikern.sparse.packed_weight import PackedWeight, dense_key
+from paikern.sparse._keys import dense_key
+from paikern.sparse.packed_weight import PackedWeight
 
 
 def packed_weights(model: nn.Module) -> dict[str, PackedWeight]:

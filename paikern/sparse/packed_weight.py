@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from paikern.ops.positions import MOST_KEPT, _check_panel, list_positions, trans
 from paikern.ops.scatter_kept import gather_kept, scatter_kept
 from paikern.ops.unpack_mask import check_packed, count_kept, unpack_mask
 from paikern.sparse import _weightfile
+from paikern.sparse._keys import dense_key, writes_dense_keys
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FORMATS = ("auto", "index", "bitmap")
@@ -25,32 +24,6 @@ FORMATS = ("auto", "index", "bitmap")
 PANEL = 4096
 # Above half kept, bits: 16 bits a kept weight would outgrow a dense weight of halves.
 INDEX_DENSITY = 0.5
-
-_dense_keys: ContextVar[bool] = ContextVar("paikern_dense_keys", default=False)
-
-
-@contextlib.contextmanager
-def dense_keys() -> Iterator[None]:
-    """Within the block, `state_dict` of packed weights holds the dense weight under its own key.
-
-    A packed weight that is the submodule `weight` of `fc` is then `fc.weight`, as it was before it
-    was packed, not `fc.weight.values` and `fc.weight.mask`. Loading takes either without asking.
-
-    Example:
-        >>> import torch
-        >>> net = torch.nn.Module()
-        >>> net.weight = PackedWeight.from_dense(torch.ones(1, 2), torch.tensor([[True, False]]))
-        >>> list(net.state_dict())
-        ['weight.values', 'weight.mask']
-        >>> with dense_keys():
-        ...     list(net.state_dict().items())
-        [('weight', tensor([[1., 0.]]))]
-    """
-    token = _dense_keys.set(True)
-    try:
-        yield
-    finally:
-        _dense_keys.reset(token)
 
 
 class PackedWeight(nn.Module):
@@ -361,7 +334,7 @@ class PackedWeight(nn.Module):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        if _dense_keys.get():
+        if writes_dense_keys():
             dense = self.to_dense()
             destination[dense_key(prefix)] = dense if keep_vars else dense.detach()
             return
@@ -461,10 +434,6 @@ def _without_content(device: torch.device) -> ValueError:
         f"PackedWeight: the values are on {device} and the positions, without content, on the meta "
         "device; load a state dict with values and mask"
     )
-
-
-def dense_key(prefix: str) -> str:
-    return prefix[:-1] if prefix else "weight"
 
 
 def _check_tensors(name: str, **given: Any) -> None:

@@ -5,6 +5,7 @@ from paikern.training.base import Event, Pruner, Settings
 from paikern.training.centroids import Centroids
 from paikern.training.earlybird import EarlyBird
 from paikern.training.earlycrop import EarlyCroPS, EarlyCroPU
+from paikern.training.gate_decorators import TickTock
 from paikern.training.imp import IMP, LTR
 from paikern.training.once import OneShot
 from paikern.training.registry import (
@@ -26,6 +27,7 @@ __all__ = [
     "OneShot",
     "Pruner",
     "Settings",
+    "TickTock",
     "pruner",
     "pruner_names",
     "pruner_rows",

@@ -79,6 +79,7 @@ class Pruner:
 
     name: as given to `pk.pruner`. summary, source: one line each for the table of methods.
     needs_data: the method reads samples when it prunes.
+    takes_loss: the method uses `loss_fn`; where one is given to any other it is refused.
     needs_sparsity: there is no other option that says how much is removed.
     """
 
@@ -86,6 +87,7 @@ class Pruner:
     summary: ClassVar[str] = ""
     source: ClassVar[str] = ""
     needs_data: ClassVar[bool] = False
+    takes_loss: ClassVar[bool] = False
     needs_sparsity: ClassVar[bool] = True
 
     # --- what subclasses implement ---------------------------------------------------------------

@@ -12,18 +12,17 @@ ties go to the lower index.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from paikern import ops
 from paikern.budget import keep_count
 from paikern.training.base import Event, check_finite
 from paikern.training.once import PrunesOnce
+from paikern.training.penalty import NormPenalty, batch_norm_scales
 from paikern.training.registry import register_pruner
 
 
@@ -51,17 +50,11 @@ class EarlyBird(PrunesOnce):
 
     def begin(self) -> None:
         super().begin()
-        if not 0 <= self.penalty < math.inf:
-            raise ValueError(f"penalty must be >= 0, got {self.penalty}")
         if self.window < 2:
             raise ValueError(f"window must be >= 2, got {self.window}")
         if not 0 <= self.tolerance <= 1:
             raise ValueError(f"tolerance must be in [0, 1], got {self.tolerance}")
-        if self.penalty and not self.settings.optimizers:
-            raise ValueError(
-                "penalty is added to the gradients before each step of the optimizer; pass "
-                "optimizer=, or penalty=0"
-            )
+        self._penalty = NormPenalty(self.model, self.settings.optimizers, self.penalty)
         scales = batch_norm_scales(self.model)
         if not scales:
             raise ValueError(
@@ -70,8 +63,7 @@ class EarlyBird(PrunesOnce):
             )
         self._channels = sum(scale.numel() for scale in scales.values())
         self._marks: list[Tensor] = []
-        self._hooks: list[Any] = []
-        self._hold()
+        self._penalty.hold()
 
     def epoch_end(self, model: nn.Module, epoch: int, data: Any) -> Event:
         if self.pruned_at is not None:
@@ -85,7 +77,7 @@ class EarlyBird(PrunesOnce):
         if len(marks) == self.window and max(distances) <= self.tolerance:
             why = f"{self.window} choices of channels differ by at most {max(distances):.3g}"
             event = self.prune_now(model, epoch, data, why, **values)
-            self._let_go()
+            self._penalty.let_go()
             self._marks = marks
             return event
         self._marks = marks
@@ -99,7 +91,7 @@ class EarlyBird(PrunesOnce):
 
     def remove(self) -> None:
         super().remove()
-        self._let_go()
+        self._penalty.let_go()
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"mark/{index}": mark for index, mark in enumerate(self._marks)}
@@ -108,42 +100,15 @@ class EarlyBird(PrunesOnce):
         super().restore(progress, tensors)
         count = sum(key.startswith("mark/") for key in tensors)
         self._marks = [tensors[f"mark/{index}"].cpu() for index in range(count)]
-        self._let_go()
+        self._penalty.let_go()
         if self.pruned_at is None:
-            self._hold()
+            self._penalty.hold()
 
     def _mark(self, scales: Mapping[str, Tensor]) -> Tensor:
         """The channels that would stay, packed."""
         kept = keep_count(self._channels, self.sparsity)
         flat = torch.cat([scale.detach().flatten().float() for scale in scales.values()])
         return ops.topk_mask(flat, kept, absolute=True, names=["batch norm"])[0].cpu()
-
-    def _add_penalty(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for scale in batch_norm_scales(self.model).values():
-            if scale.grad is not None and id(scale) in held:
-                scale.grad.add_(torch.sign(scale.detach()), alpha=self.penalty)
-
-    def _hold(self) -> None:
-        if self.penalty:
-            self._hooks = [
-                optimizer.register_step_pre_hook(self._add_penalty)
-                for optimizer in self.settings.optimizers
-            ]
-
-    def _let_go(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-
-
-def batch_norm_scales(model: nn.Module) -> dict[str, Tensor]:
-    """gamma of every batch norm that has one, by the name of the module."""
-    return {
-        name: module.weight
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.weight is not None
-    }
 
 
 def _distance(a: Tensor, b: Tensor) -> int:

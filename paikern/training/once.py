@@ -6,14 +6,14 @@ import contextlib
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from paikern.api import prune
 from paikern.masks import MaskSet
-from paikern.scorers.base import make_scorer, scorer_class
+from paikern.scorers.base import check_loss, make_scorer, scorer_class
 from paikern.training.base import Event, Pruner, check_finite
 from paikern.training.ranks import agreed
 from paikern.training.registry import register_pruner
@@ -34,6 +34,8 @@ class PrunesOnce(Pruner):
     method: str = "magnitude"
     method_options: Mapping[str, Any] = field(default_factory=dict)
 
+    takes_loss: ClassVar[bool] = True  # where the method does, see `begin`
+
     def begin(self) -> None:
         cls = scorer_class(self.method)
         known = set(inspect.signature(prune).parameters) - _GIVEN
@@ -41,6 +43,7 @@ class PrunesOnce(Pruner):
             raise ValueError(f"method_options: give {key} to pk.pruner itself")
         make_scorer(self.method, {k: v for k, v in self.method_options.items() if k not in known})
         settings = self.settings
+        check_loss("method", cls.name, cls.takes_loss, settings.loss_fn)
         if cls.needs_data and settings.data is None:
             raise ValueError(
                 f"data: method {self.method!r} reads samples; pass data=, the training loader for "
@@ -59,7 +62,7 @@ class PrunesOnce(Pruner):
         """Prune with `method`, once and for all; `why` goes into the event."""
         settings = self.settings
         check_finite(self.weights(model), f"epoch {epoch}")
-        with _seeded(data, settings.seed):
+        with seeded_reading(data, settings.seed):
             found = prune(
                 model,
                 self.method,
@@ -91,7 +94,7 @@ class PrunesOnce(Pruner):
 
 
 @contextlib.contextmanager
-def _seeded(data: Any, seed: int) -> Iterator[None]:
+def seeded_reading(data: Any, seed: int) -> Iterator[None]:
     """A loader that shuffles draws from torch's generator, or from one of its own: both start from
     `seed` and go on afterwards as if nothing had been drawn."""
     samplers = [getattr(data, "sampler", None), getattr(data, "batch_sampler", None)]

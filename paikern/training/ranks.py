@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.distributed as dist
+from torch import Tensor
 
 from paikern.masks import MaskSet
 
@@ -19,10 +22,27 @@ def agreed(masks: MaskSet) -> MaskSet:
         >>> agreed(masks) is masks  # no distributed run
         True
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if _alone():
         return masks
     first = {name: masks.packed(name).cpu() for name in masks}
-    sent = [(first, masks.metadata) if dist.get_rank() == 0 else None]
+    packed, metadata = _of_the_first((first, masks.metadata))
+    return MaskSet(packed, masks.shapes, metadata)
+
+
+def agreed_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the first process, on the CPU in a distributed run."""
+    if _alone():
+        return tensors
+    found: dict[str, Tensor] = _of_the_first({name: t.cpu() for name, t in tensors.items()})
+    return found
+
+
+def _alone() -> bool:
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
+
+
+def _of_the_first(value: Any) -> Any:
+    sent = [value if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(sent, src=0)
     assert sent[0] is not None
-    return MaskSet(sent[0][0], masks.shapes, sent[0][1])
+    return sent[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 from typing import Any, TypeVar
@@ -11,7 +10,9 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from paikern import budget
+from paikern._lookup import by_name, check_options
 from paikern.prunable import Filter
+from paikern.scorers.base import check_loss, scorer_class
 from paikern.selection import ON_COLLAPSE
 from paikern.training.base import Pruner, Settings, as_optimizers, as_schedulers
 
@@ -50,36 +51,42 @@ def pruner_names() -> list[str]:
 
 def pruner_class(name: str) -> type[Pruner]:
     """The pruner registered under `name`; ValueError suggests the nearest."""
-    if not isinstance(name, str):
-        raise TypeError(f"pruner: give the name of a method, such as 'asni'; got {name!r}")
-    key = name.lower().replace("-", "_")
-    if key in _PRUNERS:
-        return _PRUNERS[key]
-    near = difflib.get_close_matches(key, _PRUNERS, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
-    raise ValueError(
-        f"pruner: unknown name {name!r}{hint} Available: {', '.join(pruner_names())}; any method "
-        "of pk.methods() prunes during training as pruner('one_shot', method=..., at=...)"
+    return by_name(
+        _PRUNERS,
+        name,
+        parameter="pruner",
+        what="name",
+        example="asni",
+        fix="see pk.training.pruner_rows()",
+        more="; any method of pk.methods() prunes during training as pruner('one_shot', "
+        "method=..., at=...)",
     )
 
 
 def pruner_rows() -> list[dict[str, Any]]:
-    """The methods, one row each: name, summary, source, needs_data, options.
+    """The methods, one row each: name, summary, source, options (name -> default), and what they
+    need as in `pk.methods()`; those with an option `method` what that one needs by default.
 
     Example:
-        >>> [row["name"] for row in pruner_rows()][:1]
-        ['asni']
+        >>> [row["name"] for row in pruner_rows() if row["needs_labels"]]
+        ['earlycrop_s', 'earlycrop_u', 'gate_decorators']
     """
-    return [
-        {
-            "name": name,
-            "summary": cls.summary,
-            "source": cls.source,
-            "needs_data": cls.needs_data,
-            "options": {f.name: _default(f) for f in dataclasses.fields(cls)},
-        }
-        for name, cls in sorted(_PRUNERS.items())
-    ]
+    rows = []
+    for name, cls in sorted(_PRUNERS.items()):
+        options = {f.name: _default(f) for f in dataclasses.fields(cls)}
+        scorer = scorer_class(options["method"]) if "method" in options else None
+        rows.append(
+            {
+                "name": name,
+                "summary": cls.summary,
+                "source": cls.source,
+                "needs_inputs": scorer is not None and scorer.needs_inputs,
+                "needs_data": cls.needs_data if scorer is None else scorer.needs_data,
+                "needs_labels": cls.takes_loss if scorer is None else scorer.needs_labels,
+                "options": options,
+            }
+        )
+    return rows
 
 
 def pruner(
@@ -117,7 +124,7 @@ def pruner(
             `pruner.masks.attach`, or `pruner.masks.apply` after each step.
         scheduler: learning-rate schedules, for methods that rewind to start them again.
         data, loss_fn, example_inputs: as in `pk.prune`, read by methods with `needs_data` in the
-            epoch in which they prune.
+            epoch in which they prune. A loss_fn is refused where the method has no loss.
         ignore, include, seed, on_collapse: as in `pk.prune`.
         **options: options of the method.
 
@@ -126,7 +133,8 @@ def pruner(
         `.load_state_dict(state)`, `.save(path)`, `.load(path)`.
 
     Raises:
-        ValueError: unknown name or option, an option out of range, missing data, nothing to prune.
+        ValueError: unknown name or option, an option out of range, missing data, a loss_fn for a
+            method without a loss, nothing to prune.
         SparsityError: the sparsity is out of range or keeps nothing.
         The model is unchanged.
 
@@ -157,6 +165,7 @@ def pruner(
             f"data: pruner {cls.name!r} reads samples when it prunes; pass data=, the training "
             "loader for instance"
         )
+    check_loss("pruner", cls.name, cls.takes_loss, loss_fn)
     fraction = None
     given = (sparsity, density, compression)
     if cls.needs_sparsity or any(value is not None for value in given):
@@ -185,15 +194,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def _check_options(cls: type[Pruner], options: Mapping[str, Any]) -> None:
-    known = {f.name for f in dataclasses.fields(cls)}
-    for option in options:
-        if option not in known:
-            near = difflib.get_close_matches(option, known, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            listed = ", ".join(sorted(known)) or "none"
-            raise ValueError(
-                f"{option}: pruner {cls.name!r} has no such option; {hint}its options: {listed}"
-            )
+    check_options("pruner", cls.name, {f.name for f in dataclasses.fields(cls)}, options)
     for field in dataclasses.fields(cls):
         if field.name in options:
             _check_type(field.name, str(field.type), options[field.name])

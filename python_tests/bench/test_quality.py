@@ -125,17 +125,21 @@ def test_rows_of_other_settings_are_made_anew(
 ) -> None:
     nets = {name: json.loads(json.dumps(net._asdict())) for name, net in NETS.items()}
     same = {"method": "px", "model": "lenet300", "settings": WAYS["px"].settings}
-    rows = [same, same | {"settings": "other"}, same | {"error": "refused"}, same | {"method": "x"}]
+    sweep = {"op": "sweep", "model": "resnet20", "size": "ascent, alpha 0, beta 0.5"}  # no method
+    rows = [
+        same, sweep, same | {"settings": "other"}, same | {"error": "refused"},
+        same | {"method": "x"},
+    ]  # fmt: skip
     held: dict[str, Any] = {
         "machine": machine(), "versions": versions(), "epochs": None, "nets": nets, "rows": rows,
     }  # fmt: skip
     path = tmp_path / "quality.json"
     path.write_text(json.dumps(held))
-    assert earlier(path, None) == [same]
-    assert "3 of 4 rows" in capsys.readouterr().err
+    assert earlier(path, None) == [same, sweep]
+    assert "3 of 5 rows" in capsys.readouterr().err
     assert earlier(path, 1) == []
     path.write_text(json.dumps(held | {"nets": nets | {"lenet300": {"epochs": 1}}}))
-    assert earlier(path, None) == []
+    assert earlier(path, None) == [sweep]
     assert earlier(tmp_path / "missing.json", None) == []
 
 

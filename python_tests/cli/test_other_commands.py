@@ -25,6 +25,17 @@ def test_methods_and_backends(capsys: Capture) -> None:
     for row in pk.training.pruner_rows():
         assert row["name"] in out
     assert "data, labels" in out
+    lines = out[out.index("during training") :].splitlines()
+    needs = {
+        "asni": "- ",
+        "earlybird_ticket": "inputs (earlybird)",
+        "earlycrop_u": "data, labels (crop)",
+        "gate_decorators": "data, labels ",
+        "one_shot": "- (magnitude)",
+    }
+    for name, text in needs.items():
+        (line,) = (line for line in lines if line.startswith(f"{name} "))
+        assert line.removeprefix(name).strip().startswith(text)
     assert "known weakness" in out
     assert main(["methods", "--json"]) == 0
     assert [row["name"] for row in json.loads(capsys.readouterr().out)] == [

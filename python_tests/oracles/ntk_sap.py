@@ -1,4 +1,4 @@
-"""NTK-SAP in float64: both networks in one graph with one explicit mask, drawn as documented.
+"""NTK-SAP by autograd: both networks in one graph with one explicit mask, drawn as documented.
 
 Draws are made in float32 from one generator: for each resample and batch the parameters in the
 order of the model, the inputs, the changes in the order of the layers.
@@ -17,7 +17,7 @@ from torch.func import functional_call
 Tensors = dict[str, Tensor]
 
 
-def _fresh(model: nn.Module, generator: torch.Generator) -> Tensors:
+def _fresh(model: nn.Module, generator: torch.Generator, dtype: torch.dtype) -> Tensors:
     """Kaiming normal weights, zero biases, unit norms; embeddings as they are."""
     owners = {
         id(p): (module, key)
@@ -39,7 +39,7 @@ def _fresh(model: nn.Module, generator: torch.Generator) -> Tensors:
         elif isinstance(module, (nn.Linear, nn.Conv2d)):
             inputs = parameter[0].numel()
             value = torch.randn(parameter.shape, generator=generator) * (2 / inputs) ** 0.5
-        found[name] = value.double()
+        found[name] = value.to(dtype)
     return found
 
 
@@ -78,26 +78,27 @@ def ntk_sap_scores(
     variant: str = "paper",
     masks: Mapping[str, Tensor] | None = None,
     own: bool = False,
+    dtype: torch.dtype = torch.float64,
 ) -> Tensors:
     """`|dJ/dc|` at c = `masks`; 0 for what they prune. `own`: the given weights and inputs."""
     generator = torch.Generator().manual_seed(seed)
     c = {
-        n: (torch.ones(p.shape) if masks is None else masks[n]).double().requires_grad_()
+        n: (torch.ones(p.shape) if masks is None else masks[n]).to(dtype).requires_grad_()
         for n, p in model.named_parameters()
         if n in names
     }
-    total: Tensor = torch.zeros((), dtype=torch.float64)
+    total: Tensor = torch.zeros((), dtype=dtype)
     for _ in range(resamples):
         for batch in batches:
-            work = copy.deepcopy(model).double().eval()
+            work = copy.deepcopy(model).to(dtype).eval()
             theta = {n: p.detach() for n, p in work.named_parameters()}
-            theta = theta if own else _fresh(model, generator)
+            theta = theta if own else _fresh(model, generator, dtype)
             if isinstance(batch, Mapping):
                 args, keywords = (), {k: v for k, v in batch.items() if k != "labels"}
             else:
                 x = batch[0] if own else torch.randn(batch[0].shape, generator=generator)
-                args, keywords = (x.double(),), {}
-            xi = {n: torch.randn(c[n].shape, generator=generator).double() for n in names}
+                args, keywords = (x.to(dtype),), {}
+            xi = {n: torch.randn(c[n].shape, generator=generator).to(dtype) for n in names}
 
             def run(
                 moved: float,

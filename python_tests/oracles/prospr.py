@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Tensors = dict[str, Tensor]
 
@@ -65,3 +66,47 @@ def prospr_scores(
         n: torch.zeros_like(kept[n]) if g is None else g.abs()
         for n, g in zip(gates, found, strict=True)
     }
+
+
+def prospr_channel_scores(
+    model: nn.Module,
+    layers: Sequence[str],
+    batches: Sequence[Any],
+    *,
+    lr: float = 0.1,
+    momentum: float = 0.0,
+    order: str = "full",
+    mode: str = "train",
+) -> Tensors:
+    """`|dL_M / dc|` of the named layers; c multiplies each output's weights and bias at the start.
+
+    One graph from c through all steps. Frozen parameters do not move.
+    """
+    work = copy.deepcopy(model).double().train(mode == "train")
+    moving = {n for n, p in work.named_parameters() if p.requires_grad}
+    weights = {n: p.detach().clone().requires_grad_() for n, p in work.named_parameters()}
+    gates = {}
+    for name in layers:
+        layer = work.get_submodule(name)
+        transposed = isinstance(layer, nn.ConvTranspose2d)
+        gates[name] = torch.ones(
+            layer.weight.shape[1 if transposed else 0], dtype=torch.float64, requires_grad=True
+        )
+        view = [1] * layer.weight.dim()
+        view[1 if transposed else 0] = -1
+        weights[f"{name}.weight"] = gates[name].view(view) * layer.weight.detach()
+        if layer.bias is not None:
+            weights[f"{name}.bias"] = gates[name] * layer.bias.detach()
+    buffer: Tensors = {}
+    with sdpa_kernel(SDPBackend.MATH):
+        for batch in batches[:-1]:
+            inside = [n for n in weights if n in moving]
+            slopes = torch.autograd.grad(
+                _loss(work, weights, batch), [weights[n] for n in inside], create_graph=True
+            )
+            for name, slope in zip(inside, slopes, strict=True):
+                kept = slope.detach() if order == "first" else slope
+                buffer[name] = kept + momentum * buffer[name] if name in buffer else kept
+                weights[name] = weights[name] - lr * buffer[name]
+        found = torch.autograd.grad(_loss(work, weights, batches[-1]), list(gates.values()))
+    return {n: g.abs() for n, g in zip(gates, found, strict=True)}

@@ -21,6 +21,15 @@ def agreement(found: Masks, expected: Masks) -> float:
     return equal / sum(m.numel() for m in expected.values())
 
 
+def kept_agreement(found: Masks, expected: Masks) -> float:
+    """Fraction of the weights kept by `expected` that `found` keeps; both keep as many."""
+    assert list(found) == list(expected)
+    both = sum(int((found[n] & expected[n]).sum()) for n in found)
+    kept = [sum(int(mask.sum()) for mask in masks.values()) for masks in (found, expected)]
+    assert kept[0] == kept[1]
+    return both / kept[1]
+
+
 def counts(masks: Masks) -> dict[str, int]:
     return {name: int(mask.sum()) for name, mask in masks.items()}
 

@@ -20,7 +20,7 @@ from python_tests.scorers.data_nets import (
     state_of,
     transformer,
 )
-from python_tests.scorers.helpers import agreement
+from python_tests.scorers.helpers import kept_agreement
 
 COLLAPSE = "ignore:layer collapse:paikern.errors.PaikernWarning"
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -69,17 +69,27 @@ def test_float64_against_one_graph(name: str, setting: str) -> None:
 @pytest.mark.parametrize("setting", ["paper", "published"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_float32_against_one_graph(name: str, setting: str) -> None:
-    """The change of the outputs loses two digits, as it is a hundredth of them."""
+    """No further from float64 than one float32 graph, and 1e-5 of a layer's largest score.
+
+    The change of the outputs, a hundredth of them, loses two digits in either.
+    """
     model, data = network(name)
-    expected = expected_scores(model, [data], **SETTINGS[setting], epsilon=0.5)
-    options = {"data": data, "epsilon": 0.5, **SETTINGS[setting]}
-    close(pk.score(model, "ntk_sap", **options), expected, 1e-5)
+    options = {"data": data, **SETTINGS[setting]}
+    expected = expected_scores(model, [data], **SETTINGS[setting])
+    plain = expected_scores(model, [data], **SETTINGS[setting], dtype=torch.float32)
+    scores = pk.score(model, "ntk_sap", **options)
+    for layer, values in expected.items():
+        ours, torchs = (
+            float((found - values).abs().max())
+            for found in (scores.dense(layer, torch.float64), plain[layer])
+        )
+        assert ours <= torchs + 1e-5 * float(values.max()), layer
     masks = pk.prune(model, "ntk_sap", sparsity=0.8, rounds=1, apply=False, **options)
     best = pk.select(
         pk.Scores({n: pk.Dense(s) for n, s in expected.items()}, masks.shapes), sparsity=0.8
     )
     assert masks.kept == best.kept
-    assert agreement(dict(masks), dict(best)) >= 0.999
+    assert kept_agreement(dict(masks), dict(best)) >= 0.999
 
 
 @pytest.mark.filterwarnings(COLLAPSE)
@@ -105,7 +115,7 @@ def test_ten_rounds(name: str) -> None:
         model.double(), "ntk_sap", sparsity=0.9, rounds=rounds, data=double(data), apply=False
     )
     assert [round(h["density"] * found.total) for h in found.metadata["history"]][-1] == kept
-    assert agreement(dict(found), masks) >= 0.999
+    assert kept_agreement(dict(found), masks) >= 0.999
 
 
 @pytest.mark.filterwarnings(COLLAPSE)
@@ -115,7 +125,7 @@ def test_whole_runs_equal_the_plain_loop() -> None:
     options: dict[str, Any] = {"sparsity": 0.9, "rounds": 6, "resamples": 2, "seed": 5}
     found = pk.prune(model, "ntk_sap", data=[x, x], variant="published", apply=False, **options)
     expected = reference(model, [x, x], selection="exact", **options)
-    assert agreement(dict(found), expected) == 1.0
+    assert kept_agreement(dict(found), expected) == 1.0
     loose = reference(model, [x, x], **options)
     assert sum(int(m.sum()) for m in loose.values()) <= found.kept
 
@@ -193,7 +203,7 @@ def test_attention_of_either_kind(attention: str) -> None:
     masks = pk.prune(model, "ntk_sap", sparsity=0.5, rounds=2, data=data, apply=False)
     other = transformer("llama", "eager")[0].double()
     same = pk.prune(other, "ntk_sap", sparsity=0.5, rounds=2, data=data, apply=False)
-    assert agreement(dict(masks), dict(same)) > 0.99
+    assert kept_agreement(dict(masks), dict(same)) > 0.99
 
 
 def test_outputs_of_every_form() -> None:
