@@ -332,7 +332,23 @@ def heading(results: Results, source: str) -> list[str]:
     return [*lines, METHOD]
 
 
-def page_text(results: Results, plot: str, source: str) -> str:
+def elsewhere(others: Mapping[str, Results]) -> list[str]:
+    """What was run on other machines, by the links to the results: whole runs, for now."""
+    lines = []
+    for link, results in others.items():
+        machine = results["machine"]
+        lines += [
+            f"{machine['cpu']}, {machine['cores']} cores, {threads_text(results['threads'])}: "
+            f"[{Path(link).name}]({link}).",
+            "",
+            *run_lines(results),
+        ]
+    return lines
+
+
+def page_text(
+    results: Results, plot: str, source: str, others: Mapping[str, Results] | None = None
+) -> str:
     """The whole page; `plot` and `source` are the paths of picture and results as seen from it."""
     left_out = [name for held in ("memory", "scaling") for name in part(results, held, "left_out")]
     missing = [f"Left out for want of memory or time: {', '.join(left_out)}.", ""]
@@ -347,6 +363,8 @@ def page_text(results: Results, plot: str, source: str) -> str:
         ("Where a DPaI step spends its time", "", profile_lines(results)),
         ("Sections of this file", "", section_lines(results)),
     ]
+    if others:
+        parts.insert(4, ("Whole runs on other machines", "", elsewhere(others)))
     lines = heading(results, source)
     for title, text, body in parts:
         lines += [f"## {title}", "", *([text] if text else []), *body]
@@ -362,9 +380,16 @@ def section_lines(results: Results) -> list[str]:
 
 
 def write(source: Path, page: Path, plot: Path) -> None:
-    """Write the plot of a results file, and the page that shows it."""
+    """Write the plot of a results file, and the page that shows it.
+
+    Files beside it named `paths_*.json` hold sections that were run on other machines.
+    """
     results = json.loads(source.read_text())
+    others = {
+        os.path.relpath(path, page.parent): json.loads(path.read_text())
+        for path in sorted(source.parent.glob(f"{source.stem}_*.json"))
+    }
     plot.parent.mkdir(parents=True, exist_ok=True)
     write_plot(part(results, "scaling", "usages"), plot)
     seen = [os.path.relpath(path, page.parent) for path in (plot, source)]
-    page.write_text(page_text(results, *seen))
+    page.write_text(page_text(results, *seen, others))
