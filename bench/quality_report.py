@@ -44,7 +44,7 @@ methods that prune late in a training less time to recover than their papers do.
   what is trained is the smaller network that `pk.shrink` makes.
 - **During training**: `pk.pruner`, told {PARTS} times in a training as if these were its epochs;
   the budget of training is that of the others, except that imp and ltr train it once a level and
-  the two further forms of asni once more.
+  once more, and so do the two further forms of asni.
 
 What differs from the defaults of a method is in this table.
 

@@ -216,7 +216,7 @@ def report(rows: Sequence[Row]) -> str:
             lines += [
                 "",
                 "Where most weights are 0, `kthvalue` has little left to order, while every weight",
-                "is still read once: that read is the limit here.",
+                "is still read once.",
             ]
     return "\n".join(lines) + "\n"
 

@@ -91,6 +91,11 @@ class Batches:
             data = _Remembered(data)
         self._data: Iterable[Any] = data
 
+    @property
+    def whole(self) -> bool:
+        """Whether the data were given as tensors: reading them draws no random numbers."""
+        return self._whole is not None
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         for batch in self.samples():
             x = batch.inputs

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paikern._names import slots
 from paikern.batches import Batches
 from paikern.errors import NonFiniteScoreError
 from paikern.gradients import own_randomness
@@ -19,8 +20,12 @@ from paikern.scorers.base import check_loss
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameter and buffer names of the unwrapped model -> tensors."""
-    state = {name: p.detach() for name, p in model.named_parameters()}
+    """Parameter and buffer names of the unwrapped model -> tensors.
+
+    Parameters go by the names that masks use, too, where a block inside is wrapped.
+    """
+    state = {slot.name: slot.tensor.detach() for slot in slots(model)}
+    state |= {name: p.detach() for name, p in model.named_parameters()}
     state.update({name: b.detach() for name, b in model.named_buffers()})
     return state
 

@@ -9,7 +9,6 @@ comes out is checked against the masks, weight by weight, and run once beside th
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from paikern._copying import copied
+from paikern._names import slots
 from paikern.channels import Kept, channel_entries, channel_sides
 from paikern.errors import MaskFormatError, PaikernError
 from paikern.gradients.untouched import untouched
@@ -83,10 +84,11 @@ def shrink(
     masks.slots(inner)
     layers = {n: p for n, p in prunable_parameters(inner).items() if n in masks}
     _refuse_hidden(layers)
-    state = {name: p.detach() for name, p in inner.named_parameters()}
+    state = {slot.name: slot.tensor.detach() for slot in slots(inner)}
+    state |= {name: p.detach() for name, p in inner.named_parameters()}
     groups = channel_groups(trace(inner, example_inputs), state, layers)
     kept = _kept(groups, masks)
-    small = copy.deepcopy(inner)
+    small = copied(inner)
     frozen = {name for name, p in small.named_parameters() if not p.requires_grad}
     _cut(pruning, small, groups, kept, layers)
     for name, parameter in small.named_parameters():
@@ -94,7 +96,7 @@ def shrink(
     _check_weights(inner, small, groups, kept, layers)
     _check_outputs(inner, small, masks, example_inputs)
     if optimizer is not None:
-        places = copy.deepcopy(inner).double()
+        places = copied(inner).double()
         for parameter in places.parameters():  # every entry holds its own number
             if parameter.is_floating_point():
                 numbers = torch.arange(parameter.numel(), dtype=parameter.dtype)
@@ -146,8 +148,8 @@ def _refuse_hidden(layers: dict[str, Prunable]) -> None:
     for name, layer in layers.items():
         if layer.source != name:
             raise ValueError(
-                f"shrink: '{name}' is stored as '{layer.source}'; remove the parametrization or "
-                "the pruning hook first"
+                f"shrink: '{name}' is stored as '{layer.source}'; remove the parametrization, "
+                "the pruning hook or the wrapper inside the model first"
             )
 
 
@@ -289,7 +291,7 @@ def _slice(weight: Tensor, layer: Prunable, rows: Tensor | None, columns: Tensor
 
 
 def _check_outputs(model: nn.Module, small: nn.Module, masks: MaskSet, inputs: Any) -> None:
-    masked = copy.deepcopy(model)
+    masked = copied(model)
     masks.apply(masked)
     results = []
     for network in (masked, small):

@@ -26,15 +26,14 @@ const GatedKernels &kernels(int step) {
   return table(step);
 }
 
-// The two networks' values of one map in one chunk.
-struct Planes {
-  FloatBuffer f, g;
+// The values of one map in one chunk, of f and afterwards of g.
+struct Plane {
+  FloatBuffer values;
   int64_t exponent = 0;  // of g
   float top = 0.0f;      // at least the maximum of g
 
-  explicit Planes(int64_t floats) : f(floats), g(floats) {
-    std::memset(f.get(), 0, sizeof(float) * static_cast<size_t>(floats));
-    std::memset(g.get(), 0, sizeof(float) * static_cast<size_t>(floats));
+  explicit Plane(int64_t floats) : values(floats) {
+    std::memset(values.get(), 0, sizeof(float) * static_cast<size_t>(floats));
   }
 
   // What the exponent should be for the next reader.
@@ -61,8 +60,11 @@ struct GatedProgram::Impl {
 
   // What one thread works in; kept from call to call.
   struct Worker {
-    std::vector<Planes> maps;
-    std::vector<std::unique_ptr<Planes>> phases;  // of each step that reads phase planes
+    bool paths = false;  // what the maps hold: g, else f
+    std::vector<Plane> maps;
+    std::vector<std::unique_ptr<Plane>> phases;         // of each step that reads phase planes
+    std::vector<std::unique_ptr<uint8_t[]>> gates;      // of each step that ends in one: the bits of its ReLUs
+    std::vector<std::unique_ptr<FloatBuffer>> maximal;  // f where each pool reads it, for those of which g asks
   };
   std::vector<std::unique_ptr<Worker>> workers;
 
@@ -79,8 +81,8 @@ struct GatedProgram::Impl {
   bool pools_units(const GatedStep &s) const { return lattice(s.in).rows == s.stride[0] * lattice(s.out).rows; }
   void run_pool(Worker &w, size_t index) const;
   void run_reshape(Worker &w, const GatedStep &s) const;
-  void share(int64_t map, Planes &planes) const;
-  void run_chunk(Worker &w) const;
+  void share(int64_t map, Plane &plane) const;
+  void run_steps(Worker &w) const;
 };
 
 GatedProgram::GatedProgram(std::vector<GatedMap> maps, std::vector<GatedStep> steps, int64_t output)
@@ -151,8 +153,13 @@ void GatedProgram::Impl::cut() {
 
 GatedProgram::~GatedProgram() = default;
 
-void GatedProgram::load(int64_t step, const float *theta, const uint8_t *mask, const float *scale, const float *shift) {
-  impl_->lists[static_cast<size_t>(step)].load(theta, mask, scale, shift);
+void GatedProgram::load(const std::vector<GatedWeight> &weights) {
+  const int64_t count = static_cast<int64_t>(weights.size());
+#pragma omp parallel for schedule(dynamic)
+  for (int64_t i = 0; i < count; ++i) {
+    const GatedWeight &w = weights[static_cast<size_t>(count - 1 - i)];  // the last layers are mostly the largest
+    impl_->lists[static_cast<size_t>(w.step)].load(w.theta, w.mask, w.scale, w.shift);
+  }
 }
 
 GatedProgram::Impl::Worker &GatedProgram::Impl::worker(int thread) {
@@ -160,8 +167,13 @@ GatedProgram::Impl::Worker &GatedProgram::Impl::worker(int thread) {
   if (!held) {
     held = std::make_unique<Worker>();
     for (size_t i = 0; i < maps.size(); ++i) held->maps.emplace_back(floats(static_cast<int64_t>(i)));
-    for (const GatedLists &list : lists) {
-      held->phases.push_back(list.phase_floats() ? std::make_unique<Planes>(list.phase_floats()) : nullptr);
+    for (size_t i = 0; i < steps.size(); ++i) {
+      const GatedStep &s = steps[i];
+      const int64_t phases = lists[i].phase_floats(), bits = floats(s.out) / kGatedUnit * kernels(1).gate_bytes;
+      const bool asked = s.kind == GatedKind::kMaxPool && s.pool_gate;
+      held->phases.push_back(phases ? std::make_unique<Plane>(phases) : nullptr);
+      held->gates.push_back(s.gate ? std::make_unique<uint8_t[]>(static_cast<size_t>(bits)) : nullptr);
+      held->maximal.push_back(asked ? std::make_unique<FloatBuffer>(floats(s.in)) : nullptr);
     }
   }
   return *held;
@@ -182,21 +194,29 @@ int64_t GatedProgram::run(const float *x, int64_t samples, double *total, float 
 #pragma omp for schedule(dynamic)
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const int64_t first = chunk * p.samples, count = std::min(p.samples, samples - first);
-      p.fill(w, x + first * size, count);
-      p.run_chunk(w);
-      const Planes &found = w.maps[static_cast<size_t>(p.output)];
-      exponents[static_cast<size_t>(chunk)] = found.exponent;
-      for (int64_t n = 0; n < count; ++n) {
-        for (int64_t c = 0, i = 0; c < out.channels; ++c) {
-          for (int64_t h = 0; h < out.h; ++h) {
-            for (int64_t v = 0; v < out.w; ++v, ++i) {
-              const int64_t at = c * lattice.span + lattice.at(n, h, v);
-              totals[static_cast<size_t>(chunk * outputs + i)] += static_cast<double>(found.g.get()[at]);
-              if (f) f[(first + n) * outputs + i] = found.f.get()[at];
+      const Plane &found = w.maps[static_cast<size_t>(p.output)];
+      // f and then g, not step by step: the maps of one of them take half of the second cache.
+      for (const bool paths : {false, true}) {
+        w.paths = paths;
+        p.fill(w, x + first * size, count);
+        p.run_steps(w);
+        if (!paths && !f) continue;
+        for (int64_t n = 0; n < count; ++n) {
+          for (int64_t c = 0, i = 0; c < out.channels; ++c) {
+            for (int64_t h = 0; h < out.h; ++h) {
+              for (int64_t v = 0; v < out.w; ++v, ++i) {
+                const float value = found.values.get()[c * lattice.span + lattice.at(n, h, v)];
+                if (paths) {
+                  totals[static_cast<size_t>(chunk * outputs + i)] += static_cast<double>(value);
+                } else {
+                  f[(first + n) * outputs + i] = value;
+                }
+              }
             }
           }
         }
       }
+      exponents[static_cast<size_t>(chunk)] = found.exponent;
     }
   }
   int64_t top = chunks ? exponents[0] : 0;
@@ -214,39 +234,38 @@ int64_t GatedProgram::run(const float *x, int64_t samples, double *total, float 
 void GatedProgram::Impl::fill(Worker &w, const float *x, int64_t count) const {
   const GatedMap &map = maps[0];
   const GatedLattice &l = lattice(0);
-  Planes &planes = w.maps[0];
-  float top = 0.0f;
-  for (int64_t i = 0; i < count * map.channels * map.h * map.w; ++i) top = std::max(top, std::fabs(x[i]));
-  int e = 0;
-  std::frexp(top, &e);
-  const float factor = power_of_two(-e);
-  planes.exponent = 2 * e;
-  planes.top = 1.0f;
+  Plane &plane = w.maps[0];
+  float factor = 1.0f;
+  if (w.paths) {
+    float top = 0.0f;
+    for (int64_t i = 0; i < count * map.channels * map.h * map.w; ++i) top = std::max(top, std::fabs(x[i]));
+    int e = 0;
+    std::frexp(top, &e);
+    factor = power_of_two(-e);
+    plane.exponent = 2 * e;
+    plane.top = 1.0f;
+  }
   for (int64_t n = 0; n < samples; ++n) {
     for (int64_t c = 0; c < map.channels; ++c) {
       for (int64_t h = 0; h < map.h; ++h) {
         const float *row = x + ((n * map.channels + c) * map.h + h) * map.w;
-        const int64_t at = c * l.span + l.at(n, h, 0);
-        float *f = planes.f.get() + at, *g = planes.g.get() + at;
+        float *to = plane.values.get() + c * l.span + l.at(n, h, 0);
         for (int64_t v = 0; v < map.w; ++v) {
-          const float value = n < count ? row[v] : 0.0f;
-          f[v * kGatedUnit] = value;
-          g[v * kGatedUnit] = value * factor * (value * factor);
+          const float value = n < count ? row[v] * factor : 0.0f;
+          to[v * kGatedUnit] = w.paths ? value * value : value;
         }
       }
     }
   }
-  share(0, planes);
+  share(0, plane);
 }
 
 // Copy the rows that strips of a map share.
-void GatedProgram::Impl::share(int64_t map, Planes &planes) const {
-  const int64_t channels = maps[static_cast<size_t>(map)].channels;
-  lattice(map).fill_shared(kernels(1), channels, planes.f.get());
-  lattice(map).fill_shared(kernels(1), channels, planes.g.get());
+void GatedProgram::Impl::share(int64_t map, Plane &plane) const {
+  lattice(map).fill_shared(kernels(1), maps[static_cast<size_t>(map)].channels, plane.values.get());
 }
 
-void GatedProgram::Impl::run_chunk(Worker &w) const {
+void GatedProgram::Impl::run_steps(Worker &w) const {
   for (size_t i = 0; i < steps.size(); ++i) {
     const GatedStep &s = steps[i];
     switch (s.kind) {
@@ -271,22 +290,24 @@ void GatedProgram::Impl::run_weight(Worker &w, size_t index) const {
   const GatedStep &s = steps[index];
   const GatedLists &list = lists[index];
   const GatedLattice &l = lattice(s.out);
-  const Planes &in = w.maps[static_cast<size_t>(s.in)];
-  const Planes *add = s.add < 0 ? nullptr : &w.maps[static_cast<size_t>(s.add)];
-  Planes &out = w.maps[static_cast<size_t>(s.out)];
+  const Plane &in = w.maps[static_cast<size_t>(s.in)];
+  const Plane *add = s.add < 0 ? nullptr : &w.maps[static_cast<size_t>(s.add)];
+  Plane &out = w.maps[static_cast<size_t>(s.out)];
   const GatedKernels &k = kernels(list.step());
-  const float *f_in = in.f.get(), *g_in = in.g.get();
+  const float *source = in.values.get();
   if (list.phase_floats()) {
-    Planes &phases = *w.phases[index];
-    list.fill_phases(k, lattice(s.in), f_in, phases.f.get());
-    list.fill_phases(k, lattice(s.in), g_in, phases.g.get());
-    f_in = phases.f.get();
-    g_in = phases.g.get();
+    float *phases = w.phases[index]->values.get();
+    list.fill_phases(k, lattice(s.in), source, phases);
+    source = phases;
   }
-  out.exponent = in.top == 0.0f && add ? add->wanted() : in.wanted();
-  if (add && add->top > 0.0f) out.exponent = std::max(out.exponent, add->wanted());
-  const float g_scale = power_of_two(in.exponent - out.exponent);
-  const float add_scale = add ? power_of_two(add->exponent - out.exponent) : 0.0f;
+  float scale = 1.0f, add_scale = 1.0f;
+  if (w.paths) {
+    out.exponent = in.top == 0.0f && add ? add->wanted() : in.wanted();
+    if (add && add->top > 0.0f) out.exponent = std::max(out.exponent, add->wanted());
+    scale = power_of_two(in.exponent - out.exponent);
+    if (add) add_scale = power_of_two(add->exponent - out.exponent);
+  }
+  uint8_t *gates = w.gates[index].get();
   // All channels of one block at a time: the window of the input stays in the first cache.
   const GatedLattice &from = list.direct() ? lattice(s.in) : l;
   const int64_t down = list.direct() ? s.stride[0] : 1;
@@ -302,28 +323,26 @@ void GatedProgram::Impl::run_weight(Worker &w, size_t index) const {
         const auto beside = [&] { return wide > 2 && wide == width - x + 1 && !flat && x + wide <= l.pitch; };
         while (wide > width - x && !beside()) wide /= 2;
         const int64_t at = l.origin(group, y) + x * kGatedUnit;
-        const int64_t source = from.origin(group, y * down) + x * list.step() * kGatedUnit;
         GatedBlock b{};
-        b.base = f_in + source;
-        b.out = out.f.get() + at;
-        b.add = add ? add->f.get() + at : nullptr;
+        b.base = source + from.origin(group, y * down) + x * list.step() * kGatedUnit;
+        b.out = out.values.get() + at;
+        b.add = add ? add->values.get() + at : nullptr;
         b.channel = l.span;
         b.row = l.row_floats();
         b.base_row = down * from.row_floats();
         b.columns = static_cast<int>(wide);
         b.rows = static_cast<int>(high);
         for (int64_t i = 0; i < high; ++i) b.valid[i] = l.valid(y + i);
-        b.add_scale = 1.0f;
-        b.rectify = s.gate;
-        b.beside = wide > width - x;
-        list.run_values(k, b, scratch.get());
-        b.base = g_in + source;
-        b.out = out.g.get() + at;
-        b.add = add ? add->g.get() + at : nullptr;
-        b.gate = s.gate ? out.f.get() + at : nullptr;
         b.add_scale = add_scale;
-        b.rectify = false;
-        out.top = std::max(out.top, list.run_paths(k, b, g_scale, scratch.get()));
+        b.beside = wide > width - x;
+        uint8_t *bits = gates ? gates + at / kGatedUnit * k.gate_bytes : nullptr;
+        if (w.paths) {
+          b.gate = bits;
+          out.top = std::max(out.top, list.run_paths(k, b, scale, scratch.get()));
+        } else {
+          b.open = bits;
+          list.run_values(k, b, scratch.get());
+        }
       }
     }
   }
@@ -331,8 +350,8 @@ void GatedProgram::Impl::run_weight(Worker &w, size_t index) const {
 }
 
 void GatedProgram::Impl::run_mean(Worker &w, const GatedStep &s) const {
-  const Planes &in = w.maps[static_cast<size_t>(s.in)];
-  Planes &out = w.maps[static_cast<size_t>(s.out)];
+  const Plane &in = w.maps[static_cast<size_t>(s.in)];
+  Plane &out = w.maps[static_cast<size_t>(s.out)];
   const GatedMap &map = maps[static_cast<size_t>(s.in)];
   const GatedLattice &from = lattice(s.in), &to = lattice(s.out);
   const float each = 1.0f / static_cast<float>(map.h * map.w);
@@ -340,25 +359,19 @@ void GatedProgram::Impl::run_mean(Worker &w, const GatedStep &s) const {
   out.top = 0.0f;
   for (int64_t c = 0; c < map.channels; ++c) {
     for (int64_t group = 0; group < from.groups; ++group) {
-      float f[kGatedUnit] = {}, g[kGatedUnit] = {};  // of each strip
+      float strips[kGatedUnit] = {};
       for (int64_t row = 0; row < from.rows; ++row) {
-        const int64_t at = c * from.span + from.origin(group, row);
-        for (int64_t i = 0; i < map.w * kGatedUnit; ++i) {
-          f[i % kGatedUnit] += in.f.get()[at + i];
-          g[i % kGatedUnit] += in.g.get()[at + i];
+        const float *values = in.values.get() + c * from.span + from.origin(group, row);
+        for (int64_t v = 0; v < map.w; ++v, values += kGatedUnit) {
+          for (int64_t i = 0; i < kGatedUnit; ++i) strips[i] += values[i];
         }
       }
       const int64_t images = kGatedUnit / from.strips;
       for (int64_t n = 0; n < images; ++n) {
-        float f_sum = 0.0f, g_sum = 0.0f;
-        for (int64_t strip = n * from.strips; strip < (n + 1) * from.strips; ++strip) {
-          f_sum += f[strip];
-          g_sum += g[strip];
-        }
-        const int64_t at = c * to.span + to.at(group * images + n, 0, 0);
-        out.f.get()[at] = f_sum * each;
-        out.g.get()[at] = g_sum * each;
-        out.top = std::max(out.top, g_sum * each);
+        float sum = 0.0f;
+        for (int64_t strip = n * from.strips; strip < (n + 1) * from.strips; ++strip) sum += strips[strip];
+        out.values.get()[c * to.span + to.at(group * images + n, 0, 0)] = sum * each;
+        out.top = std::max(out.top, sum * each);
       }
     }
   }
@@ -367,12 +380,20 @@ void GatedProgram::Impl::run_mean(Worker &w, const GatedStep &s) const {
 
 void GatedProgram::Impl::run_pool(Worker &w, size_t index) const {
   const GatedStep &s = steps[index];
-  const Planes &in = w.maps[static_cast<size_t>(s.in)];
-  Planes &out = w.maps[static_cast<size_t>(s.out)];
+  const Plane &in = w.maps[static_cast<size_t>(s.in)];
+  Plane &out = w.maps[static_cast<size_t>(s.out)];
   const GatedMap &map = maps[static_cast<size_t>(s.in)], &pooled = maps[static_cast<size_t>(s.out)];
   const GatedLattice &from = lattice(s.in), &to = lattice(s.out);
   out.exponent = in.exponent;
   out.top = in.top;
+  const float *values = in.values.get(), *by = values;
+  if (FloatBuffer *held = w.maximal[index].get()) {
+    if (w.paths) {
+      by = held->get();
+    } else {
+      std::memcpy(held->get(), values, sizeof(float) * static_cast<size_t>(floats(s.in)));
+    }
+  }
   const bool direct = pools_units(s);
   const int64_t tall = s.kernel[0], line = map.w * kGatedUnit, images = kGatedUnit / to.strips;
   std::vector<int64_t> source(static_cast<size_t>(tall * kGatedUnit));  // of each row of taps, or -1
@@ -394,25 +415,25 @@ void GatedProgram::Impl::run_pool(Worker &w, size_t index) const {
       }
     }
     for (int64_t c = 0; c < map.channels; ++c) {
-      const float *f = in.f.get() + c * from.span, *g = in.g.get() + c * from.span;
+      const float *plane = values + c * from.span, *plane_by = by + c * from.span;
       if (!direct) {
-        float *f_rows = gathered.get(), *g_rows = gathered.get() + tall * line;
+        float *lines = gathered.get(), *lines_by = gathered.get() + tall * line;
         for (int64_t i = 0; i < tall * line; ++i) {
           const int64_t at = source[static_cast<size_t>(i / line * kGatedUnit + i % kGatedUnit)];
-          f_rows[i] = at < 0 ? 0.0f : f[at + i % line / kGatedUnit * kGatedUnit];
-          g_rows[i] = at < 0 ? 0.0f : g[at + i % line / kGatedUnit * kGatedUnit];
+          const int64_t pixel = at + i % line / kGatedUnit * kGatedUnit;
+          lines[i] = at < 0 ? 0.0f : plane[pixel];
+          lines_by[i] = at < 0 ? 0.0f : plane_by[pixel];
         }
-        f = f_rows;
-        g = g_rows;
+        plane = lines;
+        plane_by = lines_by;
       }
       for (int64_t v = 0; v < pooled.w; ++v) {
         const int64_t left = v * s.stride[1] - s.padding[1], d = s.dilation[1];
         const int64_t first = std::max<int64_t>(0, divide_up(-left, d));
         const int64_t end = std::clamp<int64_t>(divide_up(map.w - left, d), first, s.kernel[1]);
-        GatedPool pool{rows.data(), inside.data(), tall, end - first, d * kGatedUnit, to.valid(row), s.pool_gate};
+        GatedPool pool{rows.data(), inside.data(), tall, end - first, d * kGatedUnit, to.valid(row)};
         const int64_t at = (left + first * d) * kGatedUnit, target = c * to.span + to.origin(group, row);
-        kernels(1).pool(pool, f + at, g + at, out.f.get() + target + v * kGatedUnit,
-                        out.g.get() + target + v * kGatedUnit);
+        kernels(1).pool(pool, plane + at, plane_by + at, out.values.get() + target + v * kGatedUnit);
       }
     }
   }
@@ -420,8 +441,8 @@ void GatedProgram::Impl::run_pool(Worker &w, size_t index) const {
 }
 
 void GatedProgram::Impl::run_reshape(Worker &w, const GatedStep &s) const {
-  const Planes &in = w.maps[static_cast<size_t>(s.in)];
-  Planes &out = w.maps[static_cast<size_t>(s.out)];
+  const Plane &in = w.maps[static_cast<size_t>(s.in)];
+  Plane &out = w.maps[static_cast<size_t>(s.out)];
   const GatedMap &map = maps[static_cast<size_t>(s.in)], &shaped = maps[static_cast<size_t>(s.out)];
   const GatedLattice &from = lattice(s.in), &to = lattice(s.out);
   out.exponent = in.exponent;
@@ -433,8 +454,7 @@ void GatedProgram::Impl::run_reshape(Worker &w, const GatedStep &s) const {
           const int64_t source = c * from.span + from.at(n, h, v), x = i % shaped.w;
           const int64_t y = i / shaped.w % shaped.h, channel = i / (shaped.w * shaped.h);
           const int64_t target = channel * to.span + to.at(n, y, x);
-          out.f.get()[target] = in.f.get()[source];
-          out.g.get()[target] = in.g.get()[source];
+          out.values.get()[target] = in.values.get()[source];
         }
       }
     }

@@ -35,15 +35,23 @@ struct GatedStep {
   int64_t groups, kernel[2], stride[2], padding[2], dilation[2];
 };
 
+// The weight of `step`: theta [rows, depth] float32, packed mask or null, and scale and shift [rows] of f. A step
+// without a weight has only scale and shift. Null scale: 1, null shift: 0.
+struct GatedWeight {
+  int64_t step;
+  const float *theta;
+  const uint8_t *mask;
+  const float *scale, *shift;
+};
+
 class GatedProgram {
  public:
   // Map 0 is the input.
   GatedProgram(std::vector<GatedMap> maps, std::vector<GatedStep> steps, int64_t output);
   ~GatedProgram();
 
-  // The weight of `step`: theta [rows, depth] float32, packed mask or null, and scale and shift [rows] of f. A step
-  // without a weight has only scale and shift. Null scale: 1, null shift: 0.
-  void load(int64_t step, const float *theta, const uint8_t *mask, const float *scale, const float *shift);
+  // Takes the weights of some steps, each once; several threads share the work.
+  void load(const std::vector<GatedWeight> &weights);
 
   // total [channels * h * w of the output] = sum_n g(x_n**2) * 2**-(the result); f [samples, the same] unless null.
   int64_t run(const float *x, int64_t samples, double *total, float *f);

@@ -8,6 +8,8 @@
 // All end with scale, shift, branch, gate and the zeros beside the pixels while the sums are in registers.
 #pragma once
 
+#include <type_traits>
+
 #include "gated_kernels.h"
 #include "path_simd.h"
 
@@ -45,6 +47,9 @@ inline vm v_positive(vf a) { return a > v_zero(); }
 
 constexpr int kUnit = 16, kParts = kUnit / kLanes;  // vectors a unit
 
+// The bits of one vector of gates.
+using GateBits = std::conditional_t<kLanes == 16, uint16_t, uint8_t>;
+
 // The accumulators of a block, row by row.
 template <int Columns, int Rows, int Step>
 struct Sums {
@@ -62,6 +67,10 @@ struct Sums {
   GATED_INLINE void add_to(float *to) const {
 #pragma GCC unroll 16
     for (int v = 0; v < kCount; ++v) v_store(to + v * kLanes, v_add(v_load(to + v * kLanes), at[v]));
+  }
+  GATED_INLINE void add_from(const float *from) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kCount; ++v) at[v] = v_add(at[v], v_load(from + v * kLanes));
   }
   // Calls take(accumulator, a float of the plane at `src` that it is of) for all.
   template <class Take>
@@ -113,10 +122,14 @@ struct Sums {
       const int64_t place = channel * b.channel + v / kWidth * b.row + v % kWidth * kLanes;
       vf sum = at[v];
       if (b.add) sum = v_fma(v_load(b.add + place), v_set(b.add_scale), sum);
-      if (b.gate) sum = v_keep(v_positive(v_load(b.gate + place)), sum);
-      if (b.rectify) sum = v_keep(v_positive(sum), sum);
+      if (b.gate) sum = v_keep(v_mask(reinterpret_cast<const GateBits *>(b.gate)[place / kLanes]), sum);
       const bool unused = v % kWidth / kParts == Columns - 1 && b.beside;
       sum = v_keep(v_mask(unused ? 0 : b.valid[v / kWidth] >> (v % kParts * kLanes)), sum);
+      if (b.open) {
+        const vm positive = v_positive(sum);
+        reinterpret_cast<GateBits *>(b.open)[place / kLanes] = static_cast<GateBits>(v_bits(positive));
+        sum = v_keep(positive, sum);
+      }
       v_store(b.out + place, sum);
       top = v_max(top, sum);
     }
@@ -164,6 +177,7 @@ inline GatedBlock part_of(const GatedBlock &b, int64_t y, int64_t x) {
   part.base += y * b.base_row + x * Step * kUnit;
   part.out += at;
   if (b.add) part.add += at;
+  if (b.open) part.open += at / kLanes * static_cast<int64_t>(sizeof(GateBits));
   if (b.from == b.sums) part.from += held;
   part.sums += held;
   part.valid[0] = b.valid[y];
@@ -230,28 +244,46 @@ float gated_paths(const GatedBlock &b, const int32_t *offsets, int64_t count, fl
   return b.last ? highest(top) : 0.0f;
 }
 
+// The sums of a class go to two places at most: where the first two rows (the last two) both list it, to one that they
+// share. Classes of one row come last, and are added to what has come together for it.
 template <int Step>
 float gated_quad(const GatedBlock &b, const int32_t *offsets, const GatedClass *classes, int64_t count, float scale) {
   vf top = v_zero();
   shaped<kMostColumns, kMostRows, Step>(b, [&](auto &sums) {
     constexpr int64_t kFloats = int64_t{sizeof(sums.at)} / int64_t{sizeof(float)};
-    if (b.from != b.sums) {
-      sums.load(b.from);
-      for (int64_t r = 0; r < kGatedQuad; ++r) sums.store(b.sums + r * kFloats);
-    }
-    for (int64_t i = 0; i < count; ++i) {
+    unsigned written = b.from == b.sums ? (1u << kGatedQuad) - 1 : 0;  // the rows, then what two share
+    const auto place = [&](int64_t at) GATED_LAMBDA {
+      return at < kGatedQuad ? b.sums + at * kFloats : b.shared + (at - kGatedQuad) * kFloats;
+    };
+    const GatedClass *next = classes, *const end = classes + count;
+    for (; next != end && (next->rows & (next->rows - 1)) != 0; offsets += next++->count) {
       sums.load(paikern::kGatedZeros);
-      sums.add(b.base, b.base_row, offsets, classes[i].count);
-      offsets += classes[i].count;
-      for (int64_t r = 0; r < kGatedQuad; ++r) {
-        if (classes[i].rows >> r & 1) sums.add_to(b.sums + r * kFloats);
+      sums.add(b.base, b.base_row, offsets, next->count);
+      for (unsigned half = 0; half < 2; ++half) {
+        const unsigned rows = next->rows >> (2 * half) & 3;
+        if (rows == 0) continue;
+        const unsigned at = rows == 3 ? kGatedQuad + half : 2 * half + rows - 1;
+        if (written >> at & 1) {
+          sums.add_to(place(at));
+        } else {
+          sums.store(place(at));
+          written |= 1u << at;
+        }
       }
     }
-    if (!b.last) return;
-    for (int64_t r = 0; r < kGatedQuad; ++r) {
-      sums.load(b.sums + r * kFloats);
-      sums.count_paths(b, v_set(scale));
-      top = sums.finish(b, r, top);
+    for (unsigned r = 0; r < kGatedQuad; ++r) {
+      sums.load(written >> r & 1 ? place(r) : paikern::kGatedZeros);
+      if (written >> (kGatedQuad + r / 2) & 1) sums.add_from(place(kGatedQuad + r / 2));
+      if (next != end && next->rows == 1u << r) {
+        sums.add(b.base, b.base_row, offsets, next->count);
+        offsets += next++->count;
+      }
+      if (b.last) {
+        sums.count_paths(b, v_set(scale));
+        top = sums.finish(b, r, top);
+      } else {
+        sums.store(place(r));
+      }
     }
   });
   return b.last ? highest(top) : 0.0f;
@@ -266,23 +298,22 @@ void gated_sum(const GatedBlock &b, const int32_t *offsets, int64_t count) {
   });
 }
 
-void gated_pool(const GatedPool &pool, const float *f, const float *g, float *f_out, float *g_out) {
+void gated_pool(const GatedPool &pool, const float *values, const float *by, float *out) {
   const vf none = v_set(-INFINITY);
 #pragma GCC unroll 4
   for (int p = 0; p < kParts; ++p) {
-    vf best = none, most = v_zero();
+    vf best = none, found = none;
     for (int64_t i = 0; i < pool.height; ++i) {
       const vm inside = v_mask(pool.inside[i] >> (p * kLanes));
       for (int64_t j = 0; j < pool.width; ++j) {
         const int64_t at = pool.rows[i] + j * pool.next + p * kLanes;
-        const vf value = v_select(inside, v_load(f + at), none), paths = v_keep(inside, v_load(g + at));
-        most = pool.gate ? v_select(v_above(value, best), paths, most) : v_max(paths, most);
-        best = v_select(v_above(value, best), value, best);
+        const vf candidate = v_select(inside, v_load(by + at), none);
+        const vm more = v_above(candidate, best);
+        found = v_select(more, v_load(values + at), found);
+        best = v_select(more, candidate, best);
       }
     }
-    const vm valid = v_mask(pool.valid >> (p * kLanes));
-    v_store(f_out + p * kLanes, v_keep(valid, best));
-    v_store(g_out + p * kLanes, v_keep(valid, most));
+    v_store(out + p * kLanes, v_keep(v_mask(pool.valid >> (p * kLanes)), found));
   }
 }
 
@@ -298,8 +329,10 @@ void gated_shift(const float *from, float *to, int64_t units, uint32_t bits) {
 
 template <int Step>
 constexpr paikern::GatedKernels make_gated_kernels() {
-  return {kMostColumns,     kMostRows,       gated_values<Step>, gated_pair<Step>, gated_paths<Step>,
-          gated_quad<Step>, gated_sum<Step>, gated_pool,         gated_shift};
+  return {kMostColumns,       kMostRows,        kParts * static_cast<int>(sizeof(GateBits)),
+          gated_values<Step>, gated_pair<Step>, gated_paths<Step>,
+          gated_quad<Step>,   gated_sum<Step>,  gated_pool,
+          gated_shift};
 }
 
 }  // namespace

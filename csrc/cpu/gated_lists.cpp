@@ -16,12 +16,17 @@ namespace {
 constexpr int64_t kWindow = 40 << 10;
 
 constexpr int kCodes = 1 << kGatedQuad;
-constexpr int kBits[kCodes] = {0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4};
+
+// How many places the sums of a class of a quad are added to, see gated_quad.
+constexpr int kPlaces[kCodes] = {0, 0, 0, 1, 0, 2, 2, 2, 0, 2, 2, 2, 1, 2, 2, 2};
+
+// Classes as they are listed.
+constexpr int kOrder[kCodes - 1] = {3, 5, 6, 7, 9, 10, 11, 12, 13, 14, 15, 1, 2, 4, 8};
 
 // Columns a part that a row lists at least.
 constexpr int64_t kPartColumns = 12;
 
-// What it takes to add one class of a quad to one of its rows, in columns: a load, an add and a store.
+// What it takes to add one class of a quad to one place, in columns: a load, an add and a store.
 constexpr double kClassCost = 1.5;
 
 }  // namespace
@@ -277,7 +282,7 @@ GatedLists::Item GatedLists::quad(const uint8_t *kept, int64_t row, double *cost
     for (int pruned = 0; pruned < 2; ++pruned) {
       for (int code = 1; code < kCodes; ++code) {
         const int64_t columns = count[pruned ? kCodes - 1 - code : code];
-        if (columns) costs[pruned] += static_cast<double>(columns) + kClassCost * kBits[code];
+        if (columns) costs[pruned] += static_cast<double>(columns) + kClassCost * kPlaces[code];
       }
     }
   }
@@ -305,12 +310,14 @@ void GatedLists::list_item(const Item &item, const uint8_t *kept) {
     const int64_t first = part(index, paths_.parts), end = part(index + 1, paths_.parts);
     mark(kept, item.row, item.rows, first, end);
     sort_part(first, end, counts);
-    const int32_t *columns = sorted_.data();
-    for (int code = 0; code <= all; columns += counts[code++]) {
-      const int rows = item.pruned ? all - code : code;
-      if (rows == 0 || counts[code] == 0) continue;
-      for (int64_t k = 0; k < counts[code]; ++k) {
-        paths_.offsets.push_back(offset_of_[static_cast<size_t>(columns[k])]);
+    int64_t start[kCodes + 1] = {};
+    for (int code = 0; code < kCodes; ++code) start[code + 1] = start[code] + counts[code];
+    for (const int rows : kOrder) {
+      if (rows > all) continue;
+      const int code = item.pruned ? all - rows : rows;
+      if (counts[code] == 0) continue;
+      for (int64_t k = start[code]; k < start[code + 1]; ++k) {
+        paths_.offsets.push_back(offset_of_[static_cast<size_t>(sorted_[static_cast<size_t>(k)])]);
       }
       paths_.classes.push_back({static_cast<uint32_t>(rows), static_cast<int32_t>(counts[code])});
     }
@@ -336,6 +343,7 @@ void GatedLists::run_values(const GatedKernels &kernels, const GatedBlock &block
         b.from = index == 0 ? kGatedZeros : b.sums;
         b.out = block.out + list.row * b.channel;
         if (b.add) b.add = block.add + list.row * b.channel;
+        if (b.open) b.open = block.open + list.row * b.channel / kGatedUnit * kernels.gate_bytes;
         if (list.rows == 1) {
           kernels.values(b, offsets, values, list.counts[1], *scale, *shift);
         } else {
@@ -348,7 +356,8 @@ void GatedLists::run_values(const GatedKernels &kernels, const GatedBlock &block
 
 float GatedLists::run_paths(const GatedKernels &kernels, const GatedBlock &block, float scale, float *scratch) const {
   const int64_t group_rows = out_.channels / step_.groups, each = block.columns * block.rows * kGatedUnit;
-  float *all = scratch + group_rows * each;
+  const bool whole = paths_.parts == 1;  // no sums are kept from item to item: they may share a place
+  float *all = scratch + (whole ? std::min(group_rows, kGatedQuad) : group_rows) * each;
   float top = 0.0f;
   for (int64_t group = 0; group < step_.groups; ++group) {
     const int64_t first = paths_.group[static_cast<size_t>(group)], end = paths_.group[static_cast<size_t>(group) + 1];
@@ -368,12 +377,13 @@ float GatedLists::run_paths(const GatedKernels &kernels, const GatedBlock &block
         const Item &item = paths_.items[static_cast<size_t>(i)];
         const size_t list = static_cast<size_t>(i * paths_.parts + index);
         const int32_t *offsets = paths_.offsets.data() + paths_.begin[list];
-        b.sums = scratch + (item.row - group * group_rows) * each;
+        b.sums = scratch + (whole ? 0 : item.row - group * group_rows) * each;
+        b.shared = all + each;
         b.from = index == 0 ? kGatedZeros : b.sums;
         b.all = item.pruned ? all : nullptr;
         b.out = block.out + item.row * b.channel;
         if (b.add) b.add = block.add + item.row * b.channel;
-        if (b.gate) b.gate = block.gate + item.row * b.channel;
+        if (b.gate) b.gate = block.gate + item.row * b.channel / kGatedUnit * kernels.gate_bytes;
         const float found = item.rows == 1
                                 ? kernels.paths(b, offsets, paths_.begin[list + 1] - paths_.begin[list], scale)
                                 : kernels.quad(b, offsets, paths_.classes.data() + paths_.first[list],

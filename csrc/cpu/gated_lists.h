@@ -29,7 +29,7 @@ class GatedLists {
   void fill_phases(const GatedKernels &kernels, const GatedLattice &from, const float *map, float *planes) const;
 
   // Units of scratch that the runs below need for a block of one unit.
-  int64_t scratch() const { return out_.channels / step_.groups + 1; }
+  int64_t scratch() const { return out_.channels / step_.groups + 3; }
 
   // All rows of one block of f.
   void run_values(const GatedKernels &kernels, const GatedBlock &block, float *scratch) const;

@@ -204,6 +204,19 @@ Value nth_largest(const Value *values, int64_t count, int64_t rank, Value *work,
       high = paikern::value_of(paikern::ordered_key(low) - (low == 0 ? 2 : 1));
       low = -kInfinite<Value>;
     } else {
+      if (reached - above > count / 4) {
+        // Far more than the pivots were to leave: one of them is a value that many share, perhaps the one looked for.
+        // To copy those would be no progress.
+        if (rank <= count_at_least(from, count, high)) {
+          *greater += above;
+          return high;
+        }
+        const int64_t beyond = count_where(from, count, [low](Value v) { return v > low; });
+        if (rank > beyond) {
+          *greater += beyond;
+          return low;
+        }
+      }
       *greater += above;
       rank -= above;
       if (low == high) return low;

@@ -4,6 +4,7 @@
 
 #include <array>
 #include <cstdint>
+#include <tuple>
 
 #include "gated.h"
 
@@ -15,6 +16,7 @@ using paikern::GatedKind;
 using paikern::GatedMap;
 using paikern::GatedProgram;
 using paikern::GatedStep;
+using paikern::GatedWeight;
 
 std::unique_ptr<GatedProgram> make_program(const std::vector<std::array<int64_t, 3>> &maps,
                                            const std::vector<std::array<int64_t, 15>> &steps, int64_t output) {
@@ -43,9 +45,15 @@ void bind_gated(py::module_ &m) {
   py::class_<GatedProgram>(m, "GatedProgram")
       .def(py::init(&make_program))
       .def("load",
-           [](GatedProgram &p, int64_t step, uintptr_t theta, uintptr_t mask, uintptr_t scale, uintptr_t shift) {
-             p.load(step, reinterpret_cast<const float *>(theta), reinterpret_cast<const uint8_t *>(mask),
-                    reinterpret_cast<const float *>(scale), reinterpret_cast<const float *>(shift));
+           [](GatedProgram &p,
+              const std::vector<std::tuple<int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>> &rows) {
+             std::vector<GatedWeight> weights;
+             for (const auto &[step, theta, mask, scale, shift] : rows) {
+               weights.push_back({step, reinterpret_cast<const float *>(theta), reinterpret_cast<const uint8_t *>(mask),
+                                  reinterpret_cast<const float *>(scale), reinterpret_cast<const float *>(shift)});
+             }
+             const py::gil_scoped_release release;
+             p.load(weights);
            })
       .def("run", [](GatedProgram &p, uintptr_t x, int64_t samples, uintptr_t total, uintptr_t f) {
         const py::gil_scoped_release release;

@@ -13,6 +13,7 @@ using paikern::GatedKind;
 using paikern::GatedMap;
 using paikern::GatedProgram;
 using paikern::GatedStep;
+using paikern::GatedWeight;
 
 struct Values {
   std::vector<double> f, g;
@@ -222,12 +223,14 @@ void compare(Random &random) {
   std::vector<GatedStep> steps;
   for (const Layer &layer : net.layers) steps.push_back(layer.step);
   GatedProgram program(net.maps, steps, net.last());
+  std::vector<GatedWeight> weights;
   for (size_t i = 0; i < net.layers.size(); ++i) {
     const Layer &layer = net.layers[i];
     if (layer.scale.empty()) continue;
-    program.load(static_cast<int64_t>(i), layer.theta.empty() ? nullptr : layer.theta.data(),
-                 layer.mask.empty() ? nullptr : layer.mask.data(), layer.scale.data(), layer.shift.data());
+    weights.push_back({static_cast<int64_t>(i), layer.theta.empty() ? nullptr : layer.theta.data(),
+                       layer.mask.empty() ? nullptr : layer.mask.data(), layer.scale.data(), layer.shift.data()});
   }
+  program.load(weights);
   const int64_t samples = 1 + below(random, 40), each = size_of(net.maps[0]), outputs = net.maps.back().channels;
   std::vector<float> x(static_cast<size_t>(samples * each)), f(static_cast<size_t>(samples * outputs));
   for (float &value : x) value = static_cast<float>(below(random, 5) - 2);

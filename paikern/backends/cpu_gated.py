@@ -11,6 +11,8 @@ from paikern import _C
 
 Map = tuple[int, int, int]
 Step = tuple[int, ...]
+#: step, theta, packed mask or None, and scale and shift `[rows]` of f
+Weight = tuple[int, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 class GatedProgram:
@@ -25,15 +27,21 @@ class GatedProgram:
         channels, h, w = maps[output]
         self._outputs = channels * h * w
 
-    def load(
-        self, step: int, theta: Tensor | None, mask: Tensor | None,
-        scale: Tensor | None, shift: Tensor | None,
-    ) -> None:  # fmt: skip
-        """The weight of a step under its packed mask, and the scale and shift of f `[rows]`."""
-        held = [None if t is None else t.float().contiguous() for t in (theta, scale, shift)]
-        bits = None if mask is None else mask.contiguous()
-        w, s, t = (0 if x is None else x.data_ptr() for x in held)
-        self._program.load(step, w, 0 if bits is None else bits.data_ptr(), s, t)
+    def load(self, weights: Sequence[Weight]) -> None:
+        """The weights of some steps under their packed masks, with the scale and shift of f."""
+        held: list[Tensor] = []  # until all are read
+
+        def address(tensor: Tensor | None) -> int:
+            if tensor is None:
+                return 0
+            held.append(tensor.contiguous())
+            return held[-1].data_ptr()
+
+        rows = []
+        for step, theta, mask, scale, shift in weights:
+            w, s, t = (None if x is None else x.float() for x in (theta, scale, shift))
+            rows.append((step, address(w), address(mask), address(s), address(t)))
+        self._program.load(rows)
 
     def run(self, x: Tensor) -> tuple[Tensor, int, Tensor]:
         """`sum_n g(x_n**2)` in float64 and its exponent, and f `[n, outputs]`."""

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from paikern._names import slots
 from paikern.pathgraph import interpret
 from paikern.pathgraph.tracer import Tracer
 
@@ -70,12 +71,9 @@ def _is_no_failure(record: logging.LogRecord) -> bool:
 
 
 def _canonical_names(skeleton: nn.Module) -> dict[str, str]:
-    """Every name of a parameter -> its first name, so that tied weights have one."""
+    """Names in `named_parameters()` -> the first that masks use, so that tied weights have one."""
     first: dict[int, str] = {}
-    return {
-        name: first.setdefault(id(parameter), name)
-        for name, parameter in skeleton.named_parameters(remove_duplicate=False)
-    }
+    return {s.source: first.setdefault(id(s.tensor), s.name) for s in slots(skeleton)}
 
 
 def _run(tracer: Tracer, module: Any, env: dict[Any, Any]) -> list[tuple[str, Any]]:

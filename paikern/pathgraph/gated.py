@@ -16,7 +16,6 @@ smaller exponent is shifted. Source: PX, equations 6 to 9.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -28,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from paikern import ops
+from paikern._copying import copied
 from paikern.errors import NonFiniteScoreError, PaikernError
 
 _RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu6}
@@ -72,7 +72,7 @@ class GatedModel:
             own = nn.Parameter(torch.empty_like(held[source]), requires_grad=False)
             memo[id(held[source])] = self._weights[name] = own
         self._names = {id(own): name for name, own in self._weights.items()}
-        self._model = copy.deepcopy(model, memo).eval()
+        self._model = copied(model, memo).eval()
         self._pool_gate = pool_gate
         self._ones: dict[str, Tensor] = {}
         self._where: list[str] = []

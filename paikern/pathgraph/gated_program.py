@@ -75,13 +75,14 @@ class GatedGraph:
         if state is not self._state:
             self._state = state
             self._affines = [_affine(node, state) for node in self._nodes]
+        weights = []
         for index, node in enumerate(self._nodes):
             if node.kind > _ELEMENTWISE:
                 continue
-            scale, shift = self._affines[index]
             weight = None if node.weight is None else state[node.weight.parameter]
             mask = None if node.weight is None else masks.get(node.weight.parameter)
-            self._program.load(index, weight, mask, scale, shift)
+            weights.append((index, weight, mask, *self._affines[index]))
+        self._program.load(weights)
 
     @torch.no_grad()
     def totals(self, x: Tensor) -> list[tuple[Tensor, int]]:

@@ -8,7 +8,6 @@ through `torch.export` (`exported`). Either way its ATen calls are read one by o
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from paikern._copying import copied
 from paikern._inputs import fix_for
+from paikern._names import slots
 from paikern.errors import PathRuleError
 from paikern.pathgraph import capture, exported
 from paikern.pathgraph.graph import PathGraph, PathValue
@@ -164,15 +165,16 @@ def _skeleton(model: nn.Module, make: Callable[[str, Tensor], Tensor]) -> nn.Mod
     Buffers are copied because they may hold what a constant is computed from.
     """
     memo: dict[int, Any] = {}
-    for name, parameter in model.named_parameters():
-        memo[id(parameter)] = make(name, parameter)
+    for slot in slots(model):  # by the name that masks use, whatever wraps the blocks inside
+        if id(slot.tensor) not in memo:
+            memo[id(slot.tensor)] = make(slot.name, slot.tensor)
     for buffer in model.buffers():
         memo[id(buffer)] = (
             torch.zeros(buffer.shape, dtype=buffer.dtype)
             if buffer.is_meta
             else buffer.detach().to("cpu").clone()
         )
-    skeleton = copy.deepcopy(model, memo).eval()
+    skeleton = copied(model, memo).eval()
     config = getattr(skeleton, "config", None)
     if config is not None and getattr(config, "use_cache", False):
         config.use_cache = False  # cached keys and values are no outputs of the network

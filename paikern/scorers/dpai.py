@@ -68,7 +68,7 @@ class DPaI(TrainedScorer):
     summary = "differentiable pruning at initialisation: trains scores for log paths and nodes"
     source = "DPaI, algorithm 1"
     cost = "2 sweeps of one input a step, 300 steps"
-    weakness = "nodes die for good; an error where no path is left, an eighth-width VGG-16 at 99 %"
+    weakness = "nodes die for good; an error where no path is left, as can be at 99 %"
     needs_inputs: ClassVar[bool] = True
     default_scope: ClassVar[str] = "erk"
     reads_weights: ClassVar[bool] = False

@@ -76,7 +76,7 @@ class NTKSAP(DataScorer):
     summary = "sensitivity of the tangent kernel's trace, on random weights and inputs; no labels"
     source = "Wang et al. 2023, eqs. 7-8"
     cost = "about 6F a round"
-    weakness = "one round collapses at 98 %; blind to trained weights unless weights='own'"
+    weakness = "one round can collapse (PX paper); blind to trained weights unless weights='own'"
     default_rounds: ClassVar[int] = 20
     variants: ClassVar[tuple[str, ...]] = ("paper", "published")
 

@@ -13,6 +13,7 @@ Source: PX (Iurada et al. 2024, arXiv:2406.01820), equations 6 to 9.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import ClassVar
 
 import torch
@@ -95,7 +96,9 @@ class PX(PathScorer):
 
         Where all c_k are known to be equal only one sample is read, to see that they are not 0.
         """
-        equal = self.coupling == "product" or _outputs_are_equal(run)
+        equal = self.coupling == "product" or run.cache.get("equal", True)
+        if equal and self.coupling != "product":  # what is pruned stays so
+            equal = run.cache["equal"] = _outputs_are_equal(run)
         totals = self._totals(run, 1 if equal else None)
         if equal and not _any_open(totals):
             totals = self._totals(run, None)
@@ -130,7 +133,9 @@ class PX(PathScorer):
         networks = None
         expected = next(iter(run.graph.inputs.values()))[1:]
         totals: list[_Total] = []
-        with own_randomness(run.model, run.seed):
+        # A loader may shuffle and a model may draw; tensors and the native program do not.
+        drawn = not (run.data.whole and isinstance(run.cache.get("networks"), GatedGraph))
+        with own_randomness(run.model, run.seed) if drawn else nullcontext():
             for x, _ in run.data:
                 if x.shape[1:] != torch.Size(expected):
                     raise ValueError(

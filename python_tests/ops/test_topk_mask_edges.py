@@ -43,6 +43,25 @@ def test_evenly_spaced_zeros_below_negative_thresholds(dtype, k, every) -> None:
     assert wide[0, 0].item() == torch.sort(scores, descending=True).values[k - 1].double().item()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("absolute", [True, False])
+@pytest.mark.parametrize("off", [-1000, -1, 0, 1, 1000])
+def test_ranks_beside_a_value_that_most_scores_have(dtype, absolute: bool, off: int) -> None:
+    """A mostly pruned network, from which a little more is pruned or a little less."""
+    generator = torch.Generator().manual_seed(3)
+    size = 300_000
+    scores = torch.randn(size, generator=generator, dtype=dtype)
+    scores[torch.rand(size, generator=generator) < 0.8] = 0.0
+    scores[::7] *= -1.0  # some zeros are -0
+    ranked = scores.abs() if absolute else scores
+    for k in (int((ranked > 0).sum()) + off, int((ranked >= 0).sum()) + min(off, 0)):
+        found = ops.topk_mask(scores, k, absolute=absolute)[0]
+        assert torch.equal(kept(found, (size,)), stable(ranked, k))
+        expected = torch.sort(ranked, descending=True).values[k - 1]
+        if not absolute:
+            assert ops.kth_largest(scores, k) == expected
+
+
 def test_computed_scores_whose_sample_overflows() -> None:
     generator = torch.Generator().manual_seed(0)
     w = torch.rand(200, 300, generator=generator) + 0.1

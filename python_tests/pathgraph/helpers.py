@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paikern._names import slots
 from paikern.pathgraph import Flow, PathGraph, Semantics, trace, weights
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
-    state = {n: p.detach() for n, p in model.named_parameters()}
+    state = {slot.name: slot.tensor.detach() for slot in slots(model)}
     state.update({n: b.detach() for n, b in model.named_buffers()})
     return state
 
