@@ -357,7 +357,9 @@ def methods() -> list[dict[str, Any]]:
     "name", "summary", "source", "options" (name -> default), "rounds", "scope" and "variants";
     "needs_inputs", "needs_data" and "needs_labels"; "takes_loss" where `loss_fn` is used, which the
     others refuse; "structured" where whole channels go; "cost"
-    in forward passes F over the data, a backward pass being 2F; "weakness", known ways to fail.
+    in forward passes F over the data, a backward pass being 2F; "weakness", known ways to fail;
+    "example", a call that runs where `model` is a model, `inputs` an input of it and `loader` gives
+    batches of inputs and labels.
     Methods that prune during training are in `pk.training.pruner_rows()`.
 
     Example:
@@ -384,9 +386,19 @@ def methods() -> list[dict[str, Any]]:
                 "scope": cls.default_scope,
                 "variants": cls.variants,
                 "options": {f.name: f.default for f in fields(cls)},
+                "example": _example(cls),
             }
         )
     return rows
+
+
+def _example(cls: type[Scorer]) -> str:
+    reads = ""
+    if cls.needs_data:
+        reads = ", data=loader"
+    elif cls.needs_inputs:
+        reads = ", example_inputs=inputs"
+    return f"pk.prune(model, {cls.name!r}, sparsity=0.5{reads})"
 
 
 # --- the parts of a run ----------------------------------------------------------------------

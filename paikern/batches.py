@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -71,6 +72,9 @@ class Batches:
     """
 
     def __init__(self, data: Any, size: int = 128, labels: bool = True) -> None:
+        given: Any = size
+        if isinstance(given, bool) or not isinstance(given, Integral):
+            raise ValueError(f"batch_size must be an integer, got {size!r}")
         if size < 1:
             raise ValueError(f"batch_size must be >= 1, got {size}")
         if isinstance(data, (str, bytes)) or not isinstance(data, Iterable):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from paikern.batches import Batch
 from paikern.errors import PaikernError
@@ -58,7 +60,7 @@ class Loss:
 
     def _of(self, outputs: Any, batch: Batch, place: str) -> Any:
         if self.function is not None:
-            outputs = self._cooled(outputs)
+            outputs = self._cooled_within(outputs)
             with _named(place):
                 return self.function(outputs, _targets(batch))
         if self.name is None and _own_loss(outputs) is not None and self.temperature == 1.0:
@@ -96,6 +98,26 @@ class Loss:
             return outputs
         return _logits(outputs) / self.temperature
 
+    def _cooled_within(self, outputs: Any) -> Any:
+        """What the model returns, in its own form, for a function that knows that form."""
+        if self.temperature == 1.0:
+            return outputs
+
+        def cooled(value: Any) -> Any:
+            return value / self.temperature if _is_scores(value) else value
+
+        if isinstance(outputs, Mapping) and "logits" in outputs:
+            entries: Any = copy.copy(outputs)
+            entries["logits"] = cooled(outputs["logits"])
+            return entries
+        if any(_is_scores(leaf) for leaf in pytree.tree_leaves(outputs)):
+            return pytree.tree_map(cooled, outputs)
+        if isinstance(getattr(outputs, "logits", None), Tensor):
+            attributes: Any = copy.copy(outputs)
+            attributes.logits = cooled(outputs.logits)
+            return attributes
+        return self._cooled(outputs)
+
 
 def make_loss(loss_fn: str | LossFunction | None = None, temperature: float = 1.0) -> Loss:
     """`loss_fn=` of `pk.prune` as a `Loss`.
@@ -107,7 +129,8 @@ def make_loss(loss_fn: str | LossFunction | None = None, temperature: float = 1.
             label, as several published codes have it) and "mse" name one. A function is called as
             `loss_fn(outputs, targets)`; of a batch of keyword inputs without labels it gets the
             batch as targets.
-        temperature: the outputs are divided by it before the loss.
+        temperature: the outputs are divided by it before the loss; where they come in a container,
+            its logits, or else every floating-point tensor in it.
 
     Raises:
         ValueError: an unknown name, or a temperature that is not above 0.
@@ -151,6 +174,10 @@ def _targets(batch: Batch) -> Any:
     if batch.targets is None and isinstance(batch.inputs, Mapping):
         return batch.inputs
     return batch.targets
+
+
+def _is_scores(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _logits(outputs: Any) -> Tensor:

@@ -28,9 +28,13 @@ def refused_by(model: nn.Module, batch: Batch) -> Iterator[None]:
         raise
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if isinstance(batch.inputs, Mapping) and "unexpected keyword argument" in first:
+            fix = "; a mapping holds what forward takes by name, give labels as ({...}, labels)"
+        else:
+            fix = fix_for(model, batch.inputs)
         raise ValueError(
             f"data: the model does not take a batch of {_shapes(batch)}: "
-            f"{_layer(model, error.__traceback__)}: {first}{fix_for(model, batch.inputs)}"
+            f"{_layer(model, error.__traceback__)}: {first}{fix}"
         ) from error
 
 

@@ -15,6 +15,8 @@ SCHEMA_VERSION = 1
 def summarize(masks: MaskSet, topology: Topology | None = None) -> dict[str, Any]:
     """Counts, provenance and, with `topology`, path statistics; a row a layer.
 
+    Of masks by channels the fraction of the outputs that is removed, too: "node_sparsity".
+
     Args:
         masks: from `pk.prune` or a file.
         topology: of the masked model; None leaves the path statistics out.
@@ -43,6 +45,7 @@ def summarize(masks: MaskSet, topology: Topology | None = None) -> dict[str, Any
         "kept": masks.kept,
         "total": masks.total,
         "sparsity": masks.sparsity,
+        **({"node_sparsity": masks.node_sparsity} if masks.channels else {}),
         "digest": masks.digest,
         "provenance": about,
         "layers": layers,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, ClassVar
 
 from paikern.batches import Batch
@@ -27,8 +28,11 @@ class DataScorer(Scorer):
     needs_data: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.batches is not None and self.batches < 1:
-            raise ValueError(f"batches must be >= 1 or None, got {self.batches}")
+        if self.batches is not None:
+            if isinstance(self.batches, bool) or not isinstance(self.batches, Integral):
+                raise ValueError(f"batches must be an integer or None, got {self.batches!r}")
+            if self.batches < 1:
+                raise ValueError(f"batches must be >= 1 or None, got {self.batches}")
 
     def read(self, run: Run, count: int | None = None, *, added: bool = True) -> list[Batch]:
         """The batches of this round, `count` of them (default: `batches`, or all).

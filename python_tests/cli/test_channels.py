@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,11 @@ def test_prune_inspect_and_verify(tmp_path: Path, capsys: pytest.CaptureFixture[
     file = f"{out}/masks.safetensors"
     assert main(["inspect", file]) == 0
     assert "of 2 layers" in capsys.readouterr().out
+    assert main(["inspect", file, "--json"]) == 0
+    shown = [json.loads(capsys.readouterr().out), json.loads(Path(out, "summary.json").read_text())]
+    for found in shown:
+        assert found["node_sparsity"] == 0.5
+        assert found["sparsity"] == 1 - found["kept"] / found["total"] > 0.5
     assert main(["verify", file, *model]) == 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,14 @@ from torch.nn import functional as F
 
 from paikern.batches import Batch
 from paikern.gradients import make_loss
+
+
+class ModelOutput(OrderedDict[str, Tensor]):
+    """Entries that are attributes, too, as those of transformers."""
+
+    def __getattr__(self, name: str) -> Tensor:
+        return self[name]
+
 
 LOGITS = torch.tensor([[2.0, -1.0, 0.5], [0.0, 1.0, 3.0]])
 LABELS = torch.tensor([2, 1])
@@ -44,6 +53,23 @@ def test_probabilities_as_labels() -> None:
 def test_temperature_divides_the_outputs() -> None:
     assert loss(t=200) == F.cross_entropy(LOGITS / 200, LABELS)
     assert loss(lambda y, _: y.sum(), t=2) == LOGITS.sum() / 2
+
+
+def test_a_function_gets_cooled_outputs_in_the_form_of_the_model() -> None:
+    two = (LOGITS, (LOGITS * 3, LABELS))
+    assert (
+        loss(lambda y, _: (y[0] + y[1][0] + y[1][1][:, None]).sum(), outputs=two, t=2)
+        == (LOGITS * 2 + LABELS[:, None]).sum()
+    )
+    for outputs in ({"logits": LOGITS, "aux": LOGITS}, ModelOutput(logits=LOGITS, aux=LOGITS)):
+        assert loss(lambda y, _: y["logits"].sum(), outputs=outputs, t=2) == LOGITS.sum() / 2
+        assert loss(lambda y, _: y["aux"].sum(), outputs=outputs, t=2) == LOGITS.sum()
+        assert torch.equal(outputs["logits"], LOGITS)  # the model's own are left alone
+    heads = {"a": LOGITS, "b": LOGITS}
+    assert loss(lambda y, _: (y["a"] + y["b"]).sum(), outputs=heads, t=2) == LOGITS.sum()
+    named = SimpleNamespace(logits=LOGITS)
+    assert loss(lambda y, _: y.logits.sum(), outputs=named, t=2) == LOGITS.sum() / 2
+    assert named.logits is LOGITS
 
 
 def test_a_function_gets_outputs_and_labels() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -48,6 +49,22 @@ def test_methods_table() -> None:
         "conv": "exact",
         "definition": "a",
     }
+
+
+@pytest.mark.parametrize("row", pk.methods(), ids=lambda row: str(row["name"]))
+@pytest.mark.filterwarnings("ignore::paikern.PaikernWarning")
+def test_the_example_of_every_method_runs(row: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 3),
+        nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 3),
+    )  # fmt: skip
+    loader = [(torch.randn(6, 1, 5, 5), torch.arange(6) % 3) for _ in range(4)]
+    given = {"pk": pk, "model": model, "inputs": loader[0][0], "loader": loader}
+    masks = eval(row["example"], given)
+    assert masks.metadata["method"] == row["name"]
+    assert 0 < masks.kept < masks.total
+    masks.verify(model)
 
 
 @pytest.mark.parametrize("name", ["synflow-l2", "SynFlow_L2", "SYNFLOW-L2"])
