@@ -76,6 +76,21 @@ class InputEnergy(TorchDispatchMode):
         sums = [energy for blocks in self._blocks.values() for energy in blocks.values()]
         return not any(bool(energy.any()) for energy in [*sums, *self._taps.values()])
 
+    def non_finite(self) -> str | None:
+        """The first of the weights whose sum is NaN or infinite; a single wait for a GPU."""
+        sums = [
+            (name, energy)
+            for name in self._weights
+            for energy in [*self._blocks.get(name, {}).values(), *self._of_taps(name)]
+        ]
+        if not sums:
+            return None
+        flags = torch.stack([torch.isfinite(energy).all() for _, energy in sums]).tolist()
+        return next((n for (n, _), finite in zip(sums, flags, strict=True) if not finite), None)
+
+    def _of_taps(self, name: str) -> list[Tensor]:
+        return [self._taps[name]] if name in self._taps else []
+
     def vector(self, name: str) -> tuple[Tensor, bool] | None:
         """The sums as one vector over the columns of the weight `[shape[0], everything else]`, or
         over its rows where the second value is True; None where rows and columns both matter."""

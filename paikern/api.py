@@ -36,7 +36,14 @@ from paikern.scorers import (
 )
 from paikern.scorers.base import VARIANTS, scorer_class
 from paikern.scorers.channel_scorer import ChannelScorer
-from paikern.selection import ON_COLLAPSE, RULES, apply_collapse_rule, listed, select_packed
+from paikern.selection import (
+    ON_COLLAPSE,
+    RULES,
+    apply_collapse_rule,
+    listed,
+    other_count,
+    select_packed,
+)
 from paikern.structured import check_pattern, left_dense, target_sparsity
 
 Filter = Sequence[Any] | None
@@ -297,6 +304,8 @@ def select(
     found = MaskSet(packed, scores.shapes, metadata={"sparsity": fraction, "pattern": pattern})
     found.metadata["achieved_sparsity"] = found.sparsity
     if (note := left_dense(shape, scores.shapes, scores.layouts)) is not None:
+        warnings.warn(note, PaikernWarning, stacklevel=3)
+    if rule != "exact" and (note := other_count(found.kept, counts)) is not None:
         warnings.warn(note, PaikernWarning, stacklevel=3)
     _warn_empty(found, on_collapse, stacklevel=4)
     return found

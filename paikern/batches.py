@@ -29,6 +29,13 @@ class Batch:
             return next((len(v) for v in self.inputs.values() if _is_rows(v)), 0)
         return len(self.inputs)
 
+    def without_labels(self) -> Batch:
+        """The same batch without its targets and without "labels" among keyword inputs."""
+        inputs = self.inputs
+        if isinstance(inputs, Mapping):
+            inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        return Batch(inputs)
+
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
         return Batch(_moved(self.inputs, device), _moved(self.targets, device))
@@ -45,6 +52,8 @@ class Batches:
             What an iterator has given is kept in memory, as it can be read only once; it may be
             endless where a method reads a number of batches.
         size: tensors given whole are cut into batches of this many samples.
+        labels: whether they are read; otherwise those of another number than the inputs are left
+            out instead of refused.
 
     Iterating gives (inputs, labels or None) of floating-point tensors, for methods that compute
     with the inputs themselves; `samples` gives every form, for those that call the model.
@@ -62,7 +71,7 @@ class Batches:
         [2, 1]
     """
 
-    def __init__(self, data: Any, size: int = 128) -> None:
+    def __init__(self, data: Any, size: int = 128, labels: bool = True) -> None:
         given: Any = size
         if isinstance(given, bool) or not isinstance(given, Integral):
             raise ValueError(f"batch_size must be an integer, got {size!r}")
@@ -74,7 +83,7 @@ class Batches:
                 f"DataLoader of a dataset), got {type(data).__name__}"
             )
         self._size = size
-        self._whole = _whole(data)
+        self._whole = _whole(data, labels)
         if isinstance(data, Mapping) and self._whole is None:
             raise ValueError(
                 "data: a mapping must hold the keyword inputs of the model as tensors [n, ...] of "
@@ -122,10 +131,8 @@ class Batches:
 
     def example(self) -> Any:
         """The inputs of one sample, for methods that trace the model; labels are left out."""
-        inputs = _rows(next(self.samples()), 0, 1).inputs
-        if isinstance(inputs, Mapping):
-            return {name: value for name, value in inputs.items() if name != "labels"}
-        return inputs
+        first = next(self.samples())
+        return _rows(first.without_labels(), 0, 1).inputs
 
     def _raw(self) -> Iterator[Batch]:
         if self._whole is not None:
@@ -205,8 +212,11 @@ def _keywords(data: Mapping[Any, Any]) -> Batch | None:
     return Batch(dict(data), data.get("labels"))
 
 
-def _whole(data: Any) -> Batch | None:
-    """Data given whole: one tensor, inputs and labels, or keyword inputs; None for an iterable."""
+def _whole(data: Any, read: bool = True) -> Batch | None:
+    """Data given whole: one tensor, inputs and labels, or keyword inputs; None for an iterable.
+
+    `read` says that the labels are, and so have to be as many as the inputs.
+    """
     if isinstance(data, Tensor):
         if data.dim() == 0:
             raise ValueError("data: a tensor must be [n, ...], got a scalar")
@@ -217,20 +227,24 @@ def _whole(data: Any) -> Batch | None:
         return None
     x, y = data
     if isinstance(x, Mapping) and _is_rows(y):
-        return _labelled(x, y)
+        return _labelled(x, y, read)
     if not _is_rows(x) or not _is_rows(y):
         return None
     surely = not y.is_floating_point() or y.dim() < x.dim()
     if surely and isinstance(data, tuple) and len(x) != len(y):
+        if not read:
+            return Batch(x)
         raise ValueError(f"data: {len(x)} inputs and {len(y)} labels; give one label a sample")
     labels = isinstance(data, tuple) or surely
     return Batch(x, y) if labels and len(x) == len(y) else None
 
 
-def _labelled(inputs: Mapping[Any, Any], labels: Tensor) -> Batch | None:
+def _labelled(inputs: Mapping[Any, Any], labels: Tensor, read: bool) -> Batch | None:
     """Keyword inputs and their labels, given whole."""
     found = _keywords(inputs)
     if found is not None and found.size != len(labels):
+        if not read:
+            return Batch(found.inputs)
         raise ValueError(
             f"data: {found.size} inputs and {len(labels)} labels; give one label a sample"
         )

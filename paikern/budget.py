@@ -34,6 +34,8 @@ LayerScores: TypeAlias = "Mapping[str, Tensor] | Sequence[Tensor]"
 
 SCOPES = ("global", "local", "uniform", "row", "erk", "lamp")
 ERK_VARIANTS = ("paper", "published", "npb")
+#: What the sparsity of a density below 2**-54 rounds to; one weight is kept of any number.
+_BELOW_ONE = math.nextafter(1.0, 0.0)
 
 
 def keep_count(n: int, sparsity: float) -> int:
@@ -92,13 +94,13 @@ def resolve_sparsity(
     if name == "density":
         if not 0 < value <= 1:
             raise SparsityError(f"density must be in (0, 1], the fraction kept; got {value}")
-        return 1.0 - value
+        return min(1.0 - value, _BELOW_ONE)
     if name == "compression":
         if not 1 <= value < math.inf:
             raise SparsityError(
                 f"compression must be a finite factor of at least 1 (10 keeps a tenth); got {value}"
             )
-        return 1.0 - 1.0 / value
+        return min(1.0 - 1.0 / value, _BELOW_ONE)
     if name == "amount" and isinstance(value, int):
         return _count_to_sparsity(value, total)
     if not 0 <= value < 1:

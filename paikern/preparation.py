@@ -64,7 +64,10 @@ def prepare_run(
     state = state_of(inner)
     # A weight pruned by torch.nn.utils.prune is stored under another name than it is known by.
     state.update({name: state[layer.source] for name, layer in layers.items()})
-    batches = None if data is None else Batches(data, getattr(scorer, "batch_size", 128))
+    batches = None
+    if data is not None:
+        reads_labels = scorer.needs_labels or scorer.takes_loss
+        batches = Batches(data, getattr(scorer, "batch_size", 128), labels=reads_labels)
     if scorer.needs_data and batches is None:
         raise ValueError(
             f"data: method {scorer.name!r} reads samples; pass data=, a tensor [n, ...] or an "

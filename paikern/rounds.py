@@ -17,7 +17,13 @@ from paikern.scorers import MaskBuilder, Run, Scorer, Scores, TrainedScorer
 from paikern.scorers.channel_scorer import ChannelScorer
 from paikern.scorers.device_loop import DeviceLoop
 from paikern.scorers.path_loop import PathLoop
-from paikern.selection import apply_collapse_rule, collapsed, empty_layers, select_packed
+from paikern.selection import (
+    apply_collapse_rule,
+    collapsed,
+    empty_layers,
+    other_count,
+    select_packed,
+)
 from paikern.structured import check_pattern, left_dense
 
 History = list[dict[str, float]]
@@ -154,7 +160,9 @@ def _trained(
                 history.append({"step": step, **values})
 
         scores = scorer.train(run, counts, report)
-    return plan.select(scores, counts, None), history
+    packed = plan.select(scores, counts, None)
+    _note_count(run, plan, MaskSet(packed, run.shapes).kept, counts)
+    return packed, history
 
 
 def _check_builder(scorer: MaskBuilder, plan: Plan) -> None:
@@ -217,10 +225,18 @@ def _iterated(
                 kept = MaskSet(run.masks, run.shapes).kept
             else:
                 kept = counts if isinstance(counts, int) else sum(counts)
+            if last:
+                _note_count(run, plan, kept, counts)
             values = {"density": kept / total, **scorer.statistics(run)}
             bar.update(**values)
             history.append({"round": done, **values})
     return run.masks, history
+
+
+def _note_count(run: Run, plan: Plan, kept: int, counts: int | list[int]) -> None:
+    """Say so where a published rule keeps another number than was asked for."""
+    if plan.rule != "exact" and (note := other_count(kept, counts)) is not None:
+        run.notes.append(note)
 
 
 def _looped(

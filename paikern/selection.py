@@ -135,6 +135,22 @@ def _kept(values: Tensor, ranked: Tensor, k: int, rule: str) -> Tensor:
     return values > threshold if rule == "above_kept" else values >= threshold
 
 
+def other_count(kept: int, counts: int | Sequence[int]) -> str | None:
+    """What to tell where selection="published" keeps another number than `counts` ask for.
+
+    Its rules differ from them by one for each budget; further off, by more than a hundredth, they
+    are where many scores tie at the threshold and stay or go together.
+    """
+    asked = counts if isinstance(counts, int) else sum(counts)
+    budgets = 1 if isinstance(counts, int) else len(counts)
+    if abs(kept - asked) <= max(budgets, asked // 100):
+        return None
+    return (
+        f"selection='published' keeps {kept} weights where {asked} were asked for: scores that tie "
+        "at the threshold stay or go together; use selection='exact' for the exact number"
+    )
+
+
 def empty_layers(packed: Mapping[str, Tensor]) -> list[str]:
     """Layers that keep no weight."""
     return [name for name, bits in packed.items() if bits.numel() and not bool(bits.any())]

@@ -88,6 +88,8 @@ def test_keep_count_is_the_rounded_product(n: int, sparsity: float) -> None:
         ({"sparsity": 0}, 0.0),
         ({"density": 0.25}, 0.75),
         ({"density": 1}, 0.0),
+        ({"density": 1e-30}, math.nextafter(1.0, 0.0)),
+        ({"compression": 1e30}, math.nextafter(1.0, 0.0)),
         ({"amount": 0.3}, 0.3),
         ({"amount": 0, "total": 10}, 0.0),
         ({"amount": 0, "total": 0}, 0.0),

@@ -108,9 +108,27 @@ def test_every_round_keeps_its_count(
         assert not any(bool((after[n] & ~before[n]).any()) for n in after)
 
 
+@pytest.mark.filterwarnings("ignore:selection='published' keeps")
 @pytest.mark.parametrize("method", ["magnitude", "itersnip"])
 def test_the_history_counts_what_a_published_rule_keeps(method: str) -> None:
     """Most scores tie at 0, which such rules keep or drop together."""
     masks = run(method, (6, 8, 4), 0.7, sparsity=0.5, selection="published")
     assert masks.kept != masks.total // 2
     assert masks.metadata["history"][-1]["density"] == masks.kept / masks.total
+
+
+@pytest.mark.parametrize("method", ["snip", "itersnip", "magnitude"])
+def test_a_published_rule_that_keeps_another_number_says_so(method: str) -> None:
+    """Of 80 weights 24 are not 0; SNIP's rule keeps all scores of 0 where the threshold is 0."""
+    told = r"selection='published' keeps (\d+) weights where 40 were asked for: scores that tie"
+    with pytest.warns(pk.PaikernWarning, match=told) as warned:
+        masks = run(method, (6, 8, 4), 0.7, sparsity=0.5, selection="published")
+    assert masks.total == 80
+    assert f"keeps {masks.kept} weights" in str(warned[0].message)
+    assert (masks.kept == 80) == (method != "magnitude")
+
+
+def test_a_published_rule_is_not_told_where_it_differs_by_the_threshold_alone() -> None:
+    for method in ("snip", "grasp", "crop", "magnitude"):
+        masks = run(method, (12, 8, 4), sparsity=0.5, selection="published")
+        assert abs(masks.kept - 64) <= 1

@@ -175,3 +175,9 @@ def test_factored_beside_dense_keeps_its_pruned_weights_last(absolute: bool) -> 
             .tolist()
         }
         assert found == set(order[:k])
+
+
+def test_select_says_where_a_published_rule_keeps_another_number() -> None:
+    scores = scores_of({"a": [0.0] * 6 + [1.0, 2.0]})
+    with pytest.warns(PaikernWarning, match="keeps 2 weights where 6 were asked for"):
+        pk.select(scores, sparsity=0.25, rule="published")

@@ -25,11 +25,14 @@ differentiated.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -49,9 +52,10 @@ def lean_derivatives(model: nn.Module, by: Iterable[Tensor] | None = None) -> It
 
     It holds for float32 and float64 on CPUs and GPUs, statistics of the batch or fixed ones, with
     weights or without; other tensors, modules with a `forward` of their own (SyncBatchNorm) and
-    functions called outside of modules are left to autograd. Modules get another class, and theirs
-    back: a mode around the whole pass would not reach blocks that are checkpointed, which compute
-    their forward pass again within the backward pass.
+    functions called outside of modules are left to autograd. Modules get a `forward` of their own
+    and lose it again; their class stays, which models ask for, and a copy of such a module computes
+    with its own tensors. A mode around the whole pass would not reach blocks that are checkpointed,
+    which compute their forward pass again within the backward pass.
 
     Args:
         model: the model to run.
@@ -63,33 +67,35 @@ def lean_derivatives(model: nn.Module, by: Iterable[Tensor] | None = None) -> It
         ...     y = norm(x)
         >>> y.grad_fn.name(), y.detach().round(decimals=3).tolist()
         ('_NormBackward', [[-1.0, -1.0], [1.0, 1.0]])
-        >>> type(norm)
-        <class 'torch.nn.modules.batchnorm.BatchNorm1d'>
+        >>> "forward" in vars(norm)
+        False
     """
     leaves = None if by is None else {id(leaf) for leaf in by}
     places = [
-        (module, type(module))
+        module
         for module in model.modules()
         if type(module).forward in FORWARDS and "forward" not in vars(module)
     ]
     try:
-        for module, kind in places:
-            module.__class__ = _lean(kind, leaves)
+        for module in places:
+            # A method, which follows the module when it is copied; into the dictionary, as
+            # `__setattr__` may be the module's own.
+            vars(module)["forward"] = MethodType(_lean(type(module).forward, leaves), module)
         yield
     finally:
-        for module, kind in places:
-            module.__class__ = kind
+        for module in places:
+            vars(module).pop("forward", None)
 
 
-def _lean(kind: type[nn.Module], leaves: set[int] | None) -> type[nn.Module]:
-    """A class like `kind` whose `forward` runs where `F.batch_norm` and `F.relu` are caught."""
+def _lean(forward: Callable[..., Tensor], leaves: set[int] | None) -> Callable[..., Tensor]:
+    """`forward` where `F.batch_norm` and `F.relu` are caught."""
 
-    def forward(self: nn.Module, x: Tensor) -> Tensor:
+    @functools.wraps(forward)
+    def lean(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         with LeanFunctions(leaves):
-            y: Tensor = kind.forward(self, x)
-        return y
+            return forward(self, *args, **kwargs)
 
-    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+    return lean
 
 
 class _Call(NamedTuple):
@@ -160,6 +166,7 @@ def _known(*tensors: Tensor) -> bool:
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
+        and all(forward_ad.unpack_dual(t).tangent is None for t in tensors)
     )
 
 
@@ -211,8 +218,11 @@ class _NormBackward(torch.autograd.Function):
         return dx, dw, db
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, v: Tensor | None, a: Tensor | None, c: Tensor | None) -> Any:
+        if (
+            torch.is_grad_enabled()
+        ):  # of a loss that holds a derivative itself, a third is asked for
+            return _differentiable(ctx, (v, a, c))
         g, x, weight, mean, rstd, dw, db = ctx.saved_tensors
         n, r = x.numel() // x.shape[1], rstd.double()
         alpha = beta = gamma = delta = torch.zeros_like(r)  # [channels], as all numbers here
@@ -235,6 +245,31 @@ class _NormBackward(torch.autograd.Function):
             slope, offset = (torch.zeros_like(r) if t is None else t.double() for t in (a, c))
             by_g = _sum_of(x, mean, slope * r, offset, (by_g, torch.ones_like(r)))
         return by_g, by_x, by_weight, None, None, None
+
+
+def _differentiable(ctx: Any, along: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """dS/dg, dS/dx and dS/dw of operations that autograd differentiates as often as it is asked."""
+    g, x, weight = given = [None if t is None else t.view_as(t) for t in ctx.saved_tensors[:3]]
+    assert g is not None
+    assert x is not None
+    axes = [axis for axis in range(x.dim()) if axis != 1]
+    shape = [1, -1, *[1] * (x.dim() - 2)]
+    centred = x - x.mean(axes, keepdim=True)
+    rstd = (centred.square().mean(axes, keepdim=True) + ctx.eps).rsqrt()
+    xh = centred * rstd
+    rest = g - g.mean(axes, keepdim=True) - xh * (g * xh).mean(axes, keepdim=True)
+    dx = rstd * rest if weight is None else weight.view(shape) * rstd * rest
+    slopes = (dx, (g * xh).sum(axes), g.sum(axes))
+    asked = [(slope, v) for slope, v in zip(slopes, along, strict=True) if v is not None]
+    by = [t for t in given if t is not None and t.requires_grad]
+    made = iter(
+        torch.autograd.grad(
+            [slope for slope, _ in asked], by, [v for _, v in asked],
+            create_graph=True, allow_unused=True,
+        )
+    )  # fmt: skip
+    found = [next(made) if t is not None and t.requires_grad else None for t in given]
+    return (*found, None, None, None)
 
 
 class _FixedNorm(torch.autograd.Function):

@@ -51,9 +51,10 @@ class Loss:
                 f"loss_fn must return one number, got {list(loss.shape)}{place}; add .mean()"
             )
         if not loss.is_floating_point():
+            fix = "counts and accuracies have no gradient, return a loss of the outputs"
             raise ValueError(
                 f"loss_fn must return one number of a floating-point dtype, got {loss.dtype}"
-                f"{place}; counts and accuracies have no gradient, return a loss of the outputs"
+                f"{place}; {'return its .real or .abs()' if loss.is_complex() else fix}"
             )
         return loss.reshape(())
 
@@ -75,6 +76,12 @@ class Loss:
                 f"data: labels must be a tensor, got {type(targets).__name__}; pass loss_fn= for "
                 "any other form"
             )
+        for what, given in (("outputs of the model", logits), ("labels", targets)):
+            if given.is_complex():
+                raise ValueError(
+                    f"loss_fn: the {what} are {given.dtype}{place}, of which no loss is known; "
+                    "pass loss_fn=, a function that returns a real number"
+                )
         name = self.name or ("mse" if targets.is_floating_point() else "cross_entropy")
         if name == "mse":
             return F.mse_loss(self._cooled(logits), _values(logits, targets))

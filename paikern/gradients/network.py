@@ -22,6 +22,7 @@ from paikern.gradients.lean import lean_derivatives
 from paikern.gradients.loss import Loss
 from paikern.gradients.refusals import (
     named_derivatives,
+    non_finite_state,
     refuse_non_finite,
     refuse_once_differentiable,
     refused_by,
@@ -31,8 +32,17 @@ from paikern.gradients.untouched import untouched
 if TYPE_CHECKING:
     from paikern.scorers.base import Run
 
+_CAUSES = "inputs that are not scaled, wrong labels, or an overflow in float16"
 Consumer = Callable[[str, Tensor], None]
 """Called as `consume(name, gradient)`; the gradient is the consumer's to keep or to change."""
+
+
+class NonFiniteLossError(ValueError):
+    """The loss of a batch is `value`, NaN or infinite."""
+
+    def __init__(self, message: str, value: float) -> None:
+        super().__init__(message)
+        self.value = value
 
 
 class Network:
@@ -122,15 +132,19 @@ class Network:
         """The loss of a batch; `number` is for the message.
 
         Raises:
-            ValueError: the loss is NaN or infinite, or no number, or its function raises an error.
+            NonFiniteLossError: the loss is NaN or infinite.
+            ValueError: the loss is no number, or its function raises an error.
         """
         batch = batch.to(self.device)
         place = f" on batch {number}{self._method}"
         value = self.loss_function(self.outputs(batch, weights), batch, place)
         if not bool(torch.isfinite(value)):
-            raise ValueError(
-                f"loss_fn: the loss of batch {number} is {float(value.detach())}{self._method}; "
-                "look for inputs that are not scaled, wrong labels, or an overflow in float16"
+            cause = non_finite_state(self.run.model)
+            found = float(value.detach())
+            raise NonFiniteLossError(
+                f"loss_fn: the loss of batch {number} is {found}{self._method}; "
+                + (f"look at {cause}: repair it" if cause else f"look for {_CAUSES}"),
+                found,
             )
         if not value.requires_grad:
             raise self.independent(number)

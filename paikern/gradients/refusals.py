@@ -92,6 +92,16 @@ def refuse_non_finite(name: str, gradient: Tensor) -> None:
         )
 
 
+def non_finite_state(model: nn.Module) -> str | None:
+    """The first parameter or buffer of `model` with NaN or infinite values, and how many it has."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() or tensor.is_complex():
+            bad = int((~torch.isfinite(tensor)).sum())
+            if bad:
+                return f"{name} of the model, which holds {bad} NaN or infinite values"
+    return None
+
+
 def _underivable(text: str) -> PaikernError:
     return PaikernError(
         f"the model cannot be differentiated as often as the method needs: {text.splitlines()[0]}; "

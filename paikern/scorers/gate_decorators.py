@@ -83,11 +83,15 @@ class GateDecorators(GatedScorer):
     def channel_scores(self, run: Run, groups: ChannelGroups) -> dict[str, Tensor]:
         paths = list(dict.fromkeys(path for group in groups for path in norms_of(run, group)))
         gammas = {path: run.state[f"{path}.weight"].detach() for path in paths}
-        shifts = {path: _shift(gammas[path], run.state[f"{path}.bias"].detach()) for path in paths}
+        shifts = {
+            path: _shift(gammas[path], run.state[f"{path}.bias"].detach())
+            for path in paths
+            if f"{path}.bias" in run.state
+        }
 
         def values(gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
             made = {f"{path}.weight": gate for path, gate in gates.items()}
-            return made | {f"{path}.bias": gate * shifts[path] for path, gate in gates.items()}
+            return made | {f"{path}.bias": gates[path] * shift for path, shift in shifts.items()}
 
         held = run.cache.get("gates", gammas)
         network = GateNetwork(run, make_loss(run.loss_fn), self.mode, held, values)

@@ -230,13 +230,13 @@ def _score(run: Run, name: str, total: Tensors) -> Tensor:
 def _batch_statistics(model: nn.Module) -> Iterator[None]:
     """Batch norms in eval mode take mean and variance of what comes in, and keep them."""
 
-    def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0].detach()
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = (args[0] if args else kwargs["input"]).detach()
         with torch.no_grad():
             mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
             module.running_mean, module.running_var = mean, variance
 
-    handles = [module.register_forward_pre_hook(keep) for module in _norms(model)]
+    handles = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in _norms(model)]
     try:
         yield
     finally:
@@ -281,9 +281,16 @@ def _affine_norms(model: nn.Module) -> Iterator[None]:
             del vars(module)["forward"]
 
 
-def _affine(norm: BatchNorm, x: Tensor) -> Tensor:
+def _affine(norm: BatchNorm, input: Tensor) -> Tensor:
+    x = input  # the name of PyTorch's argument, which may be given by keyword
     mean, variance = norm.running_mean, norm.running_var
-    if norm.training or mean is None or variance is None or norm.weight is None:
+    if (
+        norm.training
+        or mean is None
+        or variance is None
+        or norm.weight is None
+        or norm.bias is None
+    ):
         return BatchNorm.forward(norm, x)
     if x.dtype != variance.dtype:  # float32 statistics of a half precision network
         return BatchNorm.forward(norm, x)

@@ -27,8 +27,12 @@ from paikern.batches import Batch
 from paikern.errors import NonFiniteScoreError
 from paikern.gradients import Network, own_randomness, untouched
 from paikern.gradients.holding import holding
-from paikern.gradients.network import twice_differentiable
-from paikern.gradients.refusals import named_derivatives, refuse_once_differentiable
+from paikern.gradients.network import NonFiniteLossError, twice_differentiable
+from paikern.gradients.refusals import (
+    named_derivatives,
+    refuse_non_finite,
+    refuse_once_differentiable,
+)
 from paikern.scorers.base import Run, register_scorer
 from paikern.scorers.gradient_scorer import GradientScorer
 from paikern.scores import Product, Scores
@@ -51,6 +55,9 @@ class ProsPr(GradientScorer):
 
     In the "published" variant the momentum buffer of the first step carries no derivative, as in
     the authors' code; without momentum both are the same.
+
+    Raises:
+        NonFiniteScoreError: `lr` is so large that the steps end in NaN or infinity.
 
     Example:
         >>> import torch, paikern as pk
@@ -105,19 +112,14 @@ class ProsPr(GradientScorer):
         fixed = _frozen(network)
         buffer: Tensors = {}
         for t in range(self.steps):
-            slopes = _gradient(network, batches[t], t, path[t])
+            slopes = self._gradient(network, batches[t], t, path)
             for name, slope in slopes.items():
                 if name in fixed:
                     continue
                 buffer[name] = slope + self.momentum * buffer[name] if name in buffer else slope
             path.append(_moved(network.run, path[t], buffer, self.lr))
-        v = _gradient(network, batches[-1], self.steps, path.pop())
-        for name, slope in v.items():
-            if not bool(torch.isfinite(slope.sum())):
-                raise NonFiniteScoreError(
-                    f"the gradient of {name} after {self.steps} steps is NaN or infinite; use a "
-                    f"smaller lr= than {self.lr}"
-                )
+        v = self._gradient(network, batches[-1], self.steps, path)
+        path.pop()
         network.complete({n: g for n, g in v.items() if n in network.weights})
         u: Tensors = {}
         last = 1 if detached and self.momentum else 0
@@ -129,10 +131,50 @@ class ProsPr(GradientScorer):
                 u[name] = held + self.momentum * u[name] if name in u else held
             for name, bend in _product(network, batches[t], t, path.pop(), u).items():
                 v[name] = v[name] + bend if name in v else bend
+        self._refuse_non_finite(v, "the derivative through the steps by", self.steps)
         return {
             name: v.get(name, torch.zeros_like(leaf, requires_grad=False))
             for name, leaf in network.weights.items()
         }
+
+    def _gradient(
+        self, network: Network, batch: Batch, step: int, path: Sequence[Tensors]
+    ) -> Tensors:
+        """`dL_t / dw_t` at the end of `path`, without what the loss does not depend on.
+
+        Raises:
+            NonFiniteScoreError: it is `lr` that makes the loss or the gradient NaN or infinite.
+            ValueError: the loss does so at w_0 too, or depends on none of the weights.
+        """
+        weights = path[-1]
+        with _at(network, step, weights) as leaves:
+            try:
+                loss = network.loss(batch, step)
+            except NonFiniteLossError as error:
+                if step and _is_finite(network, batch, step, path[0]):
+                    what = f"the loss of batch {step} is {error.value}"
+                    raise self._diverged(what, step) from None
+                raise
+            slopes = torch.autograd.grad(loss, leaves, allow_unused=True)
+        found = {n: g for n, g in zip(weights, slopes, strict=True) if g is not None}
+        if not found.keys() & network.weights.keys():
+            raise network.independent(step)
+        self._refuse_non_finite(found, "the gradient of", step)
+        return found
+
+    def _refuse_non_finite(self, found: Tensors, what: str, step: int) -> None:
+        for name, slope in found.items():
+            if slope.numel() and not bool(torch.isfinite(slope.sum())):
+                if step == 0:
+                    refuse_non_finite(name, slope)
+                elif not bool(torch.isfinite(slope).all()):  # or only the sum is too large
+                    raise self._diverged(f"{what} {name} is NaN or infinite", step)
+
+    def _diverged(self, what: str, step: int) -> NonFiniteScoreError:
+        return NonFiniteScoreError(
+            f"lr={self.lr}: {what} after step {step} of {self.steps} in method "
+            f"{self.name!r}; use a smaller lr="
+        )
 
 
 def _start(network: Network) -> Tensors:
@@ -167,13 +209,14 @@ def _at(network: Network, step: int, weights: Tensors) -> Iterator[list[Tensor]]
         yield list(weights.values())
 
 
-def _gradient(network: Network, batch: Batch, step: int, weights: Tensors) -> Tensors:
-    with _at(network, step, weights) as leaves:
-        slopes = torch.autograd.grad(network.loss(batch, step), leaves, allow_unused=True)
-    found = {n: g for n, g in zip(weights, slopes, strict=True) if g is not None}
-    if not found:
-        raise network.independent(step)
-    return found
+def _is_finite(network: Network, batch: Batch, step: int, weights: Tensors) -> bool:
+    """Whether the loss of a batch is a finite number with these weights."""
+    with _at(network, step, weights):
+        try:
+            network.loss(batch, step)
+        except NonFiniteLossError:
+            return False
+    return True
 
 
 def _product(

@@ -16,13 +16,15 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from paikern import ops
 from paikern.activations import InputEnergy
+from paikern.batches import Batch
+from paikern.errors import NonFiniteScoreError
 from paikern.gradients import untouched
 from paikern.gradients.holding import holding
-from paikern.gradients.refusals import refused_by
+from paikern.gradients.refusals import non_finite_state, refused_by
 from paikern.scorers.base import Run, register_scorer
 from paikern.scorers.data_scorer import DataScorer
 from paikern.scores import Dense, Factored, Score, Scores
@@ -36,7 +38,11 @@ class Wanda(DataScorer):
         batches, batch_size: as in `DataScorer`.
 
     The model runs in eval mode and without gradients. Of a weight that is used several times the
-    squares of all its inputs are added.
+    squares of all its inputs are added. Labels are left out of what the model is given, but where
+    an encoder-decoder of transformers makes its decoder's inputs from them.
+
+    Raises:
+        NonFiniteScoreError: the inputs of a layer are NaN or infinite, named with the batch.
 
     Example:
         >>> import torch, paikern as pk
@@ -85,16 +91,36 @@ class Wanda(DataScorer):
                 torch.no_grad(),
                 seen,
             ):
-                for batch in self.read(run):
-                    inputs = batch.to(device).inputs
-                    with refused_by(run.model, batch):
+                for number, batch in enumerate(self.read(run)):
+                    given = batch if _decodes_labels(run.model, batch) else batch.without_labels()
+                    inputs = given.to(device).inputs
+                    with refused_by(run.model, given):
                         if isinstance(inputs, Mapping):
                             run.model(**inputs)
                         else:
                             run.model(inputs)
+                    if (name := seen.non_finite()) is not None:
+                        raise _overflow(run, name, number)
         finally:
             torch.backends.mha.set_fastpath_enabled(fused)
         return seen
+
+
+def _decodes_labels(model: nn.Module, batch: Batch) -> bool:
+    """Whether the inputs of a decoder are made from the labels."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False
+    return not batch.inputs.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}
+
+
+def _overflow(run: Run, name: str, number: int) -> NonFiniteScoreError:
+    cause = non_finite_state(run.model)
+    fix = f"repair {cause}" if cause else "scale the inputs, or use float32 weights"
+    return NonFiniteScoreError(
+        f"data: the inputs of {name} on batch {number} hold NaN, infinity, or values too large to "
+        f"be squared, in method {run.method!r}; {fix}, or leave the layer out with "
+        f"ignore=[{name!r}]"
+    )
 
 
 def _masked(run: Run, name: str) -> Tensor:

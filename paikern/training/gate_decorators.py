@@ -230,6 +230,8 @@ def _write_gates(run: Run, gates: Mapping[str, Tensor]) -> None:
     for path, gate in gates.items():
         weight = run.model.get_parameter(f"{path}.weight")
         if weight.requires_grad:
-            shift: Tensor = run.cache["gate_shifts"][path]
             weight.copy_(gate)
-            run.model.get_parameter(f"{path}.bias").copy_(gate.to(shift.device) * shift)
+            shifts: dict[str, Tensor] = run.cache["gate_shifts"]
+            if path in shifts:
+                shift = shifts[path]
+                run.model.get_parameter(f"{path}.bias").copy_(gate.to(shift.device) * shift)

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from typing import Any
 
 from paikern.training.base import Event, Pruner
 from paikern.training.registry import pruner, pruner_class
-from paikern.training.trainer_data import defaults
+from paikern.training.trainer_data import callback_class, defaults
 
-
-def _callback_class() -> Any:
-    try:
-        return importlib.import_module("transformers").TrainerCallback
-    except ImportError:
-        return object
-
-
-_Callback: Any = _callback_class()
+_Callback: Any
+_Callback, _wrong = callback_class("TrainerCallback", "transformers")
 
 FILE = "paikern_pruner.safetensors"
 
@@ -39,7 +31,7 @@ class HFPruner(_Callback):
     change; save the masks with `callback.pruner.masks.save(path)`.
 
     Raises:
-        ImportError: transformers is not installed.
+        ImportError: transformers is not installed, or cannot be imported, for the reason it gives.
         ValueError: an unknown name; a checkpoint without the state of a pruner.
 
     Example:
@@ -51,7 +43,7 @@ class HFPruner(_Callback):
     def __init__(self, name: str, *, resume_from: str | None = None, **options: Any) -> None:
         if _Callback is object:
             raise ImportError(
-                "HFPruner needs transformers, which is not installed; pip install transformers"
+                f"HFPruner needs transformers, which {_wrong}; pip install transformers"
             )
         super().__init__()
         pruner_class(name)

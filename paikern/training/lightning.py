@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from paikern.training.base import Event, Pruner
 from paikern.training.registry import pruner, pruner_class
-from paikern.training.trainer_data import defaults
+from paikern.training.trainer_data import callback_class, defaults
 
-
-def _callback_class() -> Any:
-    for package in ("lightning.pytorch", "pytorch_lightning"):  # the second is the older name
-        try:
-            return importlib.import_module(package).Callback
-        except ImportError:
-            continue
-    return object
-
-
-_Callback: Any = _callback_class()
+_Callback: Any
+_Callback, _wrong = callback_class(  # the second is the older name
+    "Callback", "lightning.pytorch", "pytorch_lightning"
+)
 
 
 class LightningPruner(_Callback):
@@ -39,7 +31,7 @@ class LightningPruner(_Callback):
     trainer.
 
     Raises:
-        ImportError: Lightning is not installed.
+        ImportError: Lightning is not installed, or cannot be imported, for the reason it gives.
         ValueError: an unknown name.
 
     Example:
@@ -51,8 +43,7 @@ class LightningPruner(_Callback):
     def __init__(self, name: str, *, log: bool = True, **options: Any) -> None:
         if _Callback is object:
             raise ImportError(
-                "LightningPruner needs Lightning, which is not installed; "
-                "pip install 'paikern[lightning]'"
+                f"LightningPruner needs Lightning, which {_wrong}; pip install 'paikern[lightning]'"
             )
         super().__init__()
         pruner_class(name)

@@ -3,11 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Mapping
 from typing import Any
 
 from paikern.scorers.base import scorer_class
 from paikern.training.registry import pruner_class
+
+
+def callback_class(attribute: str, *packages: str) -> tuple[Any, str]:
+    """The class of callbacks of the first package that has one; or `object`, and what is wrong.
+
+    Whatever an import raises, from a torchvision that does not fit PyTorch for instance, is told
+    when a callback is made and not before.
+    """
+    wrong = "is not installed"
+    for package in packages:
+        try:
+            return getattr(importlib.import_module(package), attribute), ""
+        except Exception as error:
+            top = package.split(".")[0]
+            if not isinstance(error, ModuleNotFoundError) or error.name not in (package, top):
+                first = (str(error).strip() or "no message").splitlines()[0]
+                wrong = f"cannot be imported ({type(error).__name__}: {first})"
+    return object, wrong
 
 
 def defaults(
