@@ -219,9 +219,7 @@ class _NormBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, v: Tensor | None, a: Tensor | None, c: Tensor | None) -> Any:
-        if (
-            torch.is_grad_enabled()
-        ):  # of a loss that holds a derivative itself, a third is asked for
+        if torch.is_grad_enabled():  # a third derivative: the loss holds one itself
             return _differentiable(ctx, (v, a, c))
         g, x, weight, mean, rstd, dw, db = ctx.saved_tensors
         n, r = x.numel() // x.shape[1], rstd.double()
