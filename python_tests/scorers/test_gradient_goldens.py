@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from typing import Any
@@ -234,7 +235,9 @@ def test_ties_in_published_rules(method: str, kept: list[bool]) -> None:
     given: dict[str, Any] = {} if method == "magnitude" else {
         "data": data, "loss_fn": lambda y, _: y.square().sum() / 2, "rounds": 1
     }  # fmt: skip
-    masks = pk.prune(net, method, sparsity=0.5, selection="published", apply=False, **given)
+    few = pytest.warns(PaikernWarning, match="keeps 1 weights where 3 were asked for")
+    with few if sum(kept) == 1 else contextlib.nullcontext():  # one more or less is not told
+        masks = pk.prune(net, method, sparsity=0.5, selection="published", apply=False, **given)
     assert masks["weight"].flatten().tolist() == kept
     exact = pk.prune(net, method, sparsity=0.5, apply=False, **given)
     assert exact["weight"].flatten().tolist() == [True] * 3 + [False] * 3
