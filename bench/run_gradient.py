@@ -223,7 +223,7 @@ def main(arguments: Sequence[str]) -> None:
     rows = {found["method"]: found for found in held}
     for method in options.methods:
         found = rows.setdefault(method, {})
-        if "time" in options.parts:
+        if "time" in options.parts or "seconds" not in found:  # a row needs its times
             found.update(timed(method, options))
             print(
                 f"{method}: {found['seconds']:.2f} s, passes alone {found['passes_seconds']:.2f} s "
